@@ -1,0 +1,216 @@
+"""The band of attention probabilities that carries the causal terms, for the scored blocks only.
+
+Whatever kernel a model uses, transformers calls it through its attention registry with queries, keys and values.
+While scored blocks run, the registry's entry is wrapped so that queries and keys can be kept; probabilities near the
+diagonal are computed from them later, in query chunks, when the value projection's gradient is at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .batches import Batch
+from .blocks import Scored, Site
+
+# Probabilities of one query chunk, all heads, are held in full precision: 32 MiB of float32 at this many elements.
+CHUNK_ELEMENTS = 1 << 23
+CHUNK_ROWS = 64  # more queries at once than this only compute more of what causality makes zero
+
+
+@dataclass
+class AttentionCall:
+    """What one attention layer was called with.
+
+    Attributes:
+        query (`torch.Tensor`): `(B, heads, T, head_dim)`, positions already encoded, detached.
+        key (`torch.Tensor`): `(B, key_value_heads, T, head_dim)`, likewise.
+        mask (`torch.Tensor` or `None`): the kernel's own `(B, 1, T, T)` mask, boolean or additive, where it has one.
+        scaling, softcap, sliding_window: as the kernel got them.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    sliding_window: int | None
+
+    def propagate(self, errors: torch.Tensor, window: int, batch: Batch) -> torch.Tensor:
+        """Hand each position what later positions get from it: out[t] = sum over t < k <= t + window of A[k, t] e[k].
+
+        A is averaged over query heads (Eq. 9); it is zero across padding and sequence borders.
+
+        Args:
+            errors (`torch.Tensor`): `(B, T, n)`, float32 or float64, which is also what is computed in.
+            window (`int`): W, at least 1.
+            batch (`Batch`): tells padding and sequences apart where the kernel was given no explicit mask.
+
+        Returns:
+            `torch.Tensor`: `(B, T, n)`.
+        """
+        size, heads, length, _ = self.query.shape
+        kv_heads = self.key.shape[1]
+        out = torch.zeros_like(errors)
+        rows = min(max(16, CHUNK_ELEMENTS // (size * heads * length)), max(CHUNK_ROWS, window))
+        position = torch.arange(length, device=errors.device)
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            # Keys from `first` on enter the softmax; keys from `near` on lie within the window of some query.
+            first = 0 if self.sliding_window is None else max(0, start - self.sliding_window + 1)
+            near = max(first, start - window)
+            # Grouped-query attention: the queries of one key head stand in one matrix.
+            query = (self.query[:, :, start:stop] * self.scaling).reshape(size, kv_heads, -1, self.query.shape[-1])
+            scores = (query @ self.key[:, :, first:stop].transpose(2, 3)).to(errors.dtype)
+            scores = scores.view(size, heads, stop - start, stop - first)
+            if self.softcap is not None:
+                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+            scores += self._bias(scores, batch, start, stop, first)
+            probabilities = scores.softmax(-1)[..., near - first :].mean(1)
+            distance = position[start:stop, None] - position[None, near:stop]
+            # A query that attends to nothing (padding) has no probabilities, not even zero ones.
+            probabilities = probabilities.nan_to_num_(0.0).mul_((distance > 0) & (distance <= window))
+            out[:, near:stop] += probabilities.transpose(1, 2) @ errors[:, start:stop]
+        return out
+
+    def _bias(self, scores: torch.Tensor, batch: Batch, start: int, stop: int, first: int) -> torch.Tensor:
+        """Additive mask for queries start:stop and keys first:stop."""
+        if self.mask is not None:
+            mask = self.mask[:, :, start:stop, first:stop]
+            if mask.dtype != torch.bool:
+                return mask.to(scores.dtype)
+        else:
+            position = torch.arange(stop, device=scores.device)
+            distance = position[start:stop, None] - position[None, first:stop]
+            mask = (distance >= 0)[None]
+            if self.sliding_window is not None:
+                mask = mask & (distance < self.sliding_window)
+            if batch.packed:
+                mask = mask & (batch.segments[:, start:stop, None] == batch.segments[:, None, first:stop])
+            if batch.attended is not None:
+                mask = mask & batch.attended[:, None, first:stop]
+            mask = mask[:, None]
+        return torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+
+
+class AttentionWatch:
+    """Keeps the attention calls of scored blocks while `watching()` is entered, and finds their value rows.
+
+    Args:
+        scored (`Scored`): its `value_rows` are filled when a block first runs.
+    """
+
+    def __init__(self, scored: Scored) -> None:
+        self.scored = scored
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.calls: dict[str, AttentionCall] = {}
+        self._block_of = {id(module): i for i, block in enumerate(scored.blocks) for module in block.modules()}
+
+    def saw_output(self, site: Site, output: torch.Tensor) -> None:
+        """A tapped linear ran; its output is held until its block's attention has shown whether it is values."""
+        if site.block not in self.scored.value_rows:
+            self.outputs[site.name] = output
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Wrap the registry's entries for the kernels in use; they are put back on leaving."""
+        kernels = {
+            config._attn_implementation
+            for block in self.scored.blocks
+            for module in block.modules()
+            if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
+        }
+        local = ALL_ATTENTION_FUNCTIONS._local_mapping
+        before = {kernel: local.get(kernel) for kernel in kernels}
+        try:
+            for kernel in kernels:
+                ALL_ATTENTION_FUNCTIONS[kernel] = self._wrapped(kernel)
+            yield
+        finally:
+            for kernel, entry in before.items():
+                if entry is not None:
+                    ALL_ATTENTION_FUNCTIONS[kernel] = entry
+                else:
+                    local.pop(kernel, None)
+
+    def _wrapped(self, kernel: str) -> Callable[..., Any]:
+        registered = ALL_ATTENTION_FUNCTIONS.get(kernel)
+
+        def attention(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if id(module) in self._block_of and torch.is_grad_enabled():
+                self._keep(module, query, key, value, attention_mask, kwargs)
+            # Eager attention is no entry of the registry but a function beside the model's own classes.
+            function = registered or sys.modules[type(module).__module__].eager_attention_forward
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+        return attention
+
+    def _keep(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> None:
+        carriers = self._carriers(module, value)
+        if not carriers:
+            return
+        for name in ("s_aux", "position_bias"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{carriers[0]}: this attention uses `{name}`, which the causal terms do not model. "
+                    "Set causal_window=0 to value tokens without them."
+                )
+        scaling = options.get("scaling")
+        call = AttentionCall(
+            query.detach(),
+            key.detach(),
+            mask.detach() if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            options.get("softcap"),
+            options.get("sliding_window"),
+        )
+        self.calls.update(dict.fromkeys(carriers, call))
+
+    def _carriers(self, module: nn.Module, value: torch.Tensor) -> list[str]:
+        """Names of the sites whose output becomes `value`; which of their rows do is found by differentiating."""
+        block = self._block_of[id(module)]
+        if block not in self.scored.value_rows:
+            found: tuple[torch.Tensor | None, ...] = ()
+            if value.requires_grad and self.outputs:
+                outputs = list(self.outputs.values())
+                found = torch.autograd.grad(
+                    value, outputs, torch.ones_like(value), retain_graph=True, allow_unused=True
+                )
+            rows = {
+                name: (gradient != 0).flatten(0, -2).any(0).nonzero().flatten()
+                for name, gradient in zip(self.outputs, found, strict=False)
+                if gradient is not None
+            }
+            self.scored.value_rows[block] = {name: row for name, row in rows.items() if row.numel()}
+            if not self.scored.value_rows[block]:
+                warnings.warn(
+                    "A scored block has no adapter on its value projection, so it adds no causal term. Add the value "
+                    "projection to target_modules, or set causal_window=0 to skip attention work.",
+                    stacklevel=2,
+                )
+        self.outputs.clear()
+        return list(self.scored.value_rows[block])

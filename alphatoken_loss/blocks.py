@@ -1,0 +1,325 @@
+"""Which linears are scored, and what surrounds them: blocks and adapters found by structure, and the reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+# PEFT is imported where it is needed: importing it imports bitsandbytes.
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One LoRA layer y = W0 x + s B A x; both of its linears are scored."""
+
+    name: str
+    block: int
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def a(self) -> nn.Linear:
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def b(self) -> nn.Linear:
+        return self.layer.lora_B[self.adapter]
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.adapter]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.layer
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return self.b.weight.shape[0], self.a.weight.shape[1]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{self.name}.lora_A.{self.adapter}.weight": self.a.weight,
+            f"{self.name}.lora_B.{self.adapter}.weight": self.b.weight,
+        }
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear whose weight is trained itself, y = W x; GPT-2's `Conv1D` stores W transposed."""
+
+    name: str
+    block: int
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W as (d_out, d_in)."""
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{self.name}.weight": self.module.weight}  # type: ignore[dict-item]
+
+
+Site = LoraSite | LinearSite
+
+
+@dataclass
+class Scored:
+    """The last K blocks of a model and the linears in them that are scored.
+
+    Attributes:
+        blocks (`list[nn.Module]`): the K blocks, in forward order.
+        sites (`list[Site]`): every scored linear or LoRA layer, with `site.block` an index into `blocks`.
+        total (`int`): how many blocks the model has.
+        value_rows (`dict`): block index -> site name -> which of its output rows are attention values, for the sites
+            that have such rows; filled by `attention.py` when it first sees the block run.
+    """
+
+    blocks: list[nn.Module]
+    sites: list[Site]
+    total: int
+    value_rows: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def in_block(self, index: int) -> list[Site]:
+        return [site for site in self.sites if site.block == index]
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Scored trainable parameters by their names in `model.named_parameters()`."""
+        named = (item for site in self.sites for item in site.parameters.items())
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a distributed wrapper: its module names are the ones this library speaks of."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's and a distributed wrapper."""
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a causal LM: the longest list of checkpointable layers in its decoder.
+
+    Raises:
+        ValueError: no list of blocks is found.
+    """
+    base = causal_lm(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+    lists = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    ]
+    if not lists:
+        raise ValueError(
+            f"No transformer blocks were found in {type(base).__name__}: no ModuleList of transformers' "
+            "GradientCheckpointingLayer. Use a decoder-only model of a recent transformers release."
+        )
+    return max(lists, key=len)
+
+
+def find_scored(model: nn.Module, num_layers: int | str) -> Scored:
+    """Find the adapters (or, without adapters, the trainable linears) of the last K blocks.
+
+    Args:
+        model (`nn.Module`): causal LM, plain or wrapped by PEFT, with a base in any precision.
+        num_layers (`int` or `"all"`): K.
+
+    Raises:
+        ValueError: K exceeds the number of blocks; nothing in them is trainable; adapters are merged, disabled,
+            several at once, or of a kind whose arithmetic is not y = W0 x + s B A x.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = unwrap(model)
+    blocks = find_blocks(model)
+    count = len(blocks) if num_layers == "all" else int(num_layers)
+    if count > len(blocks):
+        raise ValueError(f'num_layers is {count}, but the model has {len(blocks)} blocks. Use at most that, or "all".')
+    names = {id(module): name for name, module in model.named_modules()}
+    scored = list(blocks)[len(blocks) - count :]
+    sites: list[Site] = []
+    for index, block in enumerate(scored):
+        tuners = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+        if tuners:
+            sites += [_lora_site(names[id(layer)], index, layer) for layer in tuners]
+            continue
+        for module in block.modules():
+            if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
+                sites.append(LinearSite(names[id(module)], index, module))
+    found = Scored(scored, sites, len(blocks))
+    if not sites or not found.parameters:
+        raise ValueError(
+            f"The last {count} of {len(blocks)} blocks have nothing to score: no active, trainable LoRA adapter and no "
+            "trainable linear. Wrap the model with peft.get_peft_model(model, LoraConfig(...)), load a trained adapter "
+            "with is_trainable=True, or raise num_layers."
+        )
+    adapters = {site.adapter for site in sites if isinstance(site, LoraSite)}
+    if len(adapters) > 1:
+        raise ValueError(f"Several adapters are active in the scored blocks ({sorted(adapters)}). Activate one.")
+    return found
+
+
+def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
+    from peft.tuners.lora import LoraLayer
+
+    kind = type(layer).__name__
+    if not isinstance(layer, LoraLayer):
+        raise ValueError(
+            f"{name}: the adapter layer is a {type(layer).__module__}.{kind}; token values need LoRA. Use "
+            "peft.LoraConfig, or keep this module out of target_modules."
+        )
+    if layer.merged:
+        raise ValueError(f"{name}: adapter(s) {layer.merged_adapters} are merged into the base. Call unmerge_adapter().")
+    if layer.disable_adapters:
+        raise ValueError(
+            f"{name}: the adapters are disabled, so nothing is trained. Call enable_adapter_layers(), or leave the "
+            "disable_adapter() context."
+        )
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) != 1:
+        raise ValueError(
+            f"{name}: active adapters are {list(layer.active_adapters)}, of which {len(active)} are LoRA here; exactly "
+            "one must be. Choose it with set_adapter()."
+        )
+    adapter = active[0]
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None:
+        raise ValueError(
+            f"{name}: adapter '{adapter}' is the LoRA variant {type(variant).__name__}, whose arithmetic is not "
+            "y = W x + s B A x. Use plain LoRA (use_dora=False and the like)."
+        )
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
+        raise ValueError(
+            f"{name}: adapter '{adapter}' on a {type(layer.get_base_layer()).__name__} has {type(a).__name__} factors; "
+            "token values need linear ones. Keep this module out of target_modules."
+        )
+    return LoraSite(name, block, layer, adapter)
+
+
+def trained_after_blocks(model: nn.Module) -> list[str]:
+    """Names of trainable parameters behind the last block (final norm, LM head), which no gate before them masks."""
+    base = causal_lm(model)
+    named = list(base.named_parameters())
+    inside = {id(parameter) for parameter in find_blocks(model).parameters()}
+    last = max((i for i, (_, parameter) in enumerate(named) if id(parameter) in inside), default=-1)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    tied = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return [
+        name
+        for i, (name, parameter) in enumerate(named)
+        if parameter.requires_grad and id(parameter) not in inside and (i > last or id(parameter) in tied)
+    ]
+
+
+@contextlib.contextmanager
+def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield the reference model: `ref_model`, or `model` with adapters off or its adapter "ref" on.
+
+    Adapters, their flags and `requires_grad` are as before afterwards, also after an exception.
+
+    Raises:
+        ValueError: there is no separate reference and `model` has no adapters to switch off.
+    """
+    if ref_model is not None:
+        yield ref_model
+        return
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrappers = [m for m in unwrap(model).modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not wrappers:
+        raise ValueError(
+            "ref_model is None and the model has no adapter to switch off, so there is no reference. Pass the model "
+            "that training started from as ref_model."
+        )
+    tuners = [m for m in wrappers if isinstance(m, LoraLayer)]
+    has_reference = any(REFERENCE_ADAPTER in m.lora_A for m in tuners)
+    before = [(m, m._disable_adapters, m._active_adapter) for m in wrappers]
+    flags = [(p, p.requires_grad) for m in wrappers for p in m.parameters()]
+    try:
+        for module in wrappers:
+            if has_reference:
+                module.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+            else:
+                module.enable_adapters(False)
+        yield model
+    finally:
+        for module, disabled, active in before:
+            module._disable_adapters, module._active_adapter = disabled, active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def without_noise(*modules: nn.Module) -> Iterator[None]:
+    """Run modules without dropout and without gradient checkpointing; what they compute otherwise is unchanged.
+
+    Linears keep their mode: bitsandbytes repacks 4-bit weights in place when one runs in evaluation mode on a CPU.
+    """
+    touched: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in modules:
+            for child in module.modules():
+                if child.training and (next(child.children(), None) is not None or _is_dropout(child)):
+                    touched.append((child, "training", True))
+                    child.training = False
+                if getattr(child, "gradient_checkpointing", False):
+                    touched.append((child, "gradient_checkpointing", child.gradient_checkpointing))
+                    child.gradient_checkpointing = False
+        yield
+    finally:
+        for child, attribute, value in reversed(touched):
+            setattr(child, attribute, value)
+
+
+def draws_noise(module: nn.Module) -> bool:
+    """Whether a module in its present mode applies dropout."""
+    return any(
+        child.training
+        and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and child.p > 0))  # type: ignore[operator]
+        for child in module.modules()
+    )
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)

@@ -1,0 +1,80 @@
+"""What a user can set, validated where it is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AlphaTokenConfig:
+    """Settings of token valuation and selection (arXiv 2606.01635; defaults are the paper's where it has one).
+
+    Args:
+        rho (`float`, *optional*, defaults to 0.5):
+            Share of response tokens that is trained on, in (0, 1]. With 1.0 nothing is scored or hooked.
+        stability_weight (`float`, *optional*, defaults to 1.5):
+            lambda of Eq. 12, the weight of the drift terms, at least 0. With 0 no Fisher is needed.
+        num_layers (`int` or `"all"`, *optional*):
+            K, the number of transformer blocks, counted from the last, whose adapters are scored. By default 3.
+        causal_window (`int`, *optional*, defaults to 32):
+            W of Eq. 9 in tokens: how far ahead a position is credited through attention. 0 switches the causal
+            terms and all attention work off.
+        estimator (`str`, *optional*, defaults to `"ghost"`):
+            How a batch is valued: `"ghost"`, the position-local terms of Eqs. 8 to 11.
+        threshold_scope (`str`, *optional*, defaults to `"batch"`):
+            Over what the (1 - rho) quantile is taken: `"batch"`, the response tokens of the micro-batch (of each
+            branch, for pairs), or `"sequence"`, those of each sequence.
+        target_every (`int`, *optional*, defaults to 4):
+            Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
+        fisher (`str`, *optional*, defaults to `"factored"`):
+            Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
+            d_out + d_in floats a layer) or `"dense"` (d_out x d_in floats a layer).
+    """
+
+    rho: float = 0.5
+    stability_weight: float = 1.5
+    num_layers: int | Literal["all"] | None = None
+    causal_window: int = 32
+    estimator: Literal["ghost"] = "ghost"
+    threshold_scope: Literal["batch", "sequence"] = "batch"
+    target_every: int = 4
+    fisher: Literal["factored", "dense"] = "factored"
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.rho) or not 0.0 < self.rho <= 1.0:
+            raise ValueError(
+                f"rho is {self.rho!r}; it is the share of response tokens to train on and must be in (0, 1]. "
+                "Use rho=1.0 to keep every token."
+            )
+        if not _is_number(self.stability_weight) or not 0.0 <= self.stability_weight < float("inf"):
+            raise ValueError(
+                f"stability_weight is {self.stability_weight!r}; it must be a finite number of at least 0. "
+                "Use 0 to value tokens by the target alone."
+            )
+        if self.num_layers is not None and self.num_layers != "all":
+            _check_int("num_layers", self.num_layers, least=1, hint='Use "all" to score every block.')
+        _check_int("causal_window", self.causal_window, least=0, hint="Use 0 to switch the causal terms off.")
+        _check_int("target_every", self.target_every, least=1, hint="Use 1 to estimate it before every step.")
+        _check_choice("estimator", self.estimator, ("ghost",))
+        _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
+        _check_choice("fisher", self.fisher, ("factored", "dense"))
+
+    @property
+    def scored_layers(self) -> int | Literal["all"]:
+        """K with the default filled in."""
+        return 3 if self.num_layers is None else self.num_layers
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _check_int(name: str, value: object, *, least: int, hint: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}. {hint}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")

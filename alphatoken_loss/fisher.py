@@ -1,0 +1,467 @@
+"""The reference's diagonal Fisher, and the drift gradient it gives on the adapters (arXiv 2606.01635, Eqs. 5, 10, 11).
+
+For a linear with input h and output gradient d at a response token, the dense Fisher is the mean over prompts of the
+sum over sampled tokens of (d * d)(h * h)^T. The factored form keeps its row sums, column sums and total: F = row
+col^T / total, the rank-one matrix with the same marginals (Adafactor, arXiv 1804.04235, section 3).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from .attention import AttentionCall
+from .batches import IGNORE, Batch, read_batch, to_device
+from .blocks import (
+    REFERENCE_ADAPTER,
+    LinearSite,
+    LoraSite,
+    Scored,
+    Site,
+    causal_lm,
+    find_scored,
+    reference_mode,
+    unwrap,
+    without_noise,
+)
+from .config import AlphaTokenConfig
+from .distributed import all_sum
+from .ghost import accumulation_dtype
+from .logps import token_logps
+from .replay import capture_without_graph
+
+_FORMAT = "alphatoken_loss.fisher.1"
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal Fisher information of the scored layers' weights at the reference.
+
+    Attributes:
+        factors (`dict`): module name, as in `model.named_modules()` (the LoRA layer, or the plain linear), ->
+            `(row, column)`, of shapes `(d_out,)` and `(d_in,)` with equal sums, when factored, or `(diagonal,)` of
+            shape `(d_out, d_in)` when dense. Units: squared gradient of the log-likelihood, per prompt.
+        prompts (`int`): over how many prompts it was averaged.
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, ...]]
+    prompts: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The modules it covers."""
+        return list(self.factors)
+
+    @property
+    def form(self) -> str:
+        """`"factored"` or `"dense"`."""
+        return "dense" if all(len(factor) == 1 for factor in self.factors.values()) else "factored"
+
+    def diagonal(self, name: str) -> torch.Tensor:
+        """The `(d_out, d_in)` diagonal that stands for one module, written out.
+
+        Raises:
+            KeyError: the module is not covered.
+        """
+        if name not in self.factors:
+            raise KeyError(f"The Fisher has no module {name!r}; it covers {_some(self.names)}.")
+        factor = self.factors[name]
+        if len(factor) == 1:
+            return factor[0]
+        row, column = factor
+        return torch.outer(row, column / _positive(row.sum()))
+
+    @classmethod
+    def from_diagonals(cls, diagonals: Mapping[str, torch.Tensor], *, prompts: int = 0) -> Fisher:
+        """A dense Fisher from `(d_out, d_in)` diagonals by module name."""
+        return cls({name: (diagonal,) for name, diagonal in diagonals.items()}, prompts)
+
+    def factored(self) -> Fisher:
+        """The factored form: the same row and column sums, rank one."""
+        return Fisher(
+            {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()}, self.prompts
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears under its name only when it is whole."""
+        path = Path(path)
+        tensors = {
+            f"{name}|{part}": tensor.detach().cpu().contiguous()
+            for name, factor in self.factors.items()
+            for part, tensor in enumerate(factor)
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(
+                tensors, unfinished, metadata={"format": _FORMAT, "about": json.dumps({"prompts": self.prompts})}
+            )
+            os.replace(unfinished, path)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Fisher:
+        """Read what `save` wrote. Whether it fits a model shows when it is first used with one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a saved Fisher.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No Fisher at {path}. Make one with estimate_fisher(...).save(path).")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}).") from error
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a saved Fisher: its format is {about.get('format')!r}, not {_FORMAT!r}.")
+        factors: dict[str, tuple[torch.Tensor, ...]] = {}
+        for key in sorted(tensors):  # part 0 before part 1
+            name = key.rpartition("|")[0]
+            factors[name] = (*factors.get(name, ()), tensors[key])
+        return cls(factors, json.loads(about["about"])["prompts"])
+
+    def check(self, scored: Scored) -> None:
+        """See that it was made for these scored modules.
+
+        Raises:
+            ValueError: a scored module is missing or of another shape.
+        """
+        for site in scored.sites:
+            if site.name not in self.factors:
+                raise ValueError(
+                    f"The Fisher has no entry for the scored module {site.name}; it covers {_some(self.names)}. It was "
+                    "made for another model, adapter layout or num_layers: estimate it again with this config."
+                )
+            factor = self.factors[site.name]
+            came = tuple(factor[0].shape) if len(factor) == 1 else (len(factor[0]), len(factor[1]))
+            if came != site.shape:
+                raise ValueError(
+                    f"The Fisher of {site.name} is for a weight of shape {came}, the model's is {site.shape}. It was "
+                    "made for another model: estimate it again."
+                )
+
+    def drift(self, scored: Scored, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
+        """Gradient of 0.5 * sum(F * dW^2) with respect to each scored parameter (Eqs. 10, 11).
+
+        dW = s B A - s_ref B_ref A_ref is the adapter delta (second part zero when the reference is the base model),
+        or W - W_ref for a linear that is trained itself. Factored, no `(d_out, d_in)` matrix is formed for LoRA.
+
+        Returns:
+            `dict`: parameter name -> tensor of the parameter's shape, float32 (float64 for a float64 model).
+        """
+        self.check(scored)
+        with torch.no_grad(), torch.autocast(scored.device.type, enabled=False):
+            found: dict[str, torch.Tensor] = {}
+            for site in scored.sites:
+                if isinstance(site, LoraSite):
+                    found.update(self._lora_drift(site, ref_model))
+                else:
+                    found.update(self._linear_drift(site, ref_model))
+        return {name: found[name] for name in scored.parameters}
+
+    def _lora_drift(self, site: LoraSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
+        dtype = accumulation_dtype(site.b.weight)
+        a, b, scaling = site.a.weight.to(dtype), site.b.weight.to(dtype), site.scaling
+        left, right = scaling * b, a  # dW = left @ right
+        reference = _reference_lora(site, ref_model)
+        if reference is not None:
+            left = torch.cat([left, -reference.scaling * reference.b.weight.to(b)], 1)
+            right = torch.cat([right, reference.a.weight.to(a)], 0)
+        factor = tuple(tensor.to(b) for tensor in self.factors[site.name])
+        if len(factor) == 1:
+            pulled = factor[0] * (left @ right)
+            at_a, at_b = b.T @ pulled, pulled @ a.T
+        else:
+            row, column = factor
+            column = column / _positive(row.sum())
+            weighted = row[:, None] * left
+            at_a = (b.T @ weighted) @ right * column
+            at_b = weighted @ ((right * column) @ a.T)
+        return dict(zip(site.parameters, (scaling * at_a, scaling * at_b), strict=True))
+
+    def _linear_drift(self, site: LinearSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
+        if ref_model is None:
+            raise ValueError(
+                f"{site.name} is trained itself and ref_model is None, so there is nothing to measure drift from. Pass "
+                "the model that training started from as ref_model, or set stability_weight=0."
+            )
+        dtype = accumulation_dtype(site.weight)
+        reference = LinearSite(site.name, site.block, _same_module(site.name, ref_model))
+        drift = self.diagonal(site.name).to(site.weight.device, dtype) * (
+            site.weight.to(dtype) - reference.weight.to(site.weight.device, dtype)
+        )
+        return {name: drift.T if site.transposed else drift for name in site.parameters}
+
+
+def _positive(total: torch.Tensor) -> torch.Tensor:
+    return total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} modules" + (f", such as {names[0]}" if names else "")
+
+
+def _plain_name(name: str) -> str:
+    """A module's name in the model without PEFT around it."""
+    return name.removeprefix("base_model.model.")
+
+
+def _same_module(name: str, ref_model: nn.Module) -> nn.Module:
+    for candidate, module in causal_lm(ref_model).named_modules():
+        if candidate == _plain_name(name):
+            return module
+    raise ValueError(f"ref_model has no module {_plain_name(name)}. Use the model that training started from.")
+
+
+def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | None:
+    """The adapter that the reference has at a site, if any."""
+    from peft.tuners.lora import LoraLayer
+
+    if ref_model is None:
+        has_reference = REFERENCE_ADAPTER in site.layer.lora_A
+        return LoraSite(site.name, site.block, site.layer, REFERENCE_ADAPTER) if has_reference else None
+    layer = _same_module(site.name, ref_model)
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        return None
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    return LoraSite(site.name, site.block, layer, active[0]) if active else None
+
+
+class _SquaredSums:
+    """Visitor that adds up (d * d)(h * h)^T, or its row and column sums, over the response rows of a batch."""
+
+    def __init__(self, batch: Batch, dense: bool, names: Mapping[str, str]) -> None:
+        self.batch, self.dense, self.names = batch, dense, names
+        self.sums: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def __call__(
+        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+    ) -> None:
+        dtype = accumulation_dtype(error)
+        rows = self.batch.rows.flatten()
+        d = error.flatten(0, 1).to(dtype).masked_fill(~rows[:, None], 0).square()
+        h = inputs[0].flatten(0, 1).to(dtype).masked_fill(~rows[:, None], 0).square()
+        name = self.names[site.name]
+        with torch.autocast(error.device.type, enabled=False):
+            self.sums[name] = (d.T @ h,) if self.dense else (d.T @ h.sum(1), h.T @ d.sum(1))
+
+
+def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> tuple[Scored, dict[str, str]]:
+    """The scored modules as the reference has them, and what each is called in the model that is trained."""
+    if ref_model is None:
+        return scored, {site.name: site.name for site in scored.sites}
+    from .blocks import find_blocks
+
+    blocks = find_blocks(ref_model)
+    if len(blocks) != scored.total:
+        raise ValueError(
+            f"ref_model has {len(blocks)} blocks and the model {scored.total}. Use the model that training started from."
+        )
+    sites: list[Site] = []
+    for site in scored.sites:
+        module = _same_module(site.name, ref_model)
+        sites.append(LinearSite(site.name, site.block, module))
+    return Scored(list(blocks)[-len(scored.blocks) :], sites, len(blocks)), {site.name: site.name for site in sites}
+
+
+def squared_sums(
+    scored: Scored, reference: nn.Module, ref_scored: Scored, names: Mapping[str, str], batch: Batch, dense: bool
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Fisher sums of one batch, whose labels were drawn from `reference` (already in reference mode)."""
+    capture, rows = capture_without_graph(reference, ref_scored, batch, lambda m: -token_logps(m, batch).sum())
+    visitor = _SquaredSums(batch, dense, names)
+    capture.visit(rows, visitor, causal=False, at_layer=True)
+    return visitor.sums
+
+
+def draw_labels(reference: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with each response label drawn from the reference's own prediction at that place."""
+    with torch.no_grad(), without_noise(unwrap(reference)):
+        output = reference(**{**batch.inputs, "use_cache": False})
+        probabilities = output.logits[batch.rows].float().softmax(-1)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    labels = torch.full_like(batch.labels, IGNORE)
+    labels[:, 1:][batch.rows[:, :-1]] = drawn.to(labels)
+    return Batch(batch.inputs, labels)
+
+
+def fisher_of_batches(
+    model: nn.Module,
+    scored: Scored,
+    ref_model: nn.Module | None,
+    batches: Iterable[Batch],
+    *,
+    dense: bool,
+    seed: int = 0,
+) -> Fisher:
+    """The cheap estimate: labels of given batches drawn from the reference's predictions, no generation.
+
+    Every sequence of a batch counts as one prompt.
+    """
+    generator = torch.Generator(scored.device).manual_seed(seed)
+    sums: dict[str, tuple[torch.Tensor, ...]] = {}
+    count = 0
+    ref_scored, names = _reference_scored(scored, ref_model)
+    with reference_mode(model, ref_model) as reference:
+        for batch in batches:
+            drawn = draw_labels(reference, batch, generator)
+            _accumulate(sums, squared_sums(scored, reference, ref_scored, names, drawn, dense))
+            count += int(batch.segments.max()) + 1
+    return _mean(sums, count)
+
+
+def _accumulate(sums: dict[str, tuple[torch.Tensor, ...]], more: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
+    for name, parts in more.items():
+        sums[name] = tuple(a + b for a, b in zip(sums[name], parts, strict=True)) if name in sums else parts
+
+
+def _mean(sums: Mapping[str, tuple[torch.Tensor, ...]], count: int) -> Fisher:
+    tensors = [tensor for parts in sums.values() for tensor in parts]
+    total = all_sum(tensors, count)
+    if not total:
+        raise ValueError("The Fisher was to be estimated from no prompts at all. Give at least one.")
+    return Fisher({name: tuple(tensor / total for tensor in parts) for name, parts in sums.items()}, total)
+
+
+def estimate_fisher(
+    model: nn.Module,
+    prompts: Iterable[Any],
+    *,
+    tokenizer: Any = None,
+    ref_model: nn.Module | None = None,
+    config: AlphaTokenConfig | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    max_prompt_length: int = 256,
+    temperature: float = 1.0,
+    generate: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Fisher:
+    """Estimate the reference's diagonal Fisher over the scored layers, once before training (Eq. 5).
+
+    Completions are sampled from the reference itself (adapters off, or the adapter "ref", or `ref_model`); then each
+    sampled token's squared gradient is accumulated by going back through the last K blocks only.
+
+    Args:
+        model (`nn.Module`): the model to be trained.
+        prompts (`Iterable`): strings; lists of token ids; or conversations (lists of `{"role", "content"}`), rendered
+            with the tokenizer's chat template. With `generate=False`: SFT batches (mappings with `input_ids`,
+            `labels`), whose response labels are drawn anew from the reference's own predictions.
+        tokenizer: needed for strings and conversations; gives the padding and end-of-sequence ids.
+        config (`AlphaTokenConfig`, *optional*): its `num_layers` and `fisher` are used.
+        batch_size (`int`): prompts sampled together.
+        max_new_tokens (`int`): sampled tokens per prompt at most.
+        max_prompt_length (`int`): prompts are cut to their last so many tokens.
+        temperature (`float`): of sampling; 1 is what Eq. 5 asks for.
+        seed (`int`): makes sampling reproducible; the global random state is left as it was.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `Fisher`: averaged over prompts, and over processes when training is distributed.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, or text without a tokenizer.
+
+    Example:
+        >>> fisher = estimate_fisher(model, prompts, tokenizer=tokenizer)
+        >>> fisher.save("fisher.safetensors")
+    """
+    config = config or AlphaTokenConfig()
+    scored = find_scored(model, config.scored_layers)
+    dense = config.fisher == "dense"
+    if not generate:
+        batches = tqdm(prompts, desc="Fisher", unit="batch", disable=not progress)
+        read = (read_batch(to_device(batch, scored.device)) for batch in batches)
+        return fisher_of_batches(model, scored, ref_model, read, dense=dense, seed=seed)
+    encoded = [_encode(prompt, tokenizer, max_prompt_length) for prompt in prompts]
+    if not encoded:
+        raise ValueError("prompts is empty. Give at least one prompt; the paper uses 1,000.")
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
+    sums: dict[str, tuple[torch.Tensor, ...]] = {}
+    ref_scored, names = _reference_scored(scored, ref_model)
+    devices = [scored.device] if scored.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        reference_mode(model, ref_model) as reference,
+        tqdm(total=len(encoded), desc="Fisher", unit="prompt", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            chosen = [encoded[i] for i in order[start : start + batch_size]]
+            batch = _sample(reference, chosen, tokenizer, max_new_tokens, temperature, scored.device)
+            _accumulate(sums, squared_sums(scored, reference, ref_scored, names, batch, dense))
+            bar.update(len(chosen))
+    return _mean(sums, len(encoded))
+
+
+def _encode(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
+    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+        if tokenizer is None:
+            raise ValueError("prompts hold text and tokenizer is None. Pass the model's tokenizer, or token ids.")
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise ValueError("A prompt is empty. Leave it out, or start it with the beginning-of-sequence token.")
+    return ids[-max_length:]
+
+
+def _sample(
+    reference: nn.Module,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float,
+    device: torch.device,
+) -> Batch:
+    """Sample a completion of each prompt; prompts stand on the left, completions end with their first end token."""
+    base = causal_lm(reference)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None:
+        end = base.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = torch.tensor([] if end is None else [end] if isinstance(end, int) else end, dtype=torch.long, device=device)
+    pad = int(ends[0]) if pad is None and len(ends) else pad or 0
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    with torch.no_grad(), without_noise(unwrap(reference)):
+        sampled = unwrap(reference).generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=ends.tolist() or None,
+            use_cache=True,
+        )
+    completion = sampled[:, longest:]
+    ended = torch.isin(completion, ends).long()
+    real = ended.cumsum(1) - ended == 0  # up to the first end token, which counts
+    inputs = {"input_ids": sampled, "attention_mask": torch.cat([mask, real.long()], 1)}
+    labels = torch.cat([torch.full_like(ids, IGNORE), completion.masked_fill(~real, IGNORE)], 1)
+    return Batch(inputs, labels)

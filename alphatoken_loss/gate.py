@@ -1,0 +1,279 @@
+"""The gradient gate: token values computed and applied inside the ordinary backward pass, for any loss.
+
+At the output of the last block the gradient has one row per position, and with a frozen head the row at t comes from
+token t + 1's loss alone. An identity there receives these rows in its backward, values the tokens by going through the
+last K blocks from them, zeroes the rows of low-value tokens and hands the rest down: what arrives at the adapters is
+exactly the gradient of the masked loss, while the loss keeps its value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import Batch, read_batch, to_device
+from .blocks import Scored, draws_noise, find_scored, trained_after_blocks
+from .config import AlphaTokenConfig
+from .fisher import Fisher, fisher_of_batches
+from .ghost import Direction, NonFiniteRows, ghost_values
+from .replay import Capture, Taps, capturing
+from .target import Target, estimate_target
+from .values import TokenValues
+from .weights import alphatoken_weights, select, stack_direction
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, step: _Step) -> torch.Tensor:
+        ctx.step = step
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.step.mask(rows), None
+
+
+class _Step:
+    """One batch on its way: from the forward that is captured to the backward that is masked."""
+
+    def __init__(
+        self,
+        owner: AlphaToken,
+        capture: Capture,
+        direction: Direction,
+        components: tuple[str, ...],
+        keep: torch.Tensor | None,
+        mean_over_kept: bool,
+    ) -> None:
+        self.owner, self.capture = owner, capture
+        self.direction, self.components = direction, components
+        self.keep, self.mean_over_kept = keep, mean_over_kept
+
+    def gate(self, hidden: torch.Tensor, taps: Taps | None) -> torch.Tensor:
+        if not hidden.requires_grad:
+            raise ValueError(
+                "The last block's output does not require grad, so no gradient will pass the gate. With reentrant "
+                "checkpointing call model.enable_input_require_grads(); otherwise see that adapters are trainable."
+            )
+        if taps is not None:
+            self.capture.graph = (taps, hidden)
+        return _Gate.apply(hidden, self)
+
+    def mask(self, rows: torch.Tensor) -> torch.Tensor:
+        batch = self.capture.batch
+        if self.keep is None:
+            try:
+                self._value(rows)
+            except NonFiniteRows:
+                return rows  # an overflowing loss: what scales it (fp16) must see that
+            finally:
+                self.capture.release()
+        assert self.keep is not None
+        scale = (self.keep | ~batch.rows).to(rows.dtype)
+        if self.mean_over_kept:
+            scale = scale * (batch.rows.sum() / self.keep.sum().clamp(min=1)).to(rows.dtype)
+        # `where`: a row that is not finite (padding under some kernels) must not spread.
+        return rows * scale[..., None]
+
+    def _value(self, rows: torch.Tensor) -> None:
+        config = self.owner.config
+        values = ghost_values(
+            self.capture,
+            rows,
+            self.direction,
+            self.components,
+            causal_window=config.causal_window,
+            stability_weight=config.stability_weight,
+        )
+        weights = select(values, self.capture.batch, config)
+        self.keep = weights.roll(-1, 1)
+        self.owner._record(values, weights, self.capture.batch)
+        self.direction = {}
+
+
+class AlphaToken:
+    """Masks low-value response tokens out of the gradient of any loss, one batch per context.
+
+    Args:
+        model (`nn.Module`): causal LM in training, with LoRA adapters or with linears that are trained themselves;
+            what follows its last block (final norm, LM head) must be frozen.
+        ref_model (`nn.Module` or `None`): the reference; `None` for the same network with adapters off, or with its
+            adapter "ref".
+        target (`Target` or SFT batches, *optional*): validation batches, estimated anew every `config.target_every`
+            optimizer steps; or a `Target`, used as it is. Without one, each batch is valued by its other sequences,
+            at the cost of one more forward.
+        fisher (`Fisher`, *optional*): from `estimate_fisher`. By default estimated at the first step from the target
+            batches (or the first batch), with labels drawn from the reference's own predictions.
+        config (`AlphaTokenConfig`, *optional*).
+
+    Raises:
+        ValueError: the model cannot be valued; the message says why and what to do.
+
+    Attributes:
+        weights (`torch.Tensor`): `(B, T)` float32 0/1 weights of the batch valued last, aligned with its labels.
+        values (`TokenValues`): its values, in units of the loss that was sent backward.
+
+    Example:
+        >>> alphatoken = AlphaToken(model, target=validation_batches, fisher=fisher)
+        >>> for batch in loader:
+        ...     with alphatoken(batch):
+        ...         loss = model(**batch).loss
+        ...         loss.backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None = None,
+        *,
+        target: Target | Iterable[Mapping[str, Any]] | None = None,
+        fisher: Fisher | None = None,
+        config: AlphaTokenConfig | None = None,
+    ) -> None:
+        self.model = model
+        self.ref_model = ref_model
+        self.config = config or AlphaTokenConfig()
+        self.fisher = fisher
+        self.target = target if isinstance(target, Target) else None
+        self.target_batches: list[Mapping[str, Any]] | None = None
+        if target is not None and self.target is None:
+            self.target_batches = [target] if isinstance(target, Mapping) else list(target)
+            if not self.target_batches:
+                raise ValueError("target holds no batches. Give validation batches, a Target, or None.")
+        self.weights: torch.Tensor | None = None
+        self.values: TokenValues | None = None
+        self._known: Scored | None = None
+        self._state: tuple[list[int], torch.Tensor] | None = None
+        self._age = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._batches = 0
+        if self.config.rho < 1.0:
+            scored = self._scored()
+            for part in (self.target, self.fisher if self.config.stability_weight > 0 else None):
+                if part is not None:
+                    part.check(scored)
+
+    def _scored(self) -> Scored:
+        scored = find_scored(self.model, self.config.scored_layers)
+        if self._known is not None and self._known.sites == scored.sites:
+            scored.value_rows = self._known.value_rows
+        self._known = scored
+        behind = trained_after_blocks(self.model)
+        if behind:
+            raise ValueError(
+                f"{behind[0]} is trained and lies behind the last block, where the gate cannot mask its gradient "
+                f"({len(behind)} such parameters). Freeze them, or mask the loss itself: "
+                "sft_loss(model, batch, alphatoken_weights(model, ref_model, batch))."
+            )
+        return scored
+
+    @contextlib.contextmanager
+    def __call__(self, batch: Mapping[str, Any], *, mean_over_kept: bool = False) -> Iterator[AlphaToken]:
+        """Value one batch: run the model's forward on it, with grad, inside; `backward` may also come later.
+
+        Args:
+            batch (`Mapping`): the batch that the model runs on, in any form `alphatoken_weights` takes.
+            mean_over_kept (`bool`): scale the kept gradient by response tokens over kept tokens, which turns a mean
+                over response tokens into Eq. 13's mean over kept ones.
+
+        Raises:
+            RuntimeError: a second forward with grad runs inside.
+            ValueError: the forward's shape is not the batch's; or the model can no longer be valued.
+        """
+        if self.config.rho >= 1.0 or not torch.is_grad_enabled():
+            yield self
+            return
+        read = read_batch(batch)
+        scored = self._scored()
+        keep = None
+        direction: Direction = {}
+        components: tuple[str, ...] = ()
+        if not bool(read.rows.any()):
+            keep = read.rows
+        elif self.target is None and self.target_batches is None:
+            self._ensure_fisher(scored, read)
+            weights, values = alphatoken_weights(
+                self.model, self.ref_model, batch, fisher=self.fisher, config=self.config, return_values=True
+            )
+            self._record(values, weights, read)
+            keep = weights.bool().roll(-1, 1)
+        else:
+            self._ensure_fisher(scored, read)
+            self._refresh(scored)
+            direction, components = stack_direction(scored, self.target, self.fisher, self.ref_model, self.config)
+        capture = Capture(scored, read)
+        step = _Step(self, capture, direction, components, keep, mean_over_kept)
+        taps = None
+        with contextlib.ExitStack() as stack:
+            if keep is None and not any(_runs_again(block) or draws_noise(block) for block in scored.blocks):
+                taps = Taps(scored, read.shape, causal=self.config.causal_window > 0)
+                stack.enter_context(taps.installed(scored.sites))
+            stack.enter_context(capturing(capture, self.model, lambda hidden: step.gate(hidden, taps), training=True))
+            yield self
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the batches valued since the last call, averaged: `kept` (share of response tokens), the means
+        over response tokens of the four terms in units of the loss, and `target_age` in optimizer steps."""
+        figures = {name: float(total) / self._batches for name, total in self._sums.items()} if self._batches else {}
+        self._sums, self._batches = {}, 0
+        return {**figures, "target_age": float(self._age)}
+
+    def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
+        self.values, self.weights = values, weights.float()
+        count = batch.rows.sum().clamp(min=1)
+        figures = {
+            "kept": weights,
+            "direct_target": values.direct_target,
+            "causal_target": values.causal_target,
+            "direct_drift": values.direct_drift,
+            "causal_drift": values.causal_drift,
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                self._sums[name] = self._sums.get(name, torch.zeros((), device=figure.device)) + figure.sum() / count
+        self._batches += 1
+
+    def _ensure_fisher(self, scored: Scored, batch: Batch) -> None:
+        if self.fisher is None and self.config.stability_weight > 0:
+            batches = [batch.chosen()]
+            if self.target_batches is not None:
+                batches = [read_batch(to_device(b, scored.device)).chosen() for b in self.target_batches]
+            dense = self.config.fisher == "dense"
+            self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
+
+    def _refresh(self, scored: Scored) -> None:
+        """Count optimizer steps, and estimate the target anew when it is old enough."""
+        if self._moved(scored):
+            self._age += 1
+        if self.target_batches is not None and (self.target is None or self._age >= self.config.target_every):
+            self.target = estimate_target(self.model, scored, self.target_batches)
+            self._age = 0
+
+    def _moved(self, scored: Scored) -> bool:
+        """Whether the scored adapters have changed since the last call.
+
+        Optimizers that write through raw pointers (bitsandbytes) do not move version counters; then norms tell.
+        """
+        parameters = [p.detach() for p in scored.parameters.values()]
+        versions = [p._version for p in parameters]
+        if self._state is not None and versions != self._state[0]:
+            self._state = (versions, _fingerprint(parameters))
+            return True
+        fingerprint = _fingerprint(parameters)
+        before, self._state = self._state, (versions, fingerprint)
+        return before is not None and not torch.equal(before[1], fingerprint)
+
+
+def _fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([norm.double() for norm in torch._foreach_norm(parameters)])
+
+
+def _runs_again(block: nn.Module) -> bool:
+    """Whether a block's forward is recomputed in backward, so that nothing may be tapped in it."""
+    return block.training and bool(getattr(block, "gradient_checkpointing", False))

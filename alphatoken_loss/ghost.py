@@ -1,0 +1,347 @@
+"""The ghost estimator: position-local token values as contractions d^T C h (arXiv 2606.01635, Eqs. 8 to 12).
+
+For a scored linear with input h_t and output gradient d_t, and a matrix C of the weight's shape (the validation
+gradient G, or the drift gradient V), the value of position t is d_t^T C h_t. On a LoRA layer y = W0 x + s B A x,
+with d the gradient at B's output, A's output gradient is B^T d, so both linears are contracted from d, x and A x, and
+every temporary has rank-sized rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .attention import AttentionCall
+from .batches import Batch
+from .blocks import LinearSite, LoraSite, Scored, Site
+from .replay import Capture
+from .values import TokenValues
+
+Direction = dict[str, torch.Tensor]
+
+
+class NonFiniteRows(FloatingPointError):
+    """The gradient at the last block's output is itself not finite: the loss overflowed, not the valuation."""
+
+
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions of a batch arranged as groups that share a matrix C: `(B, T, n)` <-> `(G, N, n)`.
+
+    Attributes:
+        shape (`tuple`): `(B, T)`.
+        index (`torch.Tensor`, *optional*): `(G, N)` positions in the flattened batch; without it one group holds all.
+        present (`torch.Tensor`, *optional*): `(G, N, 1)` bool, False where `index` only fills a group up.
+    """
+
+    shape: tuple[int, int]
+    index: torch.Tensor | None = None
+    present: torch.Tensor | None = None
+
+    def to_groups(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.reshape(1, -1, tensor.shape[-1])
+        if self.index is None:
+            return flat
+        return flat[0][self.index].masked_fill(~self.present, 0)  # type: ignore[operator]
+
+    def to_batch(self, grouped: torch.Tensor) -> torch.Tensor:
+        if self.index is None:
+            return grouped.view(*self.shape, -1)
+        flat = grouped.new_zeros(self.shape[0] * self.shape[1], grouped.shape[-1])
+        present = self.present[..., 0]  # type: ignore[index]
+        flat[self.index[present]] = grouped[present]
+        return flat.view(*self.shape, -1)
+
+    @classmethod
+    def of_groups(cls, groups: torch.Tensor) -> Layout:
+        """From `(B, T)` int64 group numbers 0 .. G - 1."""
+        flat = groups.flatten()
+        order = flat.argsort(stable=True)
+        sizes = torch.bincount(flat)
+        column = torch.arange(int(sizes.max()), device=groups.device)
+        present = column < sizes[:, None]
+        index = torch.zeros_like(present, dtype=torch.long)
+        index[present] = order
+        return cls((groups.shape[0], groups.shape[1]), index, present[..., None])
+
+
+@dataclass(frozen=True)
+class Others:
+    """Each group of sequences is valued against the mean gradient of the other groups, made in the same walk.
+
+    Attributes:
+        groups (`torch.Tensor`): `(B, T)` int64, 0 .. G - 1.
+        validating (`torch.Tensor`): `(B, T)` bool, positions whose gradient counts for others.
+        counts (`torch.Tensor`): `(G,)` response tokens that a group validates with.
+    """
+
+    groups: torch.Tensor
+    validating: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Others:
+        """Sequences against sequences; for pairs, pairs against the chosen answers of the other pairs.
+
+        Raises:
+            ValueError: there is only one sequence (one pair) with a response.
+        """
+        groups, validating = batch.segments, torch.ones_like(batch.rows)
+        if batch.pairs:
+            half = batch.shape[0] // 2
+            groups = torch.arange(half, device=groups.device).repeat(2)[:, None].expand(batch.shape)
+            validating[half:] = False
+        counts = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=groups.device)
+        counts = counts.index_add(0, groups[batch.rows & validating], counts.new_ones(()).expand(
+            int((batch.rows & validating).sum())
+        ))
+        if int((counts > 0).sum()) < 2:
+            kind = "pair" if batch.pairs else "sequence"
+            raise ValueError(
+                f"The batch holds one {kind} with a response and there is no target, so nothing is left to validate it "
+                f"against. Pass target=target_gradient(model, validation_batches), or a batch of two {kind}s or more."
+            )
+        return cls(groups, validating, counts)
+
+
+class _LoraContraction:
+    """d^T C h on both linears of a LoRA layer, for J matrices at once; everything `(G, N, .)`."""
+
+    def __init__(self, site: LoraSite, layout: Layout, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.layout = layout
+        self.error = error
+        self.x, self.ax = (layout.to_groups(tensor) for tensor in inputs)
+        self.b = site.b.weight.to(error.dtype)
+        self.trains_a, self.trains_b = site.a.weight.requires_grad, site.b.weight.requires_grad
+        self.names = tuple(site.parameters)
+
+    def set_direction(self, direction: Direction, components: int) -> None:
+        """`direction` holds `(J, ...)` for all groups, or `(G, J, ...)`."""
+        rank, count = self.b.shape[1], components
+        zero = self.b.new_zeros(())
+        ca = direction.get(self.names[0], zero.expand(count, rank, self.x.shape[-1]))
+        cb = direction.get(self.names[1], zero.expand(count, *self.b.shape))
+        ca, cb = (c if c.dim() == 4 else c[None] for c in (ca, cb))
+        self.right = (self.x @ ca.flatten(1, 2).transpose(1, 2)).unflatten(-1, (count, rank))
+        # Columns: B itself, which takes d to A's output, then each C_B.
+        self.columns = torch.cat(
+            [self.b.expand(cb.shape[0], *self.b.shape), *(cb[:, j] for j in range(count))], dim=-1
+        )
+
+    def direct(self) -> torch.Tensor:
+        return self.layout.to_batch(self._combine(self.layout.to_groups(self.error) @ self.columns))
+
+    def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        error = self.layout.to_groups(self.error[..., rows])
+        left = self.layout.to_batch(error @ self.columns[:, rows])
+        left = attention.propagate(left, window, batch)
+        return self.layout.to_batch(self._combine(self.layout.to_groups(left)))
+
+    def _combine(self, left: torch.Tensor) -> torch.Tensor:
+        rank = self.b.shape[1]
+        at_a, at_b = left[..., None, :rank], left[..., rank:].unflatten(-1, (-1, rank))
+        return (at_a * self.right + at_b * self.ax[..., None, :]).sum(-1)
+
+    def group_gradients(self, validating: torch.Tensor) -> Direction:
+        error = self.layout.to_groups(self.error * validating)
+        return {
+            self.names[0]: (error @ self.b).transpose(1, 2) @ self.x,
+            self.names[1]: error.transpose(1, 2) @ self.ax,
+        }
+
+    def squared_norms(self) -> torch.Tensor:
+        error = self.layout.to_groups(self.error)
+        norms = 0.0 * error[..., :1]
+        if self.trains_a:
+            norms = norms + (error @ self.b).square().sum(-1, True) * self.x.square().sum(-1, True)
+        if self.trains_b:
+            norms = norms + error.square().sum(-1, True) * self.ax.square().sum(-1, True)
+        return self.layout.to_batch(norms)
+
+
+class _LinearContraction:
+    """d^T C h on a linear that is trained itself."""
+
+    def __init__(self, site: LinearSite, layout: Layout, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.layout = layout
+        self.error = error
+        self.x = layout.to_groups(inputs[0])
+        self.transposed = site.transposed
+        (self.name,) = site.parameters
+
+    def set_direction(self, direction: Direction, components: int) -> None:
+        c = direction[self.name]
+        c = c if c.dim() == 4 else c[None]
+        self.c = c.transpose(-1, -2) if self.transposed else c
+
+    def direct(self) -> torch.Tensor:
+        error = self.layout.to_groups(self.error)
+        return self.layout.to_batch(self._combine(error, self.c))
+
+    def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        error = self.layout.to_groups(attention.propagate(self.error[..., rows], window, batch))
+        return self.layout.to_batch(self._combine(error, self.c[:, :, rows]))
+
+    def _combine(self, error: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        parts = [(error * (self.x @ c[:, j].transpose(1, 2))).sum(-1) for j in range(c.shape[1])]
+        return torch.stack(parts, -1)
+
+    def group_gradients(self, validating: torch.Tensor) -> Direction:
+        gradient = self.layout.to_groups(self.error * validating).transpose(1, 2) @ self.x
+        return {self.name: gradient.transpose(1, 2) if self.transposed else gradient}
+
+    def squared_norms(self) -> torch.Tensor:
+        error = self.layout.to_groups(self.error)
+        return self.layout.to_batch(error.square().sum(-1, True) * self.x.square().sum(-1, True))
+
+
+class _Contractor:
+    """Visitor that sums the contractions of all sites: `direct` and `causal` are `(B, T, J)`, `norms` `(B, T, 1)`."""
+
+    def __init__(
+        self,
+        scored: Scored,
+        batch: Batch,
+        direction: Direction,
+        *,
+        components: int,
+        window: int,
+        norms: bool,
+        others: Others | None,
+        check: bool = False,
+    ) -> None:
+        self.scored, self.batch, self.direction = scored, batch, direction
+        self.components, self.window, self.wants_norms, self.others = components, window, norms, others
+        self.check = check
+        self.direct: torch.Tensor | float = 0.0
+        self.causal: torch.Tensor | float = 0.0
+        self.norms: torch.Tensor | float = 0.0
+
+    def __call__(
+        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+    ) -> None:
+        dtype = accumulation_dtype(error)
+        with torch.autocast(error.device.type, enabled=False):
+            self._add(site, error.to(dtype), tuple(tensor.to(dtype) for tensor in inputs), attention)
+
+    def _add(
+        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+    ) -> None:
+        contraction = _contraction(site, Layout(self.batch.shape), error, inputs)
+        terms: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        if self.others is not None:
+            terms.append(self._against_others(site, error, inputs, attention))
+        if self.components:
+            contraction.set_direction(self.direction, self.components)
+            terms.append(self._terms(site, contraction, attention))
+        direct = torch.cat([direct for direct, _ in terms], -1)
+        if self.check and not direct.isfinite().all():
+            raise FloatingPointError(
+                f"Token values are not finite at {site.name}. Look for inf or nan in this adapter, its target gradient "
+                "and its Fisher, or lower the learning rate."
+            )
+        self.direct = self.direct + direct
+        if attention is not None:
+            self.causal = self.causal + torch.cat([causal for _, causal in terms if causal is not None], -1)
+        if self.wants_norms:
+            self.norms = self.norms + contraction.squared_norms()
+
+    def _terms(
+        self, site: Site, contraction: _LoraContraction | _LinearContraction, attention: AttentionCall | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if attention is None:
+            return contraction.direct(), None
+        rows = self.scored.value_rows[site.block][site.name]
+        return contraction.direct(), contraction.causal(attention, self.window, self.batch, rows)
+
+    def _against_others(
+        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.others is not None
+        contraction = _contraction(site, Layout.of_groups(self.others.groups), error, inputs)
+        counts = self.others.counts.to(error.dtype)
+        rest = (counts.sum() - counts).clamp(min=1)[:, None, None]
+        own = contraction.group_gradients(self.others.validating[..., None])
+        trained = site.parameters
+        direction = {
+            name: ((g.sum(0, keepdim=True) - g) / rest)[:, None] for name, g in own.items() if trained[name].requires_grad
+        }
+        contraction.set_direction(direction, 1)
+        return self._terms(site, contraction, attention)
+
+
+def _contraction(
+    site: Site, layout: Layout, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]
+) -> _LoraContraction | _LinearContraction:
+    kind = _LoraContraction if isinstance(site, LoraSite) else _LinearContraction
+    return kind(site, layout, error, inputs)  # type: ignore[arg-type]
+
+
+def ghost_values(
+    capture: Capture,
+    rows: torch.Tensor,
+    direction: Direction,
+    components: tuple[str, ...],
+    *,
+    causal_window: int,
+    stability_weight: float,
+    norms: bool = False,
+    others: Others | None = None,
+) -> TokenValues:
+    """Value every response token of a batch from the gradient at the last block's output.
+
+    Args:
+        capture (`Capture`): what the forward left.
+        rows (`torch.Tensor`): `(B, T, hidden)` gradient of the loss (a sum over tokens, times any positive factor).
+        direction (`dict`): parameter name -> `(J, *parameter.shape)`.
+        components (`tuple`): names of the J components, of "target" and "drift", in that order.
+        norms (`bool`): compute ghost norms too.
+        others (`Others`, *optional*): make the target from the rest of the batch; `components` then has no "target".
+
+    Raises:
+        FloatingPointError: rows are finite and values are not; the message names the linear.
+    """
+    batch = capture.batch
+
+    def contract(check: bool) -> _Contractor:
+        contractor = _Contractor(
+            capture.scored,
+            batch,
+            direction,
+            components=len(components),
+            window=causal_window,
+            norms=norms,
+            others=others,
+            check=check,
+        )
+        capture.visit(rows, contractor, causal=causal_window > 0)
+        return contractor
+
+    found = contract(check=False)
+    names = (("target",) if others is not None else ()) + components
+    empty = torch.zeros(batch.shape, dtype=accumulation_dtype(rows), device=rows.device)
+
+    def term(accumulated: torch.Tensor | float, name: str) -> torch.Tensor:
+        if not isinstance(accumulated, torch.Tensor) or name not in names:
+            return empty
+        return batch.at_labels(accumulated[..., names.index(name)])
+
+    direct_target, causal_target = term(found.direct, "target"), term(found.causal, "target")
+    direct_drift, causal_drift = term(found.direct, "drift"), term(found.causal, "drift")
+    adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
+    total = adaptation + stability_weight * stability
+    if not total.isfinite().all():
+        if not rows.isfinite().all():
+            raise NonFiniteRows("The gradient of the loss is not finite at the last block's output. Look at the loss.")
+        contract(check=True)  # a second walk, to name the linear
+        raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
+    grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
+    return TokenValues(
+        total, adaptation, stability, direct_target, causal_target, direct_drift, causal_drift, grad_norm
+    )

@@ -1,0 +1,63 @@
+"""Log-probabilities of a batch's labels, without whole logits where that saves memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .batches import IGNORE, Batch
+from .blocks import causal_lm
+
+
+def token_logps(
+    model: nn.Module, batch: Batch, labels: torch.Tensor | None = None, *, fused: bool | None = None
+) -> torch.Tensor:
+    """Log-probability of each label given what precedes it: -CE(logits[:, t - 1], labels[:, t]) at column t.
+
+    Args:
+        labels (`torch.Tensor`, *optional*): `(B, T)`, by default the batch's.
+        fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits. By default
+            where it saves memory: its kernels are for accelerators, and compute in float32.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model), 0 where the label is -100 and in column 0.
+    """
+    labels = batch.labels if labels is None else labels
+    weight = causal_lm(model).get_output_embeddings().weight  # type: ignore[operator]
+    if fused is None:
+        fused = weight.device.type != "cpu" and weight.dtype != torch.float64
+    if not fused:
+        return logps_of_logits(model(**{**batch.inputs, "use_cache": False}).logits, labels)
+    with _fused_head(model):
+        logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
+    return F.pad(logps, (1, 0))
+
+
+def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same from logits `(B, T, vocabulary)`; labels are shifted rather than logits, which would be copied."""
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
+    flat = logits.flatten(0, 1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    logps = -F.cross_entropy(flat, following.flatten(), ignore_index=IGNORE, reduction="none")
+    return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
+
+
+@contextlib.contextmanager
+def _fused_head(model: nn.Module) -> Iterator[None]:
+    """TRL's fused LM head for the time of one forward: `add_fused_lm_head` sets `forward` on the instance."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    base = causal_lm(model)
+    before = base.__dict__.get("forward")
+    try:
+        add_fused_lm_head(base)
+        yield
+    finally:
+        if before is None:
+            base.__dict__.pop("forward", None)
+        else:
+            base.__dict__["forward"] = before

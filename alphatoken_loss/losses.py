@@ -1,0 +1,142 @@
+"""Drop-in losses: plain, with token weights, or valued on the way by an `AlphaToken`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import Batch, read_batch
+from .blocks import unwrap
+from .gate import AlphaToken
+from .logps import logps_of_logits, token_logps
+from .preference import LOSSES, check_loss, pair_logps, reference_logps
+
+Weights = torch.Tensor | AlphaToken | None
+
+
+def sft_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    weights: Weights = None,
+    *,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    return_outputs: bool = False,
+) -> Any:
+    """Supervised fine-tuning loss: sum_t w_t l_t / sum_t w_t with l_t = -log p(y_t | y_<t) (arXiv 2606.01635, Eq. 13).
+
+    Args:
+        model (`nn.Module`): causal LM.
+        batch (`Mapping`): `input_ids` and `labels` `(B, T)`, and the model's other inputs.
+        weights (`torch.Tensor` or `AlphaToken`, *optional*):
+            `None`: the model's own loss. A `(B, T)` tensor of any floats, aligned with the labels: the weighted mean.
+            An `AlphaToken`: this batch is valued in its own backward pass; the loss has the unmasked value, and the
+            gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given).
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the sum is divided by instead, for gradient
+            accumulation.
+        return_outputs (`bool`): return `(loss, outputs)` with the model's outputs.
+
+    Returns:
+        `torch.Tensor`: scalar; a zero with a graph when no token counts.
+
+    Raises:
+        ValueError: the batch has no labels, or the weights are not of their shape.
+    """
+    read = read_batch(batch, pairs=False)
+    if isinstance(weights, torch.Tensor):
+        _check_weights(weights, read)
+        outputs = model(**{**read.inputs, "use_cache": False}) if return_outputs else None
+        logps = token_logps(model, read) if outputs is None else logps_of_logits(outputs.logits, read.labels)
+        weights = read.at_labels(weights.to(logps).roll(-1, 1))
+        total = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(logps)
+        loss = -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total)
+        return (loss, outputs) if return_outputs else loss
+    count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    with _valuing(model, batch, weights, mean_over_kept=num_items_in_batch is None):
+        outputs = model(**read.inputs, labels=read.labels, num_items_in_batch=count)
+    return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def dpo_loss(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    batch: Mapping[str, Any],
+    weights: Weights = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    return_metrics: bool = False,
+) -> Any:
+    """Preference loss of a batch of pairs, with the gradient of low-value tokens switched off (Eq. 14).
+
+    The value is that of the full sequences, so any loss on sequence log-probabilities is masked the same way:
+    for `"sigmoid"`, the gradient is omega * sum_t (w_t+ grad l_t+ - w_t- grad l_t-), omega = beta * sigmoid(-s).
+
+    Args:
+        model (`nn.Module`): the policy.
+        ref_model (`nn.Module` or `None`): the reference; `None` for the policy with adapters off or "ref" on. Not run
+            where the batch brings `ref_chosen_logps` and `ref_rejected_logps`.
+        batch (`Mapping`): stacked pairs with `completion_mask`, chosen first, or `chosen_*` / `rejected_*` keys.
+        weights (`torch.Tensor` or `AlphaToken`, *optional*): `None` for the plain loss; `(2P, T)` floats aligned with
+            the labels, chosen first; or an `AlphaToken`, which values this batch in its own backward pass.
+        beta (`float`): inverse temperature of the implicit reward, in 1 / nats.
+        loss_type (`str`): as TRL's: sigmoid, hinge, ipo, robust, exo_pair, apo_zero or apo_down.
+        label_smoothing (`float`): share of flipped preferences, of robust and exo_pair; the others have none.
+        return_metrics (`bool`): return `(loss, metrics)`, detached means over pairs by TRL's names: rewards/chosen,
+            rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected.
+
+    Returns:
+        `torch.Tensor`: scalar, the mean over pairs.
+
+    Raises:
+        ValueError: the batch holds no pairs, the weights are not of their shape, or an option is not known.
+    """
+    check_loss(loss_type, beta, label_smoothing)
+    read = read_batch(batch, pairs=True)
+    ref_logps = reference_logps(model, ref_model, read)
+    if isinstance(weights, torch.Tensor):
+        _check_weights(weights, read)
+        logps = token_logps(model, read)
+        weighted = logps * weights.to(logps)
+        logps = weighted + (logps - weighted).detach()
+    else:
+        with _valuing(model, batch, weights):
+            logps = token_logps(model, read)
+    pairs = pair_logps(read, logps, ref_logps)
+    loss = LOSSES[loss_type](pairs, beta, label_smoothing).mean()
+    if not return_metrics:
+        return loss
+    chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
+    metrics = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "logps/chosen": pairs.chosen.detach().mean(),
+        "logps/rejected": pairs.rejected.detach().mean(),
+    }
+    return loss, metrics
+
+
+def _valuing(
+    model: nn.Module, batch: Mapping[str, Any], weights: AlphaToken | None, **options: bool
+) -> AbstractContextManager[Any]:
+    if weights is None:
+        return nullcontext()
+    if not isinstance(weights, AlphaToken):
+        raise TypeError(f"weights is a {type(weights).__name__}; it must be a tensor, an AlphaToken or None.")
+    if unwrap(weights.model) is not unwrap(model):
+        raise ValueError("The AlphaToken was made for another model object. Make one for this model.")
+    return weights(batch, **options)
+
+
+def _check_weights(weights: torch.Tensor, batch: Batch) -> None:
+    if tuple(weights.shape) != batch.shape:
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)} and the labels {batch.shape}; they must agree, one weight per "
+            "label, unshifted."
+        )

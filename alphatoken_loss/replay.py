@@ -1,0 +1,337 @@
+"""Going back through the last K blocks, from what a forward left: in its graph, or by running blocks again.
+
+This is the only file that installs module hooks. A tap is an identity on a linear's output whose backward meets the
+gradient d there and the input h that was kept, and gives both to a visitor; what the visitor makes of them (token
+values, Fisher sums) never outlives the walk as anything per token but a (batch, time) accumulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from .attention import AttentionCall, AttentionWatch
+from .batches import Batch
+from .blocks import LoraSite, Scored, Site, unwrap, without_noise
+
+
+class Visitor(Protocol):
+    """Called once per scored site in a walk, from the last to the first.
+
+    `error` is the gradient at the site's output, `(B, T, d_out)`; `inputs` is the site's input `(B, T, d_in)` and, for
+    a LoRA layer tapped at its B, also B's input `(B, T, r)`; `attention` is the call its values went into, if any.
+    """
+
+    def __call__(
+        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+    ) -> None: ...
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward shows the gradient and the kept inputs to the walk in progress, if one is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, probe: torch.Tensor, taps: Taps, site: Site, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.taps, ctx.site = taps, site
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        (error,) = grads
+        if error is not None and ctx.taps.visitor is not None:
+            ctx.taps.show(ctx.site, error, ctx.saved_tensors)
+        return error, None, None, None, *(None for _ in ctx.saved_tensors)
+
+
+class Taps:
+    """Taps on the sites of some blocks, live while `installed()` is entered.
+
+    Args:
+        scored (`Scored`): what is scored.
+        shape (`tuple`): `(B, T)` of the batch, which every tapped linear must see.
+        causal (`bool`): keep queries and keys for the causal terms.
+        at_layer (`bool`): tap LoRA layers as a whole (dL/dy and x; the layer's adapters may be off) instead of the
+            A and B inside.
+    """
+
+    def __init__(
+        self, scored: Scored, shape: tuple[int, int], *, causal: bool = False, at_layer: bool = False
+    ) -> None:
+        self.scored = scored
+        self.shape = shape
+        self.at_layer = at_layer
+        self.visitor: Visitor | None = None
+        # A leaf that every tap depends on and nothing needs: asking autograd for its gradient walks through the taps.
+        self.probe = torch.empty(0, requires_grad=True)
+        self.watch = AttentionWatch(scored) if causal else None
+
+    @contextlib.contextmanager
+    def installed(self, sites: list[Site]) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        with contextlib.ExitStack() as stack:
+            try:
+                for site in sites:
+                    handles += self._hooks(site)
+                if self.watch is not None:
+                    stack.enter_context(self.watch.watching())
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def clear(self) -> None:
+        """Let go of everything kept from a forward."""
+        if self.watch is not None:
+            self.watch.outputs.clear()
+            self.watch.calls.clear()
+
+    def walk(
+        self, output: torch.Tensor, rows: torch.Tensor, inputs: list[torch.Tensor], visitor: Visitor, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Go back from `output` with gradient `rows` through every tap, and return the gradients of `inputs`."""
+        self.visitor = visitor
+        try:
+            return torch.autograd.grad(output, [self.probe, *inputs], rows, allow_unused=True, **kwargs)[1:]
+        finally:
+            self.visitor = None
+
+    def show(self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert self.visitor is not None
+        attention = self.watch.calls.get(site.name) if self.watch is not None else None
+        batched = (tensor.reshape(*self.shape, tensor.shape[-1]) for tensor in (error, *inputs))
+        error = next(batched)
+        with torch.no_grad():
+            self.visitor(site, error, tuple(batched), attention)
+
+    def _hooks(self, site: Site) -> list[RemovableHandle]:
+        kept: list[torch.Tensor] = []
+
+        def keep_input(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if torch.is_grad_enabled():
+                kept.append(args[0].detach())
+
+        def tap(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            seen = args[0].shape[:-1].numel()
+            if seen != self.shape[0] * self.shape[1]:
+                raise ValueError(
+                    f"{site.name} sees {seen} positions of a batch of {self.shape[0]} x {self.shape[1]}. Token values "
+                    "need linears that see every position once; keep routed experts and the like out of target_modules."
+                )
+            inputs = (kept.pop(), args[0].detach()) if kept else (args[0].detach(),)
+            tapped = _Tap.apply(output, self.probe, self, site, *inputs)
+            if self.watch is not None:
+                self.watch.saw_output(site, tapped)
+            return tapped
+
+        if isinstance(site, LoraSite) and not self.at_layer:
+            return [site.a.register_forward_hook(keep_input), site.b.register_forward_hook(tap)]
+        return [site.module.register_forward_hook(tap)]
+
+
+@dataclass
+class BlockCall:
+    """How a block was called in a forward; tensors are references, not copies."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def detached(self) -> BlockCall:
+        """The same call on a leaf of the same values, without the cache: a second call would append to it."""
+        leaf = self.hidden.detach().requires_grad_()
+        kwargs = {k: None if isinstance(v, Cache) else v for k, v in self.kwargs.items()}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        if self.args:
+            rest = tuple(None if isinstance(v, Cache) else v for v in self.args[1:])
+            return BlockCall((leaf, *rest), kwargs)
+        return BlockCall((), {**kwargs, "hidden_states": leaf})
+
+
+@dataclass
+class Capture:
+    """What one forward of the model leaves for valuing it: the calls of the last K blocks, or a graph with taps."""
+
+    scored: Scored
+    batch: Batch
+    calls: list[BlockCall] = field(default_factory=list)
+    autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
+    graph: tuple[Taps, torch.Tensor] | None = None
+    replaying: bool = False
+
+    def release(self) -> None:
+        """Let go of everything the forward left."""
+        self.calls.clear()
+        if self.graph is not None:
+            self.graph[0].clear()
+            self.graph = None
+
+    def remember_autocast(self, device: str) -> None:
+        self.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def visit(self, rows: torch.Tensor, visitor: Visitor, *, causal: bool, at_layer: bool = False) -> None:
+        """Show a visitor every scored site, from the gradient `rows` `(B, T, hidden)` at the last block's output."""
+        if self.graph is not None:
+            taps, output = self.graph
+            taps.walk(output, rows, [], visitor, retain_graph=True)
+        else:
+            self._replay(rows, [], visitor, causal=causal, at_layer=at_layer)
+        if causal and len(self.scored.value_rows) < len(self.scored.blocks):
+            warnings.warn(
+                "The attention of a scored block does not run through transformers' attention interface, so it adds no "
+                "causal term. Set causal_window=0 to go without.",
+                stacklevel=2,
+            )
+
+    def gradients(self, rows: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Gradients of parameters of the scored blocks, by replay; zeros for one that took no part."""
+        found = self._replay(rows, list(parameters.values()), None)
+        return {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(parameters.items(), found, strict=True)
+        }
+
+    def _replay(
+        self,
+        rows: torch.Tensor,
+        parameters: list[nn.Parameter],
+        visitor: Visitor | None,
+        *,
+        causal: bool = False,
+        at_layer: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run each block again, last to first, and go back through it: one block's activations live at a time."""
+        found: list[torch.Tensor | None] = [None] * len(parameters)
+        device, enabled, dtype = self.autocast
+        self.replaying = True  # the hooks of `capturing` may still be in place
+        for index in reversed(range(len(self.calls))):
+            block, call = self.scored.blocks[index], self.calls[index].detached()
+            own = {id(p) for p in block.parameters()}
+            here = [i for i, parameter in enumerate(parameters) if id(parameter) in own]
+            taps = Taps(self.scored, self.batch.shape, causal=causal, at_layer=at_layer)
+            with torch.enable_grad(), without_noise(block), torch.autocast(device, dtype, enabled):
+                with taps.installed(self.scored.in_block(index) if visitor is not None else []):
+                    output = block(*call.args, **call.kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            wanted = [call.hidden] if index else []
+            grads = taps.walk(
+                output,
+                rows.to(output.dtype),
+                [*wanted, *(parameters[i] for i in here)],
+                visitor if visitor is not None else _look_away,
+            )
+            taps.clear()
+            if index:
+                assert grads[0] is not None
+                rows = grads[0]
+            for i, gradient in zip(here, grads[len(wanted) :], strict=True):
+                found[i] = gradient
+        self.replaying = False
+        return found
+
+
+def _look_away(*_: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def capturing(
+    capture: Capture, model: nn.Module, on_output: Callable[[torch.Tensor], torch.Tensor], *, training: bool
+) -> Iterator[None]:
+    """Record the block calls of one forward, and pass the last block's output through `on_output`.
+
+    Args:
+        training (`bool`): record the forward that runs with grad, and leave others alone; else the one without.
+
+    Raises:
+        RuntimeError: a second such forward runs.
+        ValueError: the forward's shape is not the batch's.
+    """
+    blocks = capture.scored.blocks
+    state = {"running": False}
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if capture.replaying:
+                return
+            if index == 0:
+                state["running"] = torch.is_grad_enabled() == training
+                if state["running"] and capture.calls:
+                    raise RuntimeError(
+                        "A second forward with grad ran in one AlphaToken context, which values one batch by one "
+                        "forward. Open a context for each forward; a reference belongs under torch.no_grad()."
+                    )
+            if not state["running"]:
+                return
+            call = BlockCall(args, kwargs)
+            if tuple(call.hidden.shape[:2]) != capture.batch.shape:
+                raise ValueError(
+                    f"The model ran on a batch of shape {tuple(call.hidden.shape[:2])}, but the batch being valued has "
+                    f"shape {capture.batch.shape}. Give the context the batch that the model runs on."
+                )
+            if index == 0:
+                capture.remember_autocast(call.hidden.device.type)
+            capture.calls.append(call)
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not state["running"]:
+            return None
+        state["running"] = False
+        if isinstance(output, tuple):
+            return (on_output(output[0]), *output[1:])
+        return on_output(output)
+
+    handles: list[RemovableHandle] = []
+    try:
+        for index, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(before(index), with_kwargs=True))
+        handles.append(blocks[-1].register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture_without_graph(
+    model: nn.Module, scored: Scored, batch: Batch, loss_sum: Callable[[nn.Module], torch.Tensor]
+) -> tuple[Capture, torch.Tensor]:
+    """Run a forward whose graph holds only what follows the last block, and the loss back to that block's output.
+
+    Args:
+        loss_sum (`Callable`): runs the model on the batch and returns a scalar loss.
+
+    Returns:
+        The capture, and the gradient rows `(B, T, hidden)` at the last block's output.
+    """
+    capture = Capture(scored, batch)
+    leaves: list[torch.Tensor] = []
+
+    def cut(hidden: torch.Tensor) -> torch.Tensor:
+        leaves.append(hidden.detach().requires_grad_())
+        torch.set_grad_enabled(True)  # for norm, head and loss; `no_grad` below puts it back
+        return leaves[0]
+
+    with without_noise(unwrap(model)):
+        with torch.no_grad(), capturing(capture, model, cut, training=False):
+            loss = loss_sum(model)
+        (rows,) = torch.autograd.grad(loss, leaves)
+    return capture, rows

@@ -1,0 +1,100 @@
+"""The target gradient: which way the scored adapters would move to lower the validation loss (Eq. 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import read_batch, to_device
+from .blocks import Scored, find_scored
+from .config import AlphaTokenConfig
+from .distributed import all_sum
+from .ghost import accumulation_dtype
+from .logps import token_logps
+from .replay import capture_without_graph
+
+
+@dataclass(frozen=True)
+class Target:
+    """Gradient of the mean validation loss over the scored adapters.
+
+    Attributes:
+        gradients (`dict`): parameter name, as in `model.named_parameters()`, -> tensor of the parameter's shape in
+            float32 (float64 for a float64 model): (1 / N) * sum over the N validation response tokens of the gradient
+            of -log p.
+        tokens (`int`): N.
+    """
+
+    gradients: Mapping[str, torch.Tensor]
+    tokens: int
+
+    def check(self, scored: Scored) -> None:
+        """See that it was made for these scored parameters.
+
+        Raises:
+            ValueError: a scored parameter is missing or of another shape.
+        """
+        for name, parameter in scored.parameters.items():
+            gradient = self.gradients.get(name)
+            if gradient is None or gradient.shape != parameter.shape:
+                came = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
+                raise ValueError(
+                    f"The target has {came} for the scored parameter {name} of shape {tuple(parameter.shape)}. It was "
+                    "made for another model, adapter or num_layers: make it again with target_gradient(model, batches, "
+                    "config=config)."
+                )
+
+
+def target_gradient(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, config: AlphaTokenConfig | None = None
+) -> Target:
+    """Gradient of the mean loss over validation response tokens, over the scored adapters (G of Eq. 8).
+
+    Each batch is run forward without a graph, then back through the last K blocks only, one block at a time, so the
+    peak memory is below a training step's. Dropout is off. `.grad` and the model's mode are not touched.
+
+    Args:
+        model (`nn.Module`): the model in training.
+        batches (`Iterable`): SFT batches of clean target-task examples (`input_ids`, `labels`, ...), of any sizes.
+            For a preference batch its chosen answers count.
+        config (`AlphaTokenConfig`, *optional*): its `num_layers` is used.
+
+    Returns:
+        `Target`
+
+    Raises:
+        ValueError: no batch has a response token.
+
+    Example:
+        >>> target = target_gradient(model, validation_batches)
+        >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
+    """
+    config = config or AlphaTokenConfig()
+    return estimate_target(model, find_scored(model, config.scored_layers), batches)
+
+
+def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any]]) -> Target:
+    sums: dict[str, torch.Tensor] = {}
+    count = 0
+    if isinstance(batches, Mapping):
+        batches = [batches]
+    for raw in batches:
+        batch = read_batch(to_device(raw, scored.device)).chosen()
+        tokens = int(batch.rows.sum())
+        if not tokens:
+            continue
+        capture, rows = capture_without_graph(model, scored, batch, lambda m, b=batch: -token_logps(m, b).sum())
+        for name, gradient in capture.gradients(rows, scored.parameters).items():
+            gradient = gradient.to(accumulation_dtype(gradient))
+            sums[name] = sums[name] + gradient if name in sums else gradient
+        count += tokens
+    if not sums:  # a rank without a batch still takes part in the sum
+        sums = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in scored.parameters.items()}
+    count = all_sum(list(sums.values()), count)
+    if not count:
+        raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
+    return Target({name: gradient / count for name, gradient in sums.items()}, count)
