@@ -113,7 +113,9 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None) -
         read = _read_stacked(batch, pairs)
     if pairs is not None and read.pairs != pairs:
         came, wanted = ("preference pairs", "`labels`") if read.pairs else ("`labels`", "`completion_mask`")
-        raise ValueError(f"The batch holds {came} where one with {wanted} is needed; its keys are {sorted(batch)}.")
+        raise ValueError(
+            f"The batch holds {came} where one with {wanted} is needed; its keys are {sorted(read.inputs)}."
+        )
     _check_shapes(read)
     return read
 
@@ -187,9 +189,7 @@ def _check_shapes(batch: Batch) -> None:
             continue
         broadcast = name == "position_ids" and value.shape == (1, batch.shape[1])
         if tuple(value.shape) != batch.shape and not broadcast:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)} and the labels {batch.shape}; they must agree."
-            )
+            raise ValueError(f"{name} has shape {tuple(value.shape)} and the labels {batch.shape}; they must agree.")
     if batch.ref_logps is not None:
         for branch, logps in zip(("chosen", "rejected"), batch.ref_logps, strict=True):
             if logps.shape != (batch.shape[0] // 2,):

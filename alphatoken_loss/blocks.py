@@ -51,7 +51,7 @@ class LoraSite:
         return self.b.weight.shape[0], self.a.weight.shape[1]
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         return {
             f"{self.name}.lora_A.{self.adapter}.weight": self.a.weight,
             f"{self.name}.lora_B.{self.adapter}.weight": self.b.weight,
@@ -81,7 +81,7 @@ class LinearSite:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         return {f"{self.name}.weight": self.module.weight}  # type: ignore[dict-item]
 
 
@@ -109,7 +109,7 @@ class Scored:
         return [site for site in self.sites if site.block == index]
 
     @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, torch.Tensor]:
         """Scored trainable parameters by their names in `model.named_parameters()`."""
         named = (item for site in self.sites for item in site.parameters.items())
         return {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -207,7 +207,9 @@ def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
             "peft.LoraConfig, or keep this module out of target_modules."
         )
     if layer.merged:
-        raise ValueError(f"{name}: adapter(s) {layer.merged_adapters} are merged into the base. Call unmerge_adapter().")
+        raise ValueError(
+            f"{name}: adapter(s) {layer.merged_adapters} are merged into the base. Call unmerge_adapter()."
+        )
     if layer.disable_adapters:
         raise ValueError(
             f"{name}: the adapters are disabled, so nothing is trained. Call enable_adapter_layers(), or leave the "
@@ -305,7 +307,7 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
                     child.training = False
                 if getattr(child, "gradient_checkpointing", False):
                     touched.append((child, "gradient_checkpointing", child.gradient_checkpointing))
-                    child.gradient_checkpointing = False
+                    setattr(child, "gradient_checkpointing", False)  # noqa: B010
         yield
     finally:
         for child, attribute, value in reversed(touched):
@@ -315,8 +317,7 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
 def draws_noise(module: nn.Module) -> bool:
     """Whether a module in its present mode applies dropout."""
     return any(
-        child.training
-        and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and child.p > 0))  # type: ignore[operator]
+        child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and child.p > 0))  # type: ignore[operator]
         for child in module.modules()
     )
 

@@ -30,6 +30,7 @@ from .blocks import (
     Scored,
     Site,
     causal_lm,
+    find_blocks,
     find_scored,
     reference_mode,
     unwrap,
@@ -105,9 +106,7 @@ class Fisher:
         handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
-            save_file(
-                tensors, unfinished, metadata={"format": _FORMAT, "about": json.dumps({"prompts": self.prompts})}
-            )
+            save_file(tensors, unfinished, metadata={"format": _FORMAT, "about": json.dumps({"prompts": self.prompts})})
             os.replace(unfinished, path)
         except BaseException:
             Path(unfinished).unlink(missing_ok=True)
@@ -126,7 +125,7 @@ class Fisher:
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
         except Exception as error:
             raise ValueError(f"{path} is not a safetensors file ({error}).") from error
         if about.get("format") != _FORMAT:
@@ -267,12 +266,10 @@ def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> tuple[Scor
     """The scored modules as the reference has them, and what each is called in the model that is trained."""
     if ref_model is None:
         return scored, {site.name: site.name for site in scored.sites}
-    from .blocks import find_blocks
-
     blocks = find_blocks(ref_model)
     if len(blocks) != scored.total:
         raise ValueError(
-            f"ref_model has {len(blocks)} blocks and the model {scored.total}. Use the model that training started from."
+            f"ref_model has {len(blocks)} blocks and the model {scored.total}. Use the model training started from."
         )
     sites: list[Site] = []
     for site in scored.sites:
@@ -447,7 +444,7 @@ def _sample(
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     with torch.no_grad(), without_noise(unwrap(reference)):
-        sampled = unwrap(reference).generate(  # type: ignore[operator]
+        sampled = base.generate(  # type: ignore[operator]  # PEFT's own leaves an attribute on the model
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
@@ -462,6 +459,10 @@ def _sample(
     completion = sampled[:, longest:]
     ended = torch.isin(completion, ends).long()
     real = ended.cumsum(1) - ended == 0  # up to the first end token, which counts
-    inputs = {"input_ids": sampled, "attention_mask": torch.cat([mask, real.long()], 1)}
+    attended = torch.cat([mask, real.long()], 1)
     labels = torch.cat([torch.full_like(ids, IGNORE), completion.masked_fill(~real, IGNORE)], 1)
-    return Batch(inputs, labels)
+    # Move the padding to the right: then positions count from 0 without `position_ids`, which not every model takes.
+    column = torch.arange(sampled.shape[1], device=device)
+    order = (column + (mask == 0).sum(1, keepdim=True)) % sampled.shape[1]
+    inputs = {"input_ids": sampled.gather(1, order), "attention_mask": attended.gather(1, order)}
+    return Batch(inputs, labels.gather(1, order))

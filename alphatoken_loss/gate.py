@@ -74,11 +74,10 @@ class _Step:
             finally:
                 self.capture.release()
         assert self.keep is not None
-        scale = (self.keep | ~batch.rows).to(rows.dtype)
+        rows = rows.masked_fill((batch.rows & ~self.keep)[..., None], 0)
         if self.mean_over_kept:
-            scale = scale * (batch.rows.sum() / self.keep.sum().clamp(min=1)).to(rows.dtype)
-        # `where`: a row that is not finite (padding under some kernels) must not spread.
-        return rows * scale[..., None]
+            rows = rows * (batch.rows.sum() / self.keep.sum().clamp(min=1)).to(rows.dtype)
+        return rows
 
     def _value(self, rows: torch.Tensor) -> None:
         config = self.owner.config
@@ -142,7 +141,7 @@ class AlphaToken:
         self.fisher = fisher
         self.target = target if isinstance(target, Target) else None
         self.target_batches: list[Mapping[str, Any]] | None = None
-        if target is not None and self.target is None:
+        if target is not None and not isinstance(target, Target):
             self.target_batches = [target] if isinstance(target, Mapping) else list(target)
             if not self.target_batches:
                 raise ValueError("target holds no batches. Give validation batches, a Target, or None.")
@@ -155,9 +154,13 @@ class AlphaToken:
         self._batches = 0
         if self.config.rho < 1.0:
             scored = self._scored()
-            for part in (self.target, self.fisher if self.config.stability_weight > 0 else None):
+            for part in (self.target, self._drift_fisher):
                 if part is not None:
                     part.check(scored)
+
+    @property
+    def _drift_fisher(self) -> Fisher | None:
+        return self.fisher if self.config.stability_weight > 0 else None
 
     def _scored(self) -> Scored:
         scored = find_scored(self.model, self.config.scored_layers)
@@ -199,14 +202,14 @@ class AlphaToken:
         elif self.target is None and self.target_batches is None:
             self._ensure_fisher(scored, read)
             weights, values = alphatoken_weights(
-                self.model, self.ref_model, batch, fisher=self.fisher, config=self.config, return_values=True
+                self.model, self.ref_model, batch, fisher=self._drift_fisher, config=self.config, return_values=True
             )
             self._record(values, weights, read)
             keep = weights.bool().roll(-1, 1)
         else:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
-            direction, components = stack_direction(scored, self.target, self.fisher, self.ref_model, self.config)
+            direction, components = stack_direction(scored, self.target, self._drift_fisher, self.ref_model)
         capture = Capture(scored, read)
         step = _Step(self, capture, direction, components, keep, mean_over_kept)
         taps = None

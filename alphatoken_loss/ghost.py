@@ -77,7 +77,8 @@ class Others:
 
     Attributes:
         groups (`torch.Tensor`): `(B, T)` int64, 0 .. G - 1.
-        validating (`torch.Tensor`): `(B, T)` bool, positions whose gradient counts for others.
+        validating (`torch.Tensor`): `(B, T)` factors that turn a position's gradient into what counts for others: the
+            gradient of the response's negative log-likelihood, or 0.
         counts (`torch.Tensor`): `(G,)` response tokens that a group validates with.
     """
 
@@ -86,21 +87,25 @@ class Others:
     counts: torch.Tensor
 
     @classmethod
-    def of(cls, batch: Batch) -> Others:
+    def of(cls, batch: Batch, omega: torch.Tensor | None = None) -> Others:
         """Sequences against sequences; for pairs, pairs against the chosen answers of the other pairs.
+
+        Args:
+            omega (`torch.Tensor`, *optional*): `(P,)`, what multiplies each pair's gradients in a preference loss.
 
         Raises:
             ValueError: there is only one sequence (one pair) with a response.
         """
-        groups, validating = batch.segments, torch.ones_like(batch.rows)
+        groups, validating = batch.segments, torch.ones(batch.shape, dtype=torch.float64, device=batch.labels.device)
         if batch.pairs:
             half = batch.shape[0] // 2
             groups = torch.arange(half, device=groups.device).repeat(2)[:, None].expand(batch.shape)
-            validating[half:] = False
+            validating[half:] = 0
+            if omega is not None:
+                validating[:half] /= omega.double().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        counted = batch.rows & (validating > 0)
         counts = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=groups.device)
-        counts = counts.index_add(0, groups[batch.rows & validating], counts.new_ones(()).expand(
-            int((batch.rows & validating).sum())
-        ))
+        counts.index_add_(0, groups[counted], torch.ones_like(groups[counted], dtype=counts.dtype))
         if int((counts > 0).sum()) < 2:
             kind = "pair" if batch.pairs else "sequence"
             raise ValueError(
@@ -130,9 +135,7 @@ class _LoraContraction:
         ca, cb = (c if c.dim() == 4 else c[None] for c in (ca, cb))
         self.right = (self.x @ ca.flatten(1, 2).transpose(1, 2)).unflatten(-1, (count, rank))
         # Columns: B itself, which takes d to A's output, then each C_B.
-        self.columns = torch.cat(
-            [self.b.expand(cb.shape[0], *self.b.shape), *(cb[:, j] for j in range(count))], dim=-1
-        )
+        self.columns = torch.cat([self.b.expand(cb.shape[0], *self.b.shape), *(cb[:, j] for j in range(count))], dim=-1)
 
     def direct(self) -> torch.Tensor:
         return self.layout.to_batch(self._combine(self.layout.to_groups(self.error) @ self.columns))
@@ -267,10 +270,12 @@ class _Contractor:
         contraction = _contraction(site, Layout.of_groups(self.others.groups), error, inputs)
         counts = self.others.counts.to(error.dtype)
         rest = (counts.sum() - counts).clamp(min=1)[:, None, None]
-        own = contraction.group_gradients(self.others.validating[..., None])
+        own = contraction.group_gradients(self.others.validating[..., None].to(error.dtype))
         trained = site.parameters
         direction = {
-            name: ((g.sum(0, keepdim=True) - g) / rest)[:, None] for name, g in own.items() if trained[name].requires_grad
+            name: ((g.sum(0, keepdim=True) - g) / rest)[:, None]
+            for name, g in own.items()
+            if trained[name].requires_grad
         }
         contraction.set_direction(direction, 1)
         return self._terms(site, contraction, attention)
@@ -337,11 +342,27 @@ def ghost_values(
     adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
     total = adaptation + stability_weight * stability
     if not total.isfinite().all():
-        if not rows.isfinite().all():
-            raise NonFiniteRows("The gradient of the loss is not finite at the last block's output. Look at the loss.")
+        _blame(capture, rows)
         contract(check=True)  # a second walk, to name the linear
         raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
     grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
     return TokenValues(
         total, adaptation, stability, direct_target, causal_target, direct_drift, causal_drift, grad_norm
     )
+
+
+def _blame(capture: Capture, rows: torch.Tensor) -> None:
+    """Raise for what makes values not finite, where it lies before the walk."""
+    for name, parameter in capture.scored.parameters.items():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
+                "gradients, or go back to a checkpoint."
+            )
+    if rows.isfinite().all():
+        return
+    for index, call in enumerate(capture.calls):
+        if not call.hidden.isfinite().all():
+            block = capture.scored.total - len(capture.scored.blocks) + index
+            raise NonFiniteRows(f"The input of block {block} of the model is not finite: an earlier layer overflowed.")
+    raise NonFiniteRows("The gradient of the loss is not finite at the last block's output. Look at the loss.")

@@ -56,7 +56,7 @@ def sft_loss(
         return (loss, outputs) if return_outputs else loss
     count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     with _valuing(model, batch, weights, mean_over_kept=num_items_in_batch is None):
-        outputs = model(**read.inputs, labels=read.labels, num_items_in_batch=count)
+        outputs = model(**{**read.inputs, "use_cache": False}, labels=read.labels, num_items_in_batch=count)
     return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 

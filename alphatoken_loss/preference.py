@@ -66,8 +66,12 @@ LOSSES: dict[str, Callable[[Pairs, float, float], torch.Tensor]] = {
     "ipo": _ipo,
     "robust": _robust,
     "exo_pair": _exo_pair,
-    "apo_zero": lambda pairs, beta, _: 1 - (beta * pairs.chosen_ratio).sigmoid() + (beta * pairs.rejected_ratio).sigmoid(),
-    "apo_down": lambda pairs, beta, _: (beta * pairs.chosen_ratio).sigmoid() + 1 - (beta * (pairs.chosen_ratio - pairs.rejected_ratio)).sigmoid(),
+    "apo_zero": lambda pairs, beta, _: (
+        1 - (beta * pairs.chosen_ratio).sigmoid() + (beta * pairs.rejected_ratio).sigmoid()
+    ),
+    "apo_down": lambda pairs, beta, _: (
+        (beta * pairs.chosen_ratio).sigmoid() + 1 - (beta * (pairs.chosen_ratio - pairs.rejected_ratio)).sigmoid()
+    ),
 }
 
 

@@ -66,9 +66,7 @@ class Taps:
             A and B inside.
     """
 
-    def __init__(
-        self, scored: Scored, shape: tuple[int, int], *, causal: bool = False, at_layer: bool = False
-    ) -> None:
+    def __init__(self, scored: Scored, shape: tuple[int, int], *, causal: bool = False, at_layer: bool = False) -> None:
         self.scored = scored
         self.shape = shape
         self.at_layer = at_layer
@@ -200,7 +198,7 @@ class Capture:
                 stacklevel=2,
             )
 
-    def gradients(self, rows: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def gradients(self, rows: torch.Tensor, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradients of parameters of the scored blocks, by replay; zeros for one that took no part."""
         found = self._replay(rows, list(parameters.values()), None)
         return {
@@ -211,7 +209,7 @@ class Capture:
     def _replay(
         self,
         rows: torch.Tensor,
-        parameters: list[nn.Parameter],
+        parameters: list[torch.Tensor],
         visitor: Visitor | None,
         *,
         causal: bool = False,
@@ -247,8 +245,10 @@ class Capture:
         return found
 
 
-def _look_away(*_: Any) -> None:
-    pass
+def _look_away(
+    site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+) -> None:
+    """A visitor for walks that only want gradients."""
 
 
 @contextlib.contextmanager
@@ -285,6 +285,11 @@ def capturing(
                 raise ValueError(
                     f"The model ran on a batch of shape {tuple(call.hidden.shape[:2])}, but the batch being valued has "
                     f"shape {capture.batch.shape}. Give the context the batch that the model runs on."
+                )
+            if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+                raise ValueError(
+                    "The batch is packed and the model was called with a cache, which makes transformers attend across "
+                    "sequence borders. Call it with use_cache=False."
                 )
             if index == 0:
                 capture.remember_autocast(call.hidden.device.type)

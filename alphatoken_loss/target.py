@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .batches import read_batch, to_device
+from .batches import Batch, read_batch, to_device
 from .blocks import Scored, find_scored
 from .config import AlphaTokenConfig
 from .distributed import all_sum
@@ -77,6 +78,10 @@ def target_gradient(
     return estimate_target(model, find_scored(model, config.scored_layers), batches)
 
 
+def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
+    return -token_logps(model, batch).sum()
+
+
 def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any]]) -> Target:
     sums: dict[str, torch.Tensor] = {}
     count = 0
@@ -87,7 +92,7 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
         tokens = int(batch.rows.sum())
         if not tokens:
             continue
-        capture, rows = capture_without_graph(model, scored, batch, lambda m, b=batch: -token_logps(m, b).sum())
+        capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
         for name, gradient in capture.gradients(rows, scored.parameters).items():
             gradient = gradient.to(accumulation_dtype(gradient))
             sums[name] = sums[name] + gradient if name in sums else gradient

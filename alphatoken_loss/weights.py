@@ -14,7 +14,7 @@ from .config import AlphaTokenConfig
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Direction, Others, accumulation_dtype, ghost_values
 from .logps import token_logps
-from .preference import LOSSES, pair_logps, reference_logps
+from .preference import LOSSES, check_loss, pair_logps, reference_logps
 from .replay import capture_without_graph
 from .selection import keep_mask
 from .target import Target, estimate_target
@@ -95,6 +95,7 @@ def alphatoken_weights(
     """
     config = config or AlphaTokenConfig()
     read = read_batch(batch)
+    check_loss("sigmoid", beta, 0.0)
     if config.rho >= 1.0 and not return_values:
         return read.at_labels(read.rows.float())
     scored = find_scored(model, config.scored_layers)
@@ -103,9 +104,12 @@ def alphatoken_weights(
         fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=dense)
     if target is not None and not isinstance(target, Target):
         target = estimate_target(model, scored, target)
-    direction, components = stack_direction(scored, target, fisher, ref_model, config)
-    others = Others.of(read) if target is None else None
-    capture, rows = capture_without_graph(model, scored, read, _loss_sum(model, ref_model, read, beta))
+    direction, components = stack_direction(scored, target, fisher, ref_model)
+    if target is None:
+        Others.of(read)  # an error before the work
+    loss_sum = _LossSum(model, ref_model, read, beta)
+    capture, rows = capture_without_graph(model, scored, read, loss_sum)
+    others = Others.of(read, loss_sum.omega) if target is None else None
     values = ghost_values(
         capture,
         rows,
@@ -131,7 +135,6 @@ def stack_direction(
     target: Target | None,
     fisher: Fisher | None,
     ref_model: nn.Module | None,
-    config: AlphaTokenConfig,
 ) -> tuple[Direction, tuple[str, ...]]:
     """Parameter name -> `(J, *shape)`: the target gradient and the drift gradient, whichever there are."""
     parts: list[Mapping[str, torch.Tensor]] = []
@@ -140,7 +143,7 @@ def stack_direction(
         target.check(scored)
         parts.append(target.gradients)
         components.append("target")
-    if config.stability_weight > 0 and fisher is not None:
+    if fisher is not None:
         parts.append(fisher.drift(scored, ref_model))
         components.append("drift")
     direction = {
@@ -151,9 +154,22 @@ def stack_direction(
     return direction, tuple(components)
 
 
-def _loss_sum(model: nn.Module, ref_model: nn.Module | None, batch: Batch, beta: float):  # type: ignore[no-untyped-def]
-    """The loss whose gradient values the batch: a sum over response tokens, or over pairs."""
-    if not batch.pairs:
-        return lambda m: -token_logps(m, batch).sum()
-    ref_logps = reference_logps(model, ref_model, batch)
-    return lambda m: LOSSES["sigmoid"](pair_logps(batch, token_logps(m, batch), ref_logps), beta, 0.0).sum()
+class _LossSum:
+    """The loss whose gradient values the batch: a sum over response tokens, or over pairs.
+
+    Attributes:
+        omega (`torch.Tensor` or `None`): `(P,)`, beta * sigmoid(-s) of each pair, once the loss was computed.
+    """
+
+    def __init__(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, beta: float) -> None:
+        self.batch, self.beta = batch, beta
+        self.ref_logps = reference_logps(model, ref_model, batch) if batch.pairs else None
+        self.omega: torch.Tensor | None = None
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        logps = token_logps(model, self.batch)
+        if self.ref_logps is None:
+            return -logps.sum()
+        pairs = pair_logps(self.batch, logps, self.ref_logps)
+        self.omega = self.beta * (-self.beta * pairs.delta.detach()).sigmoid()
+        return LOSSES["sigmoid"](pairs, self.beta, 0.0).sum()

@@ -1,0 +1,93 @@
+"""Two processes: target and Fisher are averaged over them; the gate works under DistributedDataParallel."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from batches import response, sft_batch
+from cases import expected_values
+from checks import TOL64, assert_close
+from models import FAMILIES, lora_model
+from torch.nn.parallel import DistributedDataParallel
+
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, estimate_fisher, target_gradient
+
+CONFIG = AlphaTokenConfig(num_layers=2, causal_window=cases.WINDOW, fisher="dense")
+PROMPTS = [[3, 17, 5], [9, 22, 8]]
+
+
+def validation_of(rank):
+    """As many tokens on either process, so that every way of averaging is the same."""
+    return [sft_batch("none", seed=50 + rank)]
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        model = lora_model("llama")
+        target = target_gradient(model, validation_of(rank), config=CONFIG)
+        fisher = estimate_fisher(
+            model, [PROMPTS[rank]], config=CONFIG, max_new_tokens=2, temperature=1e-4, progress=False
+        )
+        given = Fisher.from_diagonals(cases.fisher_tensors(model, "llama", 2))
+        wrapped = DistributedDataParallel(model)
+        gate = AlphaToken(wrapped, target=validation_of(rank), fisher=given, config=CONFIG)
+        batch = sft_batch("right", seed=60 + rank)
+        with gate(batch):
+            wrapped(**batch).loss.backward()
+        results = {
+            "target": dict(target.gradients),
+            "fisher": {name: fisher.diagonal(name) for name in fisher.names},
+            "grads": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+        }
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(work, args=(str(folder),), nprocs=2, start_method="fork")  # spares the imports
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_the_target_is_averaged(results):
+    model = lora_model("llama")
+    batches = [batch for rank in range(2) for batch in validation_of(rank)]
+    expected = reference.target_gradient(model, batches, cases.factor_names(model, "llama", 2))
+    for result in results:
+        assert set(result["target"]) == set(expected)
+        for name, tensor in expected.items():
+            assert_close(result["target"][name], tensor, TOL64, name)
+
+
+def test_the_fisher_is_averaged(results):
+    from test_fisher import completions_fisher
+
+    model = lora_model("llama")
+    names = [layer.name for layer in reference.scored_layers(model, FAMILIES["llama"], 2)]
+    expected = completions_fisher(model, PROMPTS, 2, names)
+    for result in results:
+        for name in names:
+            assert_close(result["fisher"][name], expected[name], TOL64, name)
+
+
+def test_gradients_are_those_of_each_ranks_own_mask(results):
+    model = lora_model("llama")
+    batches = [batch for rank in range(2) for batch in validation_of(rank)]
+    target = reference.target_gradient(model, batches, cases.factor_names(model, "llama", 2))
+    total = {}
+    for rank in range(2):
+        batch = sft_batch("right", seed=60 + rank)
+        mask = reference.keep(expected_values(model, "llama", batch, target=target).total, batch, 0.5)
+        _, grads = reference.masked_sft(model, batch, mask, float(response(batch).sum()))
+        total = {name: total.get(name, 0.0) + grad / 2 for name, grad in grads.items()}
+    for result in results:
+        for name, grad in total.items():
+            assert_close(result["grads"][name], grad, TOL64, name)
