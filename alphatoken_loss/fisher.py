@@ -140,8 +140,14 @@ class Fisher:
         """See that it was made for these scored modules.
 
         Raises:
-            ValueError: a scored module is missing or of another shape.
+            ValueError: the modules are not the scored ones, or a shape differs.
         """
+        beyond = sorted(set(self.factors) - {site.name for site in scored.sites})
+        if beyond:
+            raise ValueError(
+                f"The Fisher covers {beyond[0]} ({len(beyond)} such modules), which is not scored. It was made for "
+                "another model, adapter layout or num_layers: estimate it again with this config."
+            )
         for site in scored.sites:
             if site.name not in self.factors:
                 raise ValueError(

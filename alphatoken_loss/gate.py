@@ -197,9 +197,7 @@ class AlphaToken:
         keep = None
         direction: Direction = {}
         components: tuple[str, ...] = ()
-        if not bool(read.rows.any()):
-            keep = read.rows
-        elif self.target is None and self.target_batches is None:
+        if self.target is None and self.target_batches is None:
             self._ensure_fisher(scored, read)
             weights, values = alphatoken_weights(
                 self.model, self.ref_model, batch, fisher=self._drift_fisher, config=self.config, return_values=True
@@ -217,7 +215,7 @@ class AlphaToken:
             if keep is None and not any(_runs_again(block) or draws_noise(block) for block in scored.blocks):
                 taps = Taps(scored, read.shape, causal=self.config.causal_window > 0)
                 stack.enter_context(taps.installed(scored.sites))
-            stack.enter_context(capturing(capture, self.model, lambda hidden: step.gate(hidden, taps), training=True))
+            stack.enter_context(capturing(capture, lambda hidden: step.gate(hidden, taps), training=True))
             yield self
 
     def metrics(self) -> dict[str, float]:
@@ -261,7 +259,7 @@ class AlphaToken:
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored adapters have changed since the last call.
 
-        Optimizers that write through raw pointers (bitsandbytes) do not move version counters; then norms tell.
+        Optimizers that write through raw pointers (bitsandbytes) do not move version counters; then the bits tell.
         """
         parameters = [p.detach() for p in scored.parameters.values()]
         versions = [p._version for p in parameters]
@@ -274,7 +272,9 @@ class AlphaToken:
 
 
 def _fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([norm.double() for norm in torch._foreach_norm(parameters)])
+    """Sums of the bits: exact, in any precision."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    return torch.stack([p.contiguous().view(bits[p.element_size()]).sum() for p in parameters])
 
 
 def _runs_again(block: nn.Module) -> bool:

@@ -217,32 +217,42 @@ class Capture:
     ) -> list[torch.Tensor | None]:
         """Run each block again, last to first, and go back through it: one block's activations live at a time."""
         found: list[torch.Tensor | None] = [None] * len(parameters)
-        device, enabled, dtype = self.autocast
         self.replaying = True  # the hooks of `capturing` may still be in place
-        for index in reversed(range(len(self.calls))):
-            block, call = self.scored.blocks[index], self.calls[index].detached()
-            own = {id(p) for p in block.parameters()}
-            here = [i for i, parameter in enumerate(parameters) if id(parameter) in own]
-            taps = Taps(self.scored, self.batch.shape, causal=causal, at_layer=at_layer)
-            with torch.enable_grad(), without_noise(block), torch.autocast(device, dtype, enabled):
-                with taps.installed(self.scored.in_block(index) if visitor is not None else []):
-                    output = block(*call.args, **call.kwargs)
-            output = output[0] if isinstance(output, tuple) else output
-            wanted = [call.hidden] if index else []
-            grads = taps.walk(
-                output,
-                rows.to(output.dtype),
-                [*wanted, *(parameters[i] for i in here)],
-                visitor if visitor is not None else _look_away,
-            )
-            taps.clear()
-            if index:
-                assert grads[0] is not None
-                rows = grads[0]
-            for i, gradient in zip(here, grads[len(wanted) :], strict=True):
-                found[i] = gradient
-        self.replaying = False
+        try:
+            for index in reversed(range(len(self.calls))):
+                own = {id(p) for p in self.scored.blocks[index].parameters()}
+                here = [i for i, parameter in enumerate(parameters) if id(parameter) in own]
+                rows, grads = self._replay_block(index, rows, [parameters[i] for i in here], visitor, causal, at_layer)
+                for i, gradient in zip(here, grads, strict=True):
+                    found[i] = gradient
+        finally:
+            self.replaying = False
         return found
+
+    def _replay_block(
+        self,
+        index: int,
+        rows: torch.Tensor,
+        parameters: list[torch.Tensor],
+        visitor: Visitor | None,
+        causal: bool,
+        at_layer: bool,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """From the gradient at a block's output to that at its input (not for the first) and at parameters."""
+        block, call = self.scored.blocks[index], self.calls[index].detached()
+        device, enabled, dtype = self.autocast
+        taps = Taps(self.scored, self.batch.shape, causal=causal, at_layer=at_layer)
+        with torch.enable_grad(), without_noise(block), torch.autocast(device, dtype, enabled):
+            with taps.installed(self.scored.in_block(index) if visitor is not None else []):
+                output = block(*call.args, **call.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        inputs = [call.hidden] if index else []
+        grads = taps.walk(output, rows.to(output.dtype), [*inputs, *parameters], visitor or _look_away)
+        taps.clear()
+        if not index:
+            return rows, grads
+        assert grads[0] is not None
+        return grads[0], grads[1:]
 
 
 def _look_away(
@@ -252,9 +262,7 @@ def _look_away(
 
 
 @contextlib.contextmanager
-def capturing(
-    capture: Capture, model: nn.Module, on_output: Callable[[torch.Tensor], torch.Tensor], *, training: bool
-) -> Iterator[None]:
+def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
     """Record the block calls of one forward, and pass the last block's output through `on_output`.
 
     Args:
@@ -336,7 +344,7 @@ def capture_without_graph(
         return leaves[0]
 
     with without_noise(unwrap(model)):
-        with torch.no_grad(), capturing(capture, model, cut, training=False):
+        with torch.no_grad(), capturing(capture, cut, training=False):
             loss = loss_sum(model)
         (rows,) = torch.autograd.grad(loss, leaves)
     return capture, rows

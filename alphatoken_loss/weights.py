@@ -99,6 +99,9 @@ def alphatoken_weights(
     if config.rho >= 1.0 and not return_values:
         return read.at_labels(read.rows.float())
     scored = find_scored(model, config.scored_layers)
+    if not bool(read.rows.any()):
+        nothing = torch.zeros(read.shape, device=read.labels.device)
+        return (nothing, TokenValues(*[nothing] * 8)) if return_values else nothing
     if fisher is None and config.stability_weight > 0:
         dense = config.fisher == "dense"
         fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=dense)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alphatoken_loss import AlphaTokenConfig, alphatoken_weights, estimate_fisher, sft_loss, target_gradient
+from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher, sft_loss, target_gradient
 from alphatoken_loss.blocks import find_scored
 
 Batch = dict[str, torch.Tensor]
@@ -137,8 +137,9 @@ def main(argv: list[str] | None = None) -> None:
             ("ghost, all, W=0", "all", 0),
         ):
             options = AlphaTokenConfig(num_layers=layers, causal_window=window)  # type: ignore[arg-type]
+            own = Fisher({site.name: fisher.factors[site.name] for site in find_scored(model, layers).sites})
             weights, values = alphatoken_weights(
-                model, None, batch, target=target, fisher=fisher, config=options, return_values=True
+                model, None, batch, target=target, fisher=own, config=options, return_values=True
             )
             best = exact_total[counted] >= exact_total[counted].median()
             agree = ((weights[counted] > 0) == best).double().mean().item()
