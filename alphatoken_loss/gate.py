@@ -9,6 +9,7 @@ exactly the gradient of the masked loss, while the loss keeps its value.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -217,6 +218,12 @@ class AlphaToken:
                 stack.enter_context(taps.installed(scored.sites))
             stack.enter_context(capturing(capture, lambda hidden: step.gate(hidden, taps), training=True))
             yield self
+        if not capture.seen:
+            warnings.warn(
+                "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the "
+                "forward inside it, on the model that the AlphaToken was made for.",
+                stacklevel=3,
+            )
 
     def metrics(self) -> dict[str, float]:
         """Figures of the batches valued since the last call, averaged: `kept` (share of response tokens), the means

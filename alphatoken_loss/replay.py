@@ -173,6 +173,7 @@ class Capture:
     autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
     graph: tuple[Taps, torch.Tensor] | None = None
     replaying: bool = False
+    seen: bool = False
 
     def release(self) -> None:
         """Let go of everything the forward left."""
@@ -281,7 +282,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
                 return
             if index == 0:
                 state["running"] = torch.is_grad_enabled() == training
-                if state["running"] and capture.calls:
+                if state["running"] and capture.seen:
                     raise RuntimeError(
                         "A second forward with grad ran in one AlphaToken context, which values one batch by one "
                         "forward. Open a context for each forward; a reference belongs under torch.no_grad()."
@@ -300,6 +301,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
                     "sequence borders. Call it with use_cache=False."
                 )
             if index == 0:
+                capture.seen = True
                 capture.remember_autocast(call.hidden.device.type)
             capture.calls.append(call)
 

@@ -493,3 +493,11 @@ def test_good_batches_are_what_the_bad_ones_differ_from():
     for batch in (sft_batch(), pair_batch()):
         assert int(batch["input_ids"].max()) < VOCAB
         assert int(response(batch).sum()) > 0
+
+
+def test_a_context_without_a_forward_warns():
+    model = lora_model("llama")
+    batch = sft_batch("right")
+    alphatoken = AlphaToken(model, target=[batch], config=AlphaTokenConfig(num_layers=2, stability_weight=0.0))
+    with pytest.warns(UserWarning, match="nothing was masked"), alphatoken(batch), torch.no_grad():
+        model(**batch)
