@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,6 +170,8 @@ def find_scored(model: nn.Module, num_layers: int | str) -> Scored:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model = unwrap(model)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model is compiled, which fixes its graph. Give the model before torch.compile.")
     blocks = find_blocks(model)
     count = len(blocks) if num_layers == "all" else int(num_layers)
     if count > len(blocks):
@@ -194,17 +197,28 @@ def find_scored(model: nn.Module, num_layers: int | str) -> Scored:
     adapters = {site.adapter for site in sites if isinstance(site, LoraSite)}
     if len(adapters) > 1:
         raise ValueError(f"Several adapters are active in the scored blocks ({sorted(adapters)}). Activate one.")
+    if adapters:
+        own = {id(linear) for site in sites if isinstance(site, LoraSite) for linear in (site.a, site.b)}
+        linears = (m for block in scored for m in block.modules() if isinstance(m, nn.Linear | Conv1D))
+        beside = [names[id(m)] for m in linears if m.weight.requires_grad and id(m) not in own]
+        if beside:
+            warnings.warn(
+                f"{beside[0]} is trained beside the adapters of the scored blocks ({len(beside)} such linears). It "
+                "takes no part in token values; the gradient gate masks it all the same.",
+                stacklevel=2,
+            )
     return found
 
 
 def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     kind = type(layer).__name__
-    if not isinstance(layer, LoraLayer):
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
         raise ValueError(
-            f"{name}: the adapter layer is a {type(layer).__module__}.{kind}; token values need LoRA. Use "
-            "peft.LoraConfig, or keep this module out of target_modules."
+            f"{name}: the adapter layer is a {type(layer).__module__}.{kind}; token values need LoRA on linears. Use "
+            "peft.LoraConfig, or keep this module out of target_modules (and of target_parameters)."
         )
     if layer.merged:
         raise ValueError(
@@ -261,14 +275,15 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
     Raises:
         ValueError: there is no separate reference and `model` has no adapters to switch off.
     """
+    model = unwrap(model)
     if ref_model is not None:
-        yield ref_model
+        yield unwrap(ref_model)
         return
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    wrappers = [m for m in unwrap(model).modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    wrappers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if not wrappers:
         raise ValueError(
             "ref_model is None and the model has no adapter to switch off, so there is no reference. Pass the model "

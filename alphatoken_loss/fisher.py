@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .attention import AttentionCall
 from .batches import IGNORE, Batch, read_batch, to_device
@@ -33,7 +34,6 @@ from .blocks import (
     find_blocks,
     find_scored,
     reference_mode,
-    unwrap,
     without_noise,
 )
 from .config import AlphaTokenConfig
@@ -54,10 +54,12 @@ class Fisher:
             `(row, column)`, of shapes `(d_out,)` and `(d_in,)` with equal sums, when factored, or `(diagonal,)` of
             shape `(d_out, d_in)` when dense. Units: squared gradient of the log-likelihood, per prompt.
         prompts (`int`): over how many prompts it was averaged.
+        base (`tuple`): some numbers out of the model's input embedding, by which another model is told apart.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, ...]]
     prompts: int = 0
+    base: tuple[float, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +93,9 @@ class Fisher:
     def factored(self) -> Fisher:
         """The factored form: the same row and column sums, rank one."""
         return Fisher(
-            {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()}, self.prompts
+            {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()},
+            self.prompts,
+            self.base,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -105,8 +109,9 @@ class Fisher:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
+        about = json.dumps({"prompts": self.prompts, "base": self.base})
         try:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "about": json.dumps({"prompts": self.prompts})})
+            save_file(tensors, unfinished, metadata={"format": _FORMAT, "about": about})
             os.replace(unfinished, path)
         except BaseException:
             Path(unfinished).unlink(missing_ok=True)
@@ -134,7 +139,8 @@ class Fisher:
         for key in sorted(tensors):  # part 0 before part 1
             name = key.rpartition("|")[0]
             factors[name] = (*factors.get(name, ()), tensors[key])
-        return cls(factors, json.loads(about["about"])["prompts"])
+        saved = json.loads(about["about"])
+        return cls(factors, saved["prompts"], tuple(saved["base"]))
 
     def check(self, scored: Scored) -> None:
         """See that it was made for these scored modules.
@@ -161,6 +167,19 @@ class Fisher:
                     f"The Fisher of {site.name} is for a weight of shape {came}, the model's is {site.shape}. It was "
                     "made for another model: estimate it again."
                 )
+
+    def check_base(self, model: nn.Module) -> None:
+        """See that it was made for this base model, as far as the input embedding tells; precision does not matter.
+
+        Raises:
+            ValueError: the embedding is another one.
+        """
+        here, made = torch.tensor(_base_of(model)), torch.tensor(self.base)
+        if len(made) and (made - here).norm() > 0.1 * made.norm():
+            raise ValueError(
+                "The Fisher was made for another base model: its input embedding differs from this model's. Estimate "
+                "it again."
+            )
 
     def drift(self, scored: Scored, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
         """Gradient of 0.5 * sum(F * dW^2) with respect to each scored parameter (Eqs. 10, 11).
@@ -215,6 +234,12 @@ class Fisher:
         return {name: drift.T if site.transposed else drift for name in site.parameters}
 
 
+def _base_of(model: nn.Module) -> tuple[float, ...]:
+    weight = causal_lm(model).get_input_embeddings().weight.detach()  # type: ignore[operator]
+    places = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long().to(weight.device)
+    return tuple(weight[places // weight.shape[-1], places % weight.shape[-1]].double().tolist())
+
+
 def _positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
@@ -246,6 +271,8 @@ def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | N
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) > 1:
+        raise ValueError(f"{site.name}: ref_model has several active adapters ({active}). Activate one.")
     return LoraSite(site.name, site.block, layer, active[0]) if active else None
 
 
@@ -296,9 +323,11 @@ def squared_sums(
 
 def draw_labels(reference: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
     """The batch with each response label drawn from the reference's own prediction at that place."""
-    with torch.no_grad(), without_noise(unwrap(reference)):
+    with torch.no_grad(), without_noise(reference):
         output = reference(**{**batch.inputs, "use_cache": False})
         probabilities = output.logits[batch.rows].float().softmax(-1)
+    if not probabilities.isfinite().all():
+        raise FloatingPointError("The reference's predictions are not finite, so no labels can be drawn from them.")
     drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     labels = torch.full_like(batch.labels, IGNORE)
     labels[:, 1:][batch.rows[:, :-1]] = drawn.to(labels)
@@ -316,31 +345,49 @@ def fisher_of_batches(
 ) -> Fisher:
     """The cheap estimate: labels of given batches drawn from the reference's predictions, no generation.
 
-    Every sequence of a batch counts as one prompt.
+    Every sequence that has a response counts as one prompt.
     """
     generator = torch.Generator(scored.device).manual_seed(seed)
-    sums: dict[str, tuple[torch.Tensor, ...]] = {}
+    sums = _zeros(scored, dense)
     count = 0
     ref_scored, names = _reference_scored(scored, ref_model)
     with reference_mode(model, ref_model) as reference:
         for batch in batches:
+            if not bool(batch.rows.any()):
+                continue
             drawn = draw_labels(reference, batch, generator)
             _accumulate(sums, squared_sums(scored, reference, ref_scored, names, drawn, dense))
-            count += int(batch.segments.max()) + 1
-    return _mean(sums, count)
+            count += batch.segments[batch.rows].unique().numel()
+    return _mean(sums, count, model)
 
 
 def _accumulate(sums: dict[str, tuple[torch.Tensor, ...]], more: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
     for name, parts in more.items():
-        sums[name] = tuple(a + b for a, b in zip(sums[name], parts, strict=True)) if name in sums else parts
+        sums[name] = tuple(a + b for a, b in zip(sums[name], parts, strict=True))
 
 
-def _mean(sums: Mapping[str, tuple[torch.Tensor, ...]], count: int) -> Fisher:
+def _zeros(scored: Scored, dense: bool) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Where every process starts, also one that gets no prompts."""
+    like = next(iter(scored.parameters.values()))
+    options: dict[str, Any] = {"dtype": accumulation_dtype(like), "device": like.device}
+    return {
+        site.name: (torch.zeros(site.shape, **options),)
+        if dense
+        else tuple(torch.zeros(size, **options) for size in site.shape)
+        for site in scored.sites
+    }
+
+
+def _mean(sums: Mapping[str, tuple[torch.Tensor, ...]], count: int, model: nn.Module) -> Fisher:
     tensors = [tensor for parts in sums.values() for tensor in parts]
     total = all_sum(tensors, count)
     if not total:
-        raise ValueError("The Fisher was to be estimated from no prompts at all. Give at least one.")
-    return Fisher({name: tuple(tensor / total for tensor in parts) for name, parts in sums.items()}, total)
+        raise ValueError(
+            "The Fisher was to be estimated from no response token at all. Give at least one prompt, or batches with "
+            "labels other than -100."
+        )
+    means = {name: tuple(tensor / total for tensor in parts) for name, parts in sums.items()}
+    return Fisher(means, total, _base_of(model))
 
 
 def estimate_fisher(
@@ -398,7 +445,7 @@ def estimate_fisher(
     if not encoded:
         raise ValueError("prompts is empty. Give at least one prompt; the paper uses 1,000.")
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
-    sums: dict[str, tuple[torch.Tensor, ...]] = {}
+    sums = _zeros(scored, dense)
     ref_scored, names = _reference_scored(scored, ref_model)
     devices = [scored.device] if scored.device.type == "cuda" else []
     with (
@@ -412,7 +459,7 @@ def estimate_fisher(
             batch = _sample(reference, chosen, tokenizer, max_new_tokens, temperature, scored.device)
             _accumulate(sums, squared_sums(scored, reference, ref_scored, names, batch, dense))
             bar.update(len(chosen))
-    return _mean(sums, len(encoded))
+    return _mean(sums, len(encoded), model)
 
 
 def _encode(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
@@ -430,6 +477,10 @@ def _encode(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
     return ids[-max_length:]
 
 
+def _ids(end: int | list[int] | None) -> set[int]:
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
 def _sample(
     reference: nn.Module,
     prompts: list[list[int]],
@@ -441,29 +492,34 @@ def _sample(
     """Sample a completion of each prompt; prompts stand on the left, completions end with their first end token."""
     base = causal_lm(reference)
     pad = getattr(tokenizer, "pad_token_id", None)
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end is None:
-        end = base.generation_config.eos_token_id  # type: ignore[union-attr]
-    ends = torch.tensor([] if end is None else [end] if isinstance(end, int) else end, dtype=torch.long, device=device)
-    pad = int(ends[0]) if pad is None and len(ends) else pad or 0
+    own: GenerationConfig = base.generation_config
+    ends = sorted(_ids(getattr(tokenizer, "eos_token_id", None)) | _ids(own.eos_token_id))
+    pad = ends[0] if pad is None and ends else pad or 0
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with torch.no_grad(), without_noise(unwrap(reference)):
-        sampled = base.generate(  # type: ignore[operator]  # PEFT's own leaves an attribute on the model
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=ends.tolist() or None,
-            use_cache=True,
-        )
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=ends or None,
+        use_cache=True,
+    )
+    try:
+        # What the model's own generation config adds (penalties, beams) would make this no sample of the reference.
+        base.generation_config = GenerationConfig()
+        with torch.no_grad(), without_noise(reference):
+            # Not PEFT's `generate`, which leaves an attribute on the model.
+            sampled = base.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=config
+            )
+    finally:
+        base.generation_config = own
     completion = sampled[:, longest:]
-    ended = torch.isin(completion, ends).long()
+    ended = torch.isin(completion, torch.tensor(ends, dtype=torch.long, device=device)).long()
     real = ended.cumsum(1) - ended == 0  # up to the first end token, which counts
     attended = torch.cat([mask, real.long()], 1)
     labels = torch.cat([torch.full_like(ids, IGNORE), completion.masked_fill(~real, IGNORE)], 1)

@@ -54,6 +54,7 @@ class _Step:
         self.owner, self.capture = owner, capture
         self.direction, self.components = direction, components
         self.keep, self.mean_over_kept = keep, mean_over_kept
+        self.failed = False
 
     def gate(self, hidden: torch.Tensor, taps: Taps | None) -> torch.Tensor:
         if not hidden.requires_grad:
@@ -67,17 +68,23 @@ class _Step:
 
     def mask(self, rows: torch.Tensor) -> torch.Tensor:
         batch = self.capture.batch
+        if self.failed:
+            raise RuntimeError("Valuing this batch failed in an earlier backward. Run its forward again.")
         if self.keep is None:
             try:
+                self.failed = True
                 self._value(rows)
+                self.failed = False
             except NonFiniteRows:
-                return rows  # an overflowing loss: what scales it (fp16) must see that
+                # An overflowing loss: what scales it (fp16) must see that.
+                self.failed, self.keep = False, batch.rows
+                self.owner.weights = self.owner.values = None
             finally:
                 self.capture.release()
         assert self.keep is not None
         rows = rows.masked_fill((batch.rows & ~self.keep)[..., None], 0)
         if self.mean_over_kept:
-            rows = rows * (batch.rows.sum() / self.keep.sum().clamp(min=1)).to(rows.dtype)
+            rows = rows * (batch.rows.sum() / self.keep.sum().clamp(min=1))
         return rows
 
     def _value(self, rows: torch.Tensor) -> None:
@@ -151,13 +158,21 @@ class AlphaToken:
         self._known: Scored | None = None
         self._state: tuple[list[int], torch.Tensor] | None = None
         self._age = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._batches = 0
+        self._sums: dict[str, torch.Tensor | float] = {}
         if self.config.rho < 1.0:
             scored = self._scored()
+            behind = trained_after_blocks(model)
+            if behind:
+                raise ValueError(
+                    f"{behind[0]} is trained and lies behind the last block, where the gate cannot mask its gradient "
+                    f"({len(behind)} such parameters). Freeze them, or mask the loss itself: "
+                    "sft_loss(model, batch, alphatoken_weights(model, ref_model, batch))."
+                )
             for part in (self.target, self._drift_fisher):
                 if part is not None:
                     part.check(scored)
+            if self._drift_fisher is not None:
+                self._drift_fisher.check_base(model)
 
     @property
     def _drift_fisher(self) -> Fisher | None:
@@ -168,23 +183,19 @@ class AlphaToken:
         if self._known is not None and self._known.sites == scored.sites:
             scored.value_rows = self._known.value_rows
         self._known = scored
-        behind = trained_after_blocks(self.model)
-        if behind:
-            raise ValueError(
-                f"{behind[0]} is trained and lies behind the last block, where the gate cannot mask its gradient "
-                f"({len(behind)} such parameters). Freeze them, or mask the loss itself: "
-                "sft_loss(model, batch, alphatoken_weights(model, ref_model, batch))."
-            )
         return scored
 
     @contextlib.contextmanager
-    def __call__(self, batch: Mapping[str, Any], *, mean_over_kept: bool = False) -> Iterator[AlphaToken]:
+    def __call__(
+        self, batch: Mapping[str, Any] | Batch, *, mean_over_kept: bool = False, beta: float = 0.1
+    ) -> Iterator[AlphaToken]:
         """Value one batch: run the model's forward on it, with grad, inside; `backward` may also come later.
 
         Args:
             batch (`Mapping`): the batch that the model runs on, in any form `alphatoken_weights` takes.
             mean_over_kept (`bool`): scale the kept gradient by response tokens over kept tokens, which turns a mean
                 over response tokens into Eq. 13's mean over kept ones.
+            beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
 
         Raises:
             RuntimeError: a second forward with grad runs inside.
@@ -199,12 +210,20 @@ class AlphaToken:
         direction: Direction = {}
         components: tuple[str, ...] = ()
         if self.target is None and self.target_batches is None:
-            self._ensure_fisher(scored, read)
-            weights, values = alphatoken_weights(
-                self.model, self.ref_model, batch, fisher=self._drift_fisher, config=self.config, return_values=True
-            )
-            self._record(values, weights, read)
-            keep = weights.bool().roll(-1, 1)
+            keep = read.rows
+            if bool(read.rows.any()):
+                self._ensure_fisher(scored, read)
+                weights, values = alphatoken_weights(
+                    self.model,
+                    self.ref_model,
+                    read,
+                    fisher=self._drift_fisher,
+                    config=self.config,
+                    beta=beta,
+                    return_values=True,
+                )
+                self._record(values, weights, read)
+                keep = weights.bool().roll(-1, 1)
         else:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
@@ -226,16 +245,16 @@ class AlphaToken:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Figures of the batches valued since the last call, averaged: `kept` (share of response tokens), the means
-        over response tokens of the four terms in units of the loss, and `target_age` in optimizer steps."""
-        figures = {name: float(total) / self._batches for name, total in self._sums.items()} if self._batches else {}
-        self._sums, self._batches = {}, 0
-        return {**figures, "target_age": float(self._age)}
+        """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
+        the four terms in units of the loss, and `target_age` in optimizer steps."""
+        sums, self._sums = self._sums, {}
+        tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
+        return {**{name: float(total) / tokens for name, total in sums.items()}, "target_age": float(self._age)}
 
     def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()
-        count = batch.rows.sum().clamp(min=1)
         figures = {
+            "tokens": batch.rows,
             "kept": weights,
             "direct_target": values.direct_target,
             "causal_target": values.causal_target,
@@ -244,8 +263,7 @@ class AlphaToken:
         }
         for name, figure in figures.items():
             if figure is not None:
-                self._sums[name] = self._sums.get(name, torch.zeros((), device=figure.device)) + figure.sum() / count
-        self._batches += 1
+                self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
 
     def _ensure_fisher(self, scored: Scored, batch: Batch) -> None:
         if self.fisher is None and self.config.stability_weight > 0:

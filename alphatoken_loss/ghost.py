@@ -342,7 +342,7 @@ def ghost_values(
     adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
     total = adaptation + stability_weight * stability
     if not total.isfinite().all():
-        _blame(capture, rows)
+        _blame(capture, rows, direction)
         contract(check=True)  # a second walk, to name the linear
         raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
     grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
@@ -351,7 +351,7 @@ def ghost_values(
     )
 
 
-def _blame(capture: Capture, rows: torch.Tensor) -> None:
+def _blame(capture: Capture, rows: torch.Tensor, direction: Direction) -> None:
     """Raise for what makes values not finite, where it lies before the walk."""
     for name, parameter in capture.scored.parameters.items():
         if not parameter.isfinite().all():
@@ -359,7 +359,15 @@ def _blame(capture: Capture, rows: torch.Tensor) -> None:
                 f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
                 "gradients, or go back to a checkpoint."
             )
+    for name, matrices in direction.items():
+        if not matrices.isfinite().all():
+            raise FloatingPointError(
+                f"The target gradient or the drift of {name} is not finite. Look at the validation batches and the "
+                "Fisher."
+            )
     if rows.isfinite().all():
+        if capture.in_float16:
+            raise NonFiniteRows("Gradients overflow float16 within the scored blocks. Use a lower loss scale, or bf16.")
         return
     for index, call in enumerate(capture.calls):
         if not call.hidden.isfinite().all():

@@ -27,14 +27,23 @@ def token_logps(
         `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model), 0 where the label is -100 and in column 0.
     """
     labels = batch.labels if labels is None else labels
-    weight = causal_lm(model).get_output_embeddings().weight  # type: ignore[operator]
     if fused is None:
-        fused = weight.device.type != "cpu" and weight.dtype != torch.float64
+        fused = _fused_pays(model)
     if not fused:
         return logps_of_logits(model(**{**batch.inputs, "use_cache": False}).logits, labels)
     with _fused_head(model):
         logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
     return F.pad(logps, (1, 0))
+
+
+def _fused_pays(model: nn.Module) -> bool:
+    """Not on a CPU, in float64, or where the head is more than the matrix that the fused one reads."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    weight = head.weight
+    plain = not isinstance(head, BaseTunerLayer) and weight.is_floating_point()
+    return plain and weight.device.type != "cpu" and weight.dtype != torch.float64
 
 
 def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def sft_loss(
         loss = -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total)
         return (loss, outputs) if return_outputs else loss
     count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    with _valuing(model, batch, weights, mean_over_kept=num_items_in_batch is None):
+    with _valuing(model, read, weights, mean_over_kept=num_items_in_batch is None):
         outputs = model(**{**read.inputs, "use_cache": False}, labels=read.labels, num_items_in_batch=count)
     return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -101,10 +101,10 @@ def dpo_loss(
     if isinstance(weights, torch.Tensor):
         _check_weights(weights, read)
         logps = token_logps(model, read)
-        weighted = logps * weights.to(logps)
+        weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()
     else:
-        with _valuing(model, batch, weights):
+        with _valuing(model, read, weights, beta=beta):
             logps = token_logps(model, read)
     pairs = pair_logps(read, logps, ref_logps)
     loss = LOSSES[loss_type](pairs, beta, label_smoothing).mean()
@@ -122,9 +122,7 @@ def dpo_loss(
     return loss, metrics
 
 
-def _valuing(
-    model: nn.Module, batch: Mapping[str, Any], weights: AlphaToken | None, **options: bool
-) -> AbstractContextManager[Any]:
+def _valuing(model: nn.Module, batch: Batch, weights: AlphaToken | None, **options: Any) -> AbstractContextManager[Any]:
     if weights is None:
         return nullcontext()
     if not isinstance(weights, AlphaToken):

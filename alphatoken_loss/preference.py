@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batches import Batch
-from .blocks import reference_mode, unwrap, without_noise
+from .blocks import reference_mode, without_noise
 from .logps import token_logps
 
 
@@ -94,7 +94,7 @@ def reference_logps(model: nn.Module, ref_model: nn.Module | None, batch: Batch)
     """`(2P,)` log-probabilities of the answers under the reference: the batch's own where it brings them."""
     if batch.ref_logps is not None:
         return torch.cat(batch.ref_logps)
-    with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(unwrap(reference)):
+    with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(reference):
         return token_logps(reference, batch).sum(1)
 
 

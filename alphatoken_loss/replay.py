@@ -123,6 +123,10 @@ class Taps:
         def tap(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not torch.is_grad_enabled():
                 return None
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(
+                    f"{site.name} returns a {type(output).__name__}, not a tensor. Keep it out of target_modules."
+                )
             seen = args[0].shape[:-1].numel()
             if seen != self.shape[0] * self.shape[1]:
                 raise ValueError(
@@ -181,6 +185,11 @@ class Capture:
         if self.graph is not None:
             self.graph[0].clear()
             self.graph = None
+
+    @property
+    def in_float16(self) -> bool:
+        """Whether gradients are float16, which overflows where other dtypes don't."""
+        return self.calls[0].hidden.dtype == torch.float16 or self.autocast[1:] == (True, torch.float16)
 
     def remember_autocast(self, device: str) -> None:
         self.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -345,8 +354,11 @@ def capture_without_graph(
         torch.set_grad_enabled(True)  # for norm, head and loss; `no_grad` below puts it back
         return leaves[0]
 
-    with without_noise(unwrap(model)):
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")
+    inner = unwrap(model)  # a distributed wrapper would take this forward for a training step's
+    with without_noise(inner):
         with torch.no_grad(), capturing(capture, cut, training=False):
-            loss = loss_sum(model)
+            loss = loss_sum(inner)
         (rows,) = torch.autograd.grad(loss, leaves)
     return capture, rows

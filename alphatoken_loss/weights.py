@@ -27,7 +27,7 @@ TargetLike = Target | Iterable[Mapping[str, Any]] | None
 def alphatoken_weights(
     model: nn.Module,
     ref_model: nn.Module | None,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, Any] | Batch,
     *,
     target: TargetLike = None,
     fisher: Fisher | None = None,
@@ -41,7 +41,7 @@ def alphatoken_weights(
 def alphatoken_weights(
     model: nn.Module,
     ref_model: nn.Module | None,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, Any] | Batch,
     *,
     target: TargetLike = None,
     fisher: Fisher | None = None,
@@ -54,7 +54,7 @@ def alphatoken_weights(
 def alphatoken_weights(
     model: nn.Module,
     ref_model: nn.Module | None,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, Any] | Batch,
     *,
     target: TargetLike = None,
     fisher: Fisher | None = None,
@@ -105,6 +105,8 @@ def alphatoken_weights(
     if fisher is None and config.stability_weight > 0:
         dense = config.fisher == "dense"
         fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=dense)
+    elif fisher is not None:
+        fisher.check_base(model)
     if target is not None and not isinstance(target, Target):
         target = estimate_target(model, scored, target)
     direction, components = stack_direction(scored, target, fisher, ref_model)
