@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+# Up to transformers 5.20 or so a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
+HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
 REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
 
 
@@ -177,6 +179,8 @@ def find_scored(model: nn.Module, num_layers: int | str) -> Scored:
     if count > len(blocks):
         raise ValueError(f'num_layers is {count}, but the model has {len(blocks)} blocks. Use at most that, or "all".')
     names = {id(module): name for name, module in model.named_modules()}
+    for block in list(blocks)[len(blocks) - count :]:
+        _check_not_repacked(block, names)
     scored = list(blocks)[len(blocks) - count :]
     sites: list[Site] = []
     for index, block in enumerate(scored):
@@ -208,6 +212,34 @@ def find_scored(model: nn.Module, num_layers: int | str) -> Scored:
                 stacklevel=2,
             )
     return found
+
+
+def _check_not_repacked(block: nn.Module, names: dict[int, str]) -> None:
+    for module in block.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{names[id(module)]}: bitsandbytes has repacked this 4-bit weight for inference on the CPU, which "
+                "happens when the model runs in evaluation mode and lets no gradient through. Load the model again and "
+                "keep it in training mode (model.train())."
+            )
+
+
+def checkpointed(block: nn.Module) -> bool:
+    """Whether a block's forward is recomputed in backward.
+
+    Raises:
+        ValueError: it is recomputed in a way that hides its training forward from hooks.
+    """
+    if not (block.training and getattr(block, "gradient_checkpointing", False)):
+        return False
+    options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+    if options.get("use_reentrant") and HOOKS_INSIDE_CHECKPOINT:
+        raise ValueError(
+            "Reentrant checkpointing hides the training forward from hooks in this version of transformers. Use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, or transformers 5.23.'
+        )
+    return True
 
 
 def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
@@ -311,15 +343,21 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
 def without_noise(*modules: nn.Module) -> Iterator[None]:
     """Run modules without dropout and without gradient checkpointing; what they compute otherwise is unchanged.
 
-    Linears keep their mode: bitsandbytes repacks 4-bit weights in place when one runs in evaluation mode on a CPU.
+    4-bit linears run in training mode whatever theirs is: in evaluation mode on a CPU, bitsandbytes repacks their
+    weights in place, to a form without a backward. Other linears keep their mode.
     """
     touched: list[tuple[nn.Module, str, Any]] = []
     try:
         for module in modules:
             for child in module.modules():
-                if child.training and (next(child.children(), None) is not None or _is_dropout(child)):
-                    touched.append((child, "training", True))
-                    child.training = False
+                mode = child.training
+                if hasattr(child, "quant_state"):
+                    mode = True
+                elif next(child.children(), None) is not None or _is_dropout(child):
+                    mode = False
+                if mode != child.training:
+                    touched.append((child, "training", child.training))
+                    child.training = mode
                 if getattr(child, "gradient_checkpointing", False):
                     touched.append((child, "gradient_checkpointing", child.gradient_checkpointing))
                     setattr(child, "gradient_checkpointing", False)  # noqa: B010

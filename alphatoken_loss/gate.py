@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .batches import Batch, read_batch, to_device
-from .blocks import Scored, draws_noise, find_scored, trained_after_blocks
+from .blocks import Scored, checkpointed, draws_noise, find_scored, trained_after_blocks
 from .config import AlphaTokenConfig
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Direction, NonFiniteRows, ghost_values
@@ -82,6 +82,7 @@ class _Step:
             finally:
                 self.capture.release()
         assert self.keep is not None
+        self.capture.release()
         rows = rows.masked_fill((batch.rows & ~self.keep)[..., None], 0)
         if self.mean_over_kept:
             rows = rows * (batch.rows.sum() / self.keep.sum().clamp(min=1))
@@ -232,7 +233,7 @@ class AlphaToken:
         step = _Step(self, capture, direction, components, keep, mean_over_kept)
         taps = None
         with contextlib.ExitStack() as stack:
-            if keep is None and not any(_runs_again(block) or draws_noise(block) for block in scored.blocks):
+            if keep is None and not any([checkpointed(block) or draws_noise(block) for block in scored.blocks]):
                 taps = Taps(scored, read.shape, causal=self.config.causal_window > 0)
                 stack.enter_context(taps.installed(scored.sites))
             stack.enter_context(capturing(capture, lambda hidden: step.gate(hidden, taps), training=True))
@@ -247,6 +248,8 @@ class AlphaToken:
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
         the four terms in units of the loss, and `target_age` in optimizer steps."""
+        if self.config.rho >= 1.0:
+            return {"kept": 1.0}
         sums, self._sums = self._sums, {}
         tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
         return {**{name: float(total) / tokens for name, total in sums.items()}, "target_age": float(self._age)}
@@ -300,8 +303,3 @@ def _fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
     """Sums of the bits: exact, in any precision."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     return torch.stack([p.contiguous().view(bits[p.element_size()]).sum() for p in parameters])
-
-
-def _runs_again(block: nn.Module) -> bool:
-    """Whether a block's forward is recomputed in backward, so that nothing may be tapped in it."""
-    return block.training and bool(getattr(block, "gradient_checkpointing", False))

@@ -20,7 +20,7 @@ from transformers import Cache
 
 from .attention import AttentionCall, AttentionWatch
 from .batches import Batch
-from .blocks import LoraSite, Scored, Site, unwrap, without_noise
+from .blocks import HOOKS_INSIDE_CHECKPOINT, LoraSite, Scored, Site, unwrap, without_noise
 
 
 class Visitor(Protocol):
@@ -178,9 +178,11 @@ class Capture:
     graph: tuple[Taps, torch.Tensor] | None = None
     replaying: bool = False
     seen: bool = False
+    spent: bool = False
 
     def release(self) -> None:
         """Let go of everything the forward left."""
+        self.spent = True
         self.calls.clear()
         if self.graph is not None:
             self.graph[0].clear()
@@ -287,7 +289,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
 
     def before(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if capture.replaying:
+            if capture.replaying or (capture.spent and HOOKS_INSIDE_CHECKPOINT):
                 return
             if index == 0:
                 state["running"] = torch.is_grad_enabled() == training

@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 from batches import pair_batch, sft_batch
-from models import base_model, lora_model
+from models import base_model, lora_model, nf4_lora_model
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -177,3 +177,30 @@ def test_a_weight_outside_the_response_does_not_count():
         batch["completion_mask"] == 0, torch.nan
     )
     assert torch.equal(dpo_loss(model, None, batch, weights), dpo_loss(model, None, batch, torch.ones_like(weights)))
+
+
+def test_a_4_bit_model_in_evaluation_mode_keeps_its_gradients():
+    batch = sft_batch("none")
+    found = {}
+    for mode in (True, False):
+        model = nf4_lora_model("llama").train(mode)
+        fisher = estimate_fisher(model, [[3, 4, 5], [6, 7]], config=CONFIG, max_new_tokens=4, progress=False)
+        _, values = alphatoken_weights(
+            model, None, batch, target=[batch], fisher=fisher, config=CONFIG, return_values=True
+        )
+        assert {module.training for module in model.modules()} == {mode}
+        found[mode] = values.total
+        alphatoken_weights(model, None, batch, target=[batch], fisher=fisher, config=CONFIG)
+    assert torch.equal(found[True], found[False])
+
+
+def test_a_repacked_4_bit_model_is_refused():
+    model = nf4_lora_model("llama")
+    layer = model.get_base_model().model.layers[-1].mlp.down_proj.get_base_layer()
+    layer.weight.quant_state.packing_format_for_cpu = True  # what an evaluation forward leaves on some processors
+    with pytest.raises(ValueError, match=r"down_proj.*repacked"):
+        target_gradient(model, [sft_batch("none")], config=CONFIG)
+
+
+def test_with_rho_1_the_share_kept_is_still_reported():
+    assert AlphaToken(lora_model("llama"), config=AlphaTokenConfig(rho=1.0)).metrics() == {"kept": 1.0}
