@@ -273,6 +273,8 @@ class AlphaToken:
             batches = [batch.chosen()]
             if self.target_batches is not None:
                 batches = [read_batch(to_device(b, scored.device)).chosen() for b in self.target_batches]
+            elif not bool(batch.rows.any()):
+                return  # nothing to value here, nor to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
 
