@@ -279,8 +279,8 @@ def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | N
 class _SquaredSums:
     """Visitor that adds up (d * d)(h * h)^T, or its row and column sums, over the response rows of a batch."""
 
-    def __init__(self, batch: Batch, dense: bool, names: Mapping[str, str]) -> None:
-        self.batch, self.dense, self.names = batch, dense, names
+    def __init__(self, batch: Batch, dense: bool) -> None:
+        self.batch, self.dense = batch, dense
         self.sums: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def __call__(
@@ -290,15 +290,14 @@ class _SquaredSums:
         rows = self.batch.rows.flatten()
         d = error.flatten(0, 1).to(dtype).masked_fill(~rows[:, None], 0).square()
         h = inputs[0].flatten(0, 1).to(dtype).masked_fill(~rows[:, None], 0).square()
-        name = self.names[site.name]
         with torch.autocast(error.device.type, enabled=False):
-            self.sums[name] = (d.T @ h,) if self.dense else (d.T @ h.sum(1), h.T @ d.sum(1))
+            self.sums[site.name] = (d.T @ h,) if self.dense else (d.T @ h.sum(1), h.T @ d.sum(1))
 
 
-def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> tuple[Scored, dict[str, str]]:
-    """The scored modules as the reference has them, and what each is called in the model that is trained."""
+def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> Scored:
+    """The scored modules as the reference has them, under their names in the model that is trained."""
     if ref_model is None:
-        return scored, {site.name: site.name for site in scored.sites}
+        return scored
     blocks = find_blocks(ref_model)
     if len(blocks) != scored.total:
         raise ValueError(
@@ -308,15 +307,15 @@ def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> tuple[Scor
     for site in scored.sites:
         module = _same_module(site.name, ref_model)
         sites.append(LinearSite(site.name, site.block, module))
-    return Scored(list(blocks)[-len(scored.blocks) :], sites, len(blocks)), {site.name: site.name for site in sites}
+    return Scored(list(blocks)[-len(scored.blocks) :], sites, len(blocks))
 
 
 def squared_sums(
-    scored: Scored, reference: nn.Module, ref_scored: Scored, names: Mapping[str, str], batch: Batch, dense: bool
+    reference: nn.Module, ref_scored: Scored, batch: Batch, dense: bool
 ) -> dict[str, tuple[torch.Tensor, ...]]:
     """Fisher sums of one batch, whose labels were drawn from `reference` (already in reference mode)."""
     capture, rows = capture_without_graph(reference, ref_scored, batch, lambda m: -token_logps(m, batch).sum())
-    visitor = _SquaredSums(batch, dense, names)
+    visitor = _SquaredSums(batch, dense)
     capture.visit(rows, visitor, causal=False, at_layer=True)
     return visitor.sums
 
@@ -350,13 +349,13 @@ def fisher_of_batches(
     generator = torch.Generator(scored.device).manual_seed(seed)
     sums = _zeros(scored, dense)
     count = 0
-    ref_scored, names = _reference_scored(scored, ref_model)
+    ref_scored = _reference_scored(scored, ref_model)
     with reference_mode(model, ref_model) as reference:
         for batch in batches:
             if not bool(batch.rows.any()):
                 continue
             drawn = draw_labels(reference, batch, generator)
-            _accumulate(sums, squared_sums(scored, reference, ref_scored, names, drawn, dense))
+            _accumulate(sums, squared_sums(reference, ref_scored, drawn, dense))
             count += batch.segments[batch.rows].unique().numel()
     return _mean(sums, count, model)
 
@@ -446,7 +445,7 @@ def estimate_fisher(
         raise ValueError("prompts is empty. Give at least one prompt; the paper uses 1,000.")
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
     sums = _zeros(scored, dense)
-    ref_scored, names = _reference_scored(scored, ref_model)
+    ref_scored = _reference_scored(scored, ref_model)
     devices = [scored.device] if scored.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
@@ -457,7 +456,7 @@ def estimate_fisher(
         for start in range(0, len(order), batch_size):
             chosen = [encoded[i] for i in order[start : start + batch_size]]
             batch = _sample(reference, chosen, tokenizer, max_new_tokens, temperature, scored.device)
-            _accumulate(sums, squared_sums(scored, reference, ref_scored, names, batch, dense))
+            _accumulate(sums, squared_sums(reference, ref_scored, batch, dense))
             bar.update(len(chosen))
     return _mean(sums, len(encoded), model)
 
