@@ -11,6 +11,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ class AttentionCall:
             scores = scores.view(size, heads, stop - start, stop - first)
             if self.softcap is not None:
                 scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-            scores += self._bias(scores, batch, start, stop, first)
+            scores += _bias(self.mask, self.sliding_window, batch, scores.dtype, start, stop, first)
             probabilities = scores.softmax(-1)[..., near - first :].mean(1)
             distance = position[start:stop, None] - position[None, near:stop]
             # A query that attends to nothing (padding) has no probabilities, not even zero ones.
@@ -81,24 +82,106 @@ class AttentionCall:
             out[:, near:stop] += probabilities.transpose(1, 2) @ errors[:, start:stop]
         return out
 
-    def _bias(self, scores: torch.Tensor, batch: Batch, start: int, stop: int, first: int) -> torch.Tensor:
-        """Additive mask for queries start:stop and keys first:stop."""
-        if self.mask is not None:
-            mask = self.mask[:, :, start:stop, first:stop]
-            if mask.dtype != torch.bool:
-                return mask.to(scores.dtype)
-        else:
-            position = torch.arange(stop, device=scores.device)
-            distance = position[start:stop, None] - position[None, first:stop]
-            mask = (distance >= 0)[None]
-            if self.sliding_window is not None:
-                mask = mask & (distance < self.sliding_window)
-            if batch.packed:
-                mask = mask & (batch.segments[:, start:stop, None] == batch.segments[:, None, first:stop])
-            if batch.attended is not None:
-                mask = mask & batch.attended[:, None, first:stop]
-            mask = mask[:, None]
-        return torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+
+def _bias(
+    mask: torch.Tensor | None,
+    sliding_window: int | None,
+    batch: Batch,
+    dtype: torch.dtype,
+    start: int,
+    stop: int,
+    first: int,
+) -> torch.Tensor:
+    """Additive mask for queries start:stop and keys first:stop, from the kernel's own mask where it has one."""
+    if mask is not None:
+        mask = mask[:, :, start:stop, first:stop]
+        if mask.dtype != torch.bool:
+            return mask.to(dtype)
+    else:
+        position = torch.arange(stop, device=batch.labels.device)
+        distance = position[start:stop, None] - position[None, first:stop]
+        mask = (distance >= 0)[None]
+        if sliding_window is not None:
+            mask = mask & (distance < sliding_window)
+        if batch.packed:
+            mask = mask & (batch.segments[:, start:stop, None] == batch.segments[:, None, first:stop])
+        if batch.attended is not None:
+            mask = mask & batch.attended[:, None, first:stop]
+        mask = mask[:, None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def plain_attention(batch: Batch) -> Callable[..., Any]:
+    """Attention in differentiable operations, a chunk of queries at a time, in the place of a registry's kernel."""
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        for name in ("s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise NotImplementedError(f"forward-mode attention with `{name}`")
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4 else None
+        size, heads, length, width = query.shape
+        kv_heads = key.shape[1]
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        rows = min(max(16, CHUNK_ELEMENTS // (size * heads * length)), length)
+        query = query * (width**-0.5 if scaling is None else scaling)
+        chunks = []
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+            # Grouped-query attention: the queries of one key head stand in one matrix.
+            grouped = query[:, :, start:stop].reshape(size, kv_heads, -1, width)
+            scores = grouped @ key[:, :, first:stop].transpose(2, 3)
+            scores = scores.view(size, heads, stop - start, stop - first).to(dtype)
+            if softcap is not None:
+                scores = (scores / softcap).tanh() * softcap
+            # Finite, for queries that attend to nothing: their softmax must not be NaN.
+            bias = _bias(mask, sliding_window, batch, dtype, start, stop, first)
+            scores = scores + bias.clamp(min=torch.finfo(dtype).min)
+            grouped = scores.softmax(-1).to(value.dtype).view(size, kv_heads, -1, stop - first)
+            chunks.append((grouped @ value[:, :, first:stop]).view(size, heads, stop - start, -1))
+        return torch.cat(chunks, 2).transpose(1, 2), None
+
+    return attention
+
+
+@contextlib.contextmanager
+def replaced_attention(
+    blocks: list[nn.Module], replacement: Callable[[str, Callable[..., Any] | None], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the registry's entries for the kernels that blocks use; they are put back on leaving.
+
+    Args:
+        replacement (`Callable`): from a kernel's name and its entry (None: eager, which has none) to another function.
+    """
+    kernels = {
+        config._attn_implementation
+        for block in blocks
+        for module in block.modules()
+        if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
+    }
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before = {kernel: local.get(kernel) for kernel in kernels}
+    try:
+        for kernel in kernels:
+            ALL_ATTENTION_FUNCTIONS[kernel] = replacement(kernel, ALL_ATTENTION_FUNCTIONS.get(kernel))
+        yield
+    finally:
+        for kernel, entry in before.items():
+            if entry is not None:
+                ALL_ATTENTION_FUNCTIONS[kernel] = entry
+            else:
+                local.pop(kernel, None)
 
 
 class AttentionWatch:
@@ -119,31 +202,11 @@ class AttentionWatch:
         if site.block not in self.scored.value_rows:
             self.outputs[site.name] = output
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Wrap the registry's entries for the kernels in use; they are put back on leaving."""
-        kernels = {
-            config._attn_implementation
-            for block in self.scored.blocks
-            for module in block.modules()
-            if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
-        }
-        local = ALL_ATTENTION_FUNCTIONS._local_mapping
-        before = {kernel: local.get(kernel) for kernel in kernels}
-        try:
-            for kernel in kernels:
-                ALL_ATTENTION_FUNCTIONS[kernel] = self._wrapped(kernel)
-            yield
-        finally:
-            for kernel, entry in before.items():
-                if entry is not None:
-                    ALL_ATTENTION_FUNCTIONS[kernel] = entry
-                else:
-                    local.pop(kernel, None)
+    def watching(self) -> AbstractContextManager[None]:
+        """While entered, the calls of the kernels in use are kept."""
+        return replaced_attention(self.scored.blocks, lambda kernel, registered: self._wrapped(registered))
 
-    def _wrapped(self, kernel: str) -> Callable[..., Any]:
-        registered = ALL_ATTENTION_FUNCTIONS.get(kernel)
-
+    def _wrapped(self, registered: Callable[..., Any] | None) -> Callable[..., Any]:
         def attention(
             module: nn.Module,
             query: torch.Tensor,

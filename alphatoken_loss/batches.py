@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,27 @@ class Batch:
             for key, value in self.inputs.items()
         }
         return Batch(inputs, self.labels[:half])
+
+    def sequences(self) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """Each sequence with a response by itself, or each pair: `(rows, batch)`, `rows` being its row numbers here.
+
+        Of a packed row the whole is kept, since other sequences' tokens are seen by none of its own; their labels go.
+        """
+        size = self.shape[0]
+        places = self.segments
+        if self.pairs:
+            places = torch.arange(size // 2, device=places.device).repeat(2)[:, None].expand(self.shape)
+        for number in places[self.rows].unique():
+            belongs = places == number
+            rows = belongs.any(1).nonzero().flatten()
+            inputs = {
+                key: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (size,) else value
+                for key, value in self.inputs.items()
+            }
+            predicted = F.pad(belongs[rows, :-1], (1, 0))  # a label is its row's, which stands one before
+            labels = self.labels[rows].masked_fill(~predicted, IGNORE)
+            ref_logps = self.ref_logps and tuple(logps[number : number + 1] for logps in self.ref_logps)
+            yield rows, Batch(inputs, labels, self.pairs, ref_logps)  # type: ignore[arg-type]
 
     def at_labels(self, rows: torch.Tensor) -> torch.Tensor:
         """Move what belongs to rows (`(B, T)`) to the labels they predict: row t goes to column t + 1."""

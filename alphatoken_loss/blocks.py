@@ -99,6 +99,8 @@ class Scored:
         blocks (`list[nn.Module]`): the K blocks, in forward order.
         sites (`list[Site]`): every scored linear or LoRA layer, with `site.block` an index into `blocks`.
         total (`int`): how many blocks the model has.
+        others (`dict`): what else is trained and scored, by its name in `model.named_parameters()`: adapters that are
+            not plain LoRA, norms, biases, embeddings. The ghost estimator has none.
         value_rows (`dict`): block index -> site name -> which of its output rows are attention values, for the sites
             that have such rows; filled by `attention.py` when it first sees the block run.
     """
@@ -106,6 +108,7 @@ class Scored:
     blocks: list[nn.Module]
     sites: list[Site]
     total: int
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
     value_rows: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def in_block(self, index: int) -> list[Site]:
@@ -115,7 +118,13 @@ class Scored:
     def parameters(self) -> dict[str, torch.Tensor]:
         """Scored trainable parameters by their names in `model.named_parameters()`."""
         named = (item for site in self.sites for item in site.parameters.items())
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
+        return {name: parameter for name, parameter in named if parameter.requires_grad} | self.others
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every scored parameter lies in the scored blocks."""
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        return all(id(parameter) in inside for parameter in self.parameters.values())
 
     @property
     def device(self) -> torch.device:
@@ -158,60 +167,95 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def find_scored(model: nn.Module, num_layers: int | str) -> Scored:
-    """Find the adapters (or, without adapters, the trainable linears) of the last K blocks.
+def find_decoder(model: nn.Module) -> nn.Module:
+    """What stands before the LM head: its output is the last hidden state."""
+    base = causal_lm(model)
+    return base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+
+
+def find_scored(model: nn.Module, num_layers: int | str, estimator: str = "ghost") -> Scored:
+    """Find what is scored: the adapters (or, without adapters, the trainable linears) of the last K blocks.
 
     Args:
         model (`nn.Module`): causal LM, plain or wrapped by PEFT, with a base in any precision.
         num_layers (`int` or `"all"`): K.
+        estimator (`str`): `"ghost"` scores plain LoRA and linears alone and refuses other adapters. The others also
+            score whatever else is trained: `"exact"` in the blocks, `"difference"` anywhere before the LM head.
 
     Raises:
-        ValueError: K exceeds the number of blocks; nothing in them is trainable; adapters are merged, disabled,
-            several at once, or of a kind whose arithmetic is not y = W0 x + s B A x.
+        ValueError: K exceeds the number of blocks; nothing in them is trainable; adapters are merged or disabled; for
+            the ghost estimator also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model = unwrap(model)
     if hasattr(model, "_orig_mod"):
         raise ValueError("The model is compiled, which fixes its graph. Give the model before torch.compile.")
-    blocks = find_blocks(model)
+    anywhere = estimator == "difference" and num_layers == "all"
+    blocks = _blocks_or_none(model) if anywhere else find_blocks(model)
     count = len(blocks) if num_layers == "all" else int(num_layers)
     if count > len(blocks):
         raise ValueError(f'num_layers is {count}, but the model has {len(blocks)} blocks. Use at most that, or "all".')
     names = {id(module): name for name, module in model.named_modules()}
-    for block in list(blocks)[len(blocks) - count :]:
-        _check_not_repacked(block, names)
     scored = list(blocks)[len(blocks) - count :]
     sites: list[Site] = []
     for index, block in enumerate(scored):
+        _check_not_repacked(block, names)
         tuners = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in tuners:
+            _check_active(names[id(layer)], layer)
+            if estimator == "ghost" or _why_not_lora(names[id(layer)], layer) is None:
+                sites.append(_lora_site(names[id(layer)], index, layer))
         if tuners:
-            sites += [_lora_site(names[id(layer)], index, layer) for layer in tuners]
             continue
         for module in block.modules():
             if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
                 sites.append(LinearSite(names[id(module)], index, module))
     found = Scored(scored, sites, len(blocks))
-    if not sites or not found.parameters:
+    if estimator == "ghost":
+        _warn_of_linears_beside(found, names)
+    else:
+        of_sites, behind = set(found.parameters), set(trained_behind(model))
+        inside = {id(parameter) for block in scored for parameter in block.parameters()}
+        found.others = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+            and name not in of_sites
+            and name not in behind
+            and (anywhere or id(parameter) in inside)
+        }
+        del found.parameters  # cached without the others
+    if not found.parameters:
         raise ValueError(
             f"The last {count} of {len(blocks)} blocks have nothing to score: no active, trainable LoRA adapter and no "
             "trainable linear. Wrap the model with peft.get_peft_model(model, LoraConfig(...)), load a trained adapter "
             "with is_trainable=True, or raise num_layers."
         )
-    adapters = {site.adapter for site in sites if isinstance(site, LoraSite)}
+    return found
+
+
+def _blocks_or_none(model: nn.Module) -> list[nn.Module]:
+    try:
+        return list(find_blocks(model))
+    except ValueError:
+        return []
+
+
+def _warn_of_linears_beside(found: Scored, names: dict[int, str]) -> None:
+    adapters = {site.adapter for site in found.sites if isinstance(site, LoraSite)}
     if len(adapters) > 1:
         raise ValueError(f"Several adapters are active in the scored blocks ({sorted(adapters)}). Activate one.")
     if adapters:
-        own = {id(linear) for site in sites if isinstance(site, LoraSite) for linear in (site.a, site.b)}
-        linears = (m for block in scored for m in block.modules() if isinstance(m, nn.Linear | Conv1D))
+        own = {id(linear) for site in found.sites if isinstance(site, LoraSite) for linear in (site.a, site.b)}
+        linears = (m for block in found.blocks for m in block.modules() if isinstance(m, nn.Linear | Conv1D))
         beside = [names[id(m)] for m in linears if m.weight.requires_grad and id(m) not in own]
         if beside:
             warnings.warn(
                 f"{beside[0]} is trained beside the adapters of the scored blocks ({len(beside)} such linears). It "
                 "takes no part in token values; the gradient gate masks it all the same.",
-                stacklevel=2,
+                stacklevel=3,
             )
-    return found
 
 
 def _check_not_repacked(block: nn.Module, names: dict[int, str]) -> None:
@@ -242,16 +286,7 @@ def checkpointed(block: nn.Module) -> bool:
     return True
 
 
-def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
-
-    kind = type(layer).__name__
-    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
-        raise ValueError(
-            f"{name}: the adapter layer is a {type(layer).__module__}.{kind}; token values need LoRA on linears. Use "
-            "peft.LoraConfig, or keep this module out of target_modules (and of target_parameters)."
-        )
+def _check_active(name: str, layer: BaseTunerLayer) -> None:
     if layer.merged:
         raise ValueError(
             f"{name}: adapter(s) {layer.merged_adapters} are merged into the base. Call unmerge_adapter()."
@@ -261,40 +296,66 @@ def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
             f"{name}: the adapters are disabled, so nothing is trained. Call enable_adapter_layers(), or leave the "
             "disable_adapter() context."
         )
+
+
+def _why_not_lora(name: str, layer: BaseTunerLayer) -> str | None:
+    """What keeps an adapter layer from being y = W0 x + s B A x, in words, or None."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        return (
+            f"{name}: the adapter layer is a {type(layer).__module__}.{type(layer).__name__}; ghost values need LoRA "
+            'on linears. Use peft.LoraConfig, keep this module out of target_modules, or set estimator="difference".'
+        )
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:
-        raise ValueError(
+        return (
             f"{name}: active adapters are {list(layer.active_adapters)}, of which {len(active)} are LoRA here; exactly "
             "one must be. Choose it with set_adapter()."
         )
     adapter = active[0]
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None:
-        raise ValueError(
+        return (
             f"{name}: adapter '{adapter}' is the LoRA variant {type(variant).__name__}, whose arithmetic is not "
-            "y = W x + s B A x. Use plain LoRA (use_dora=False and the like)."
+            'y = W x + s B A x. Use plain LoRA (use_dora=False and the like), or set estimator="difference".'
         )
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
-        raise ValueError(
+        return (
             f"{name}: adapter '{adapter}' on a {type(layer.get_base_layer()).__name__} has {type(a).__name__} factors; "
-            "token values need linear ones. Keep this module out of target_modules."
+            'ghost values need linear ones. Keep this module out of target_modules, or set estimator="difference".'
         )
+    return None
+
+
+def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
+    why_not = _why_not_lora(name, layer)
+    if why_not is not None:
+        raise ValueError(why_not)
+    (adapter,) = (adapter for adapter in layer.active_adapters if adapter in layer.lora_A)
     return LoraSite(name, block, layer, adapter)
 
 
-def trained_after_blocks(model: nn.Module) -> list[str]:
-    """Names of trainable parameters behind the last block (final norm, LM head), which no gate before them masks."""
+def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]:
+    """Names of trainable parameters behind a module, which no gate at its output masks; by default the decoder.
+
+    Order of registration stands for order of execution: after the module's own, or tied to the LM head.
+    """
     base = causal_lm(model)
-    named = list(base.named_parameters())
-    inside = {id(parameter) for parameter in find_blocks(model).parameters()}
-    last = max((i for i, (_, parameter) in enumerate(named) if id(parameter) in inside), default=-1)
+    named = list(unwrap(model).named_parameters())
+    own = {id(parameter) for parameter in (find_decoder(model) if gate is None else gate).parameters()}
+    in_base = {id(parameter) for parameter in base.parameters()}
+    last = max((i for i, (_, parameter) in enumerate(named) if id(parameter) in own), default=-1)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
     tied = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     return [
         name
         for i, (name, parameter) in enumerate(named)
-        if parameter.requires_grad and id(parameter) not in inside and (i > last or id(parameter) in tied)
+        if parameter.requires_grad
+        and id(parameter) in in_base
+        and (id(parameter) in tied or (i > last and id(parameter) not in own))
     ]
 
 
@@ -311,10 +372,15 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
     if ref_model is not None:
         yield unwrap(ref_model)
         return
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        with model.disable_adapter():
+            yield model
+        return
     wrappers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if not wrappers:
         raise ValueError(

@@ -3,6 +3,10 @@
 For a linear with input h and output gradient d at a response token, the dense Fisher is the mean over prompts of the
 sum over sampled tokens of (d * d)(h * h)^T. The factored form keeps its row sums, column sums and total: F = row
 col^T / total, the rank-one matrix with the same marginals (Adafactor, arXiv 1804.04235, section 3).
+
+Parameters that are no linear's weight (other adapters, norms, biases, embeddings) get the diagonal of their own Fisher:
+the mean over prompts of the squared gradient of the whole completion's log-likelihood. Gradients of tokens sampled one
+after the other are uncorrelated, so its expectation is the same sum over tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +38,14 @@ from .blocks import (
     find_blocks,
     find_scored,
     reference_mode,
+    unwrap,
     without_noise,
 )
 from .config import AlphaTokenConfig
 from .distributed import all_sum
 from .ghost import accumulation_dtype
 from .logps import token_logps
-from .replay import capture_without_graph
+from .replay import capture_without_graph, loss_gradients
 
 _FORMAT = "alphatoken_loss.fisher.1"
 
@@ -55,11 +60,15 @@ class Fisher:
             shape `(d_out, d_in)` when dense. Units: squared gradient of the log-likelihood, per prompt.
         prompts (`int`): over how many prompts it was averaged.
         base (`tuple`): some numbers out of the model's input embedding, by which another model is told apart.
+        others (`dict`): for scored parameters that are neither LoRA nor a linear's weight, name, as in
+            `model.named_parameters()`, -> `(diagonal, reference)` of the parameter's shape: its Fisher, and the value
+            it had when this was estimated, from which its drift is measured.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, ...]]
     prompts: int = 0
     base: tuple[float, ...] = ()
+    others: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -96,6 +105,7 @@ class Fisher:
             {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()},
             self.prompts,
             self.base,
+            self.others,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -106,6 +116,8 @@ class Fisher:
             for name, factor in self.factors.items()
             for part, tensor in enumerate(factor)
         }
+        for name, pair in self.others.items():
+            tensors |= {f"{name}|other{part}": tensor.detach().cpu().contiguous() for part, tensor in enumerate(pair)}
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -136,11 +148,13 @@ class Fisher:
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a saved Fisher: its format is {about.get('format')!r}, not {_FORMAT!r}.")
         factors: dict[str, tuple[torch.Tensor, ...]] = {}
+        others: dict[str, Any] = {}
         for key in sorted(tensors):  # part 0 before part 1
-            name = key.rpartition("|")[0]
-            factors[name] = (*factors.get(name, ()), tensors[key])
+            name, _, part = key.rpartition("|")
+            into = others if part.startswith("other") else factors
+            into[name] = (*into.get(name, ()), tensors[key])
         saved = json.loads(about["about"])
-        return cls(factors, saved["prompts"], tuple(saved["base"]))
+        return cls(factors, saved["prompts"], tuple(saved["base"]), others)
 
     def check(self, scored: Scored) -> None:
         """See that it was made for these scored modules.
@@ -148,12 +162,21 @@ class Fisher:
         Raises:
             ValueError: the modules are not the scored ones, or a shape differs.
         """
-        beyond = sorted(set(self.factors) - {site.name for site in scored.sites})
+        beyond = sorted(set(self.factors) - {site.name for site in scored.sites}) + sorted(
+            set(self.others) - set(scored.others)
+        )
         if beyond:
             raise ValueError(
-                f"The Fisher covers {beyond[0]} ({len(beyond)} such modules), which is not scored. It was made for "
-                "another model, adapter layout or num_layers: estimate it again with this config."
+                f"The Fisher covers {beyond[0]} ({len(beyond)} such entries), which is not scored. It was made for "
+                "another model, adapter layout, estimator or num_layers: estimate it again with this config."
             )
+        for name, parameter in scored.others.items():
+            if name not in self.others or self.others[name][0].shape != parameter.shape:
+                raise ValueError(
+                    f"The Fisher has no entry of shape {tuple(parameter.shape)} for the scored parameter {name}. It "
+                    "was made for another model, adapter layout, estimator or num_layers: estimate it again with this "
+                    "config."
+                )
         for site in scored.sites:
             if site.name not in self.factors:
                 raise ValueError(
@@ -198,6 +221,10 @@ class Fisher:
                     found.update(self._lora_drift(site, ref_model))
                 else:
                     found.update(self._linear_drift(site, ref_model))
+            for name, parameter in scored.others.items():
+                dtype = accumulation_dtype(parameter)
+                diagonal, reference = (tensor.to(parameter.device, dtype) for tensor in self.others[name])
+                found[name] = diagonal * (parameter.to(dtype) - reference)
         return {name: found[name] for name in scored.parameters}
 
     def _lora_drift(self, site: LoraSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -347,22 +374,63 @@ def fisher_of_batches(
     Every sequence that has a response counts as one prompt.
     """
     generator = torch.Generator(scored.device).manual_seed(seed)
-    sums = _zeros(scored, dense)
+    sums = _Sums(model, scored, ref_model, dense)
     count = 0
-    ref_scored = _reference_scored(scored, ref_model)
-    with reference_mode(model, ref_model) as reference:
-        for batch in batches:
-            if not bool(batch.rows.any()):
-                continue
+    for batch in batches:
+        if not bool(batch.rows.any()):
+            continue
+        with reference_mode(model, ref_model) as reference:
             drawn = draw_labels(reference, batch, generator)
-            _accumulate(sums, squared_sums(reference, ref_scored, drawn, dense))
-            count += batch.segments[batch.rows].unique().numel()
-    return _mean(sums, count, model)
+        sums.add(drawn)
+        count += batch.segments[batch.rows].unique().numel()
+    return sums.mean(count)
 
 
-def _accumulate(sums: dict[str, tuple[torch.Tensor, ...]], more: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
-    for name, parts in more.items():
-        sums[name] = tuple(a + b for a, b in zip(sums[name], parts, strict=True))
+class _Sums:
+    """Fisher sums over batches whose labels were drawn from the reference."""
+
+    def __init__(self, model: nn.Module, scored: Scored, ref_model: nn.Module | None, dense: bool) -> None:
+        self.model, self.scored, self.ref_model, self.dense = model, scored, ref_model, dense
+        self.ref_scored = _reference_scored(scored, ref_model)
+        self.of_sites = _zeros(scored, dense)
+        # Where an adapter is off it has no gradient: the others' is taken with them on, at the values they have now.
+        self.owner = model if ref_model is None else ref_model
+        own = dict(unwrap(self.owner).named_parameters())
+        missing = [name for name in scored.others if name not in own]
+        if missing:
+            raise ValueError(f"ref_model has no parameter {missing[0]}. Use the model training started from.")
+        self.others = {name: own[name] for name in scored.others}
+        self.of_others = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in self.others.items()}
+
+    def add(self, batch: Batch) -> None:
+        if self.scored.sites:
+            with reference_mode(self.model, self.ref_model) as reference:
+                sums = squared_sums(reference, self.ref_scored, batch, self.dense)
+            for name, parts in sums.items():
+                self.of_sites[name] = tuple(a + b for a, b in zip(self.of_sites[name], parts, strict=True))
+        if self.others:
+            frozen = [p for p in self.others.values() if not p.requires_grad]
+            try:
+                for parameter in frozen:
+                    parameter.requires_grad_()
+                for _, sequence in batch.sequences():
+                    for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
+                        self.of_others[name] += gradient.to(self.of_others[name]).square()
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+
+    def mean(self, count: int) -> Fisher:
+        tensors = [tensor for parts in self.of_sites.values() for tensor in parts] + list(self.of_others.values())
+        total = all_sum(tensors, count)
+        if not total:
+            raise ValueError(
+                "The Fisher was to be estimated from no response token at all. Give at least one prompt, or batches "
+                "with labels other than -100."
+            )
+        sites = {name: tuple(tensor / total for tensor in parts) for name, parts in self.of_sites.items()}
+        others = {n: (sums / total, self.others[n].detach().to(sums).clone()) for n, sums in self.of_others.items()}
+        return Fisher(sites, total, _base_of(self.model), others)
 
 
 def _zeros(scored: Scored, dense: bool) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -375,18 +443,6 @@ def _zeros(scored: Scored, dense: bool) -> dict[str, tuple[torch.Tensor, ...]]:
         else tuple(torch.zeros(size, **options) for size in site.shape)
         for site in scored.sites
     }
-
-
-def _mean(sums: Mapping[str, tuple[torch.Tensor, ...]], count: int, model: nn.Module) -> Fisher:
-    tensors = [tensor for parts in sums.values() for tensor in parts]
-    total = all_sum(tensors, count)
-    if not total:
-        raise ValueError(
-            "The Fisher was to be estimated from no response token at all. Give at least one prompt, or batches with "
-            "labels other than -100."
-        )
-    means = {name: tuple(tensor / total for tensor in parts) for name, parts in sums.items()}
-    return Fisher(means, total, _base_of(model))
 
 
 def estimate_fisher(
@@ -434,7 +490,7 @@ def estimate_fisher(
         >>> fisher.save("fisher.safetensors")
     """
     config = config or AlphaTokenConfig()
-    scored = find_scored(model, config.scored_layers)
+    scored = find_scored(model, config.scored_layers, config.estimator)
     dense = config.fisher == "dense"
     if not generate:
         batches = tqdm(prompts, desc="Fisher", unit="batch", disable=not progress)
@@ -444,21 +500,20 @@ def estimate_fisher(
     if not encoded:
         raise ValueError("prompts is empty. Give at least one prompt; the paper uses 1,000.")
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
-    sums = _zeros(scored, dense)
-    ref_scored = _reference_scored(scored, ref_model)
+    sums = _Sums(model, scored, ref_model, dense)
     devices = [scored.device] if scored.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices),
-        reference_mode(model, ref_model) as reference,
         tqdm(total=len(encoded), desc="Fisher", unit="prompt", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             chosen = [encoded[i] for i in order[start : start + batch_size]]
-            batch = _sample(reference, chosen, tokenizer, max_new_tokens, temperature, scored.device)
-            _accumulate(sums, squared_sums(reference, ref_scored, batch, dense))
+            with reference_mode(model, ref_model) as reference:
+                batch = _sample(reference, chosen, tokenizer, max_new_tokens, temperature, scored.device)
+            sums.add(batch)
             bar.update(len(chosen))
-    return _mean(sums, len(encoded), model)
+    return sums.mean(len(encoded))
 
 
 def _encode(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:

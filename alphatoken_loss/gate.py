@@ -14,17 +14,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .batches import Batch, read_batch, to_device
-from .blocks import Scored, checkpointed, draws_noise, find_scored, trained_after_blocks
+from .blocks import Scored, checkpointed, draws_noise, find_blocks, find_scored, trained_behind
 from .config import AlphaTokenConfig
+from .difference import Difference, Steps
+from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
-from .ghost import Direction, NonFiniteRows, ghost_values
-from .replay import Capture, Taps, capturing
+from .ghost import Ghost, NonFiniteRows
 from .target import Target, estimate_target
 from .values import TokenValues
-from .weights import alphatoken_weights, select, stack_direction
+from .weights import Parts, alphatoken_weights, directions, estimator_of, select
 
 
 class _Gate(torch.autograd.Function):
@@ -45,29 +47,25 @@ class _Step:
     def __init__(
         self,
         owner: AlphaToken,
-        capture: Capture,
-        direction: Direction,
-        components: tuple[str, ...],
+        batch: Batch,
+        estimator: Ghost | Exact | Difference,
         keep: torch.Tensor | None,
         mean_over_kept: bool,
     ) -> None:
-        self.owner, self.capture = owner, capture
-        self.direction, self.components = direction, components
+        self.owner, self.batch, self.estimator = owner, batch, estimator
         self.keep, self.mean_over_kept = keep, mean_over_kept
         self.failed = False
 
-    def gate(self, hidden: torch.Tensor, taps: Taps | None) -> torch.Tensor:
+    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
         if not hidden.requires_grad:
             raise ValueError(
                 "The last block's output does not require grad, so no gradient will pass the gate. With reentrant "
                 "checkpointing call model.enable_input_require_grads(); otherwise see that adapters are trainable."
             )
-        if taps is not None:
-            self.capture.graph = (taps, hidden)
         return _Gate.apply(hidden, self)
 
     def mask(self, rows: torch.Tensor) -> torch.Tensor:
-        batch = self.capture.batch
+        batch = self.batch
         if self.failed:
             raise RuntimeError("Valuing this batch failed in an earlier backward. Run its forward again.")
         if self.keep is None:
@@ -80,28 +78,20 @@ class _Step:
                 self.failed, self.keep = False, batch.rows
                 self.owner.weights = self.owner.values = None
             finally:
-                self.capture.release()
+                self.estimator.release()
         assert self.keep is not None
-        self.capture.release()
-        rows = rows.masked_fill((batch.rows & ~self.keep)[..., None], 0)
+        self.estimator.release()
+        drop = F.pad(batch.rows & ~self.keep, (rows.shape[1] - batch.shape[1], 0))  # after any virtual tokens
+        rows = rows.masked_fill(drop[..., None], 0)
         if self.mean_over_kept:
             rows = rows * (batch.rows.sum() / self.keep.sum().clamp(min=1))
         return rows
 
     def _value(self, rows: torch.Tensor) -> None:
-        config = self.owner.config
-        values = ghost_values(
-            self.capture,
-            rows,
-            self.direction,
-            self.components,
-            causal_window=config.causal_window,
-            stability_weight=config.stability_weight,
-        )
-        weights = select(values, self.capture.batch, config)
+        values = self.estimator.values(rows)
+        weights = select(values, self.batch, self.owner.config)
         self.keep = weights.roll(-1, 1)
-        self.owner._record(values, weights, self.capture.batch)
-        self.direction = {}
+        self.owner._record(values, weights, self.batch)
 
 
 class AlphaToken:
@@ -160,12 +150,15 @@ class AlphaToken:
         self._state: tuple[list[int], torch.Tensor] | None = None
         self._age = 0
         self._sums: dict[str, torch.Tensor | float] = {}
+        self._steps = Steps(self.config.difference_rms)
         if self.config.rho < 1.0:
             scored = self._scored()
-            behind = trained_after_blocks(model)
+            at_decoder = self.config.estimator == "difference"
+            behind = trained_behind(model, None if at_decoder else find_blocks(model))
             if behind:
+                place = "decoder" if at_decoder else "last block"
                 raise ValueError(
-                    f"{behind[0]} is trained and lies behind the last block, where the gate cannot mask its gradient "
+                    f"{behind[0]} is trained and lies behind the {place}, where the gate cannot mask its gradient "
                     f"({len(behind)} such parameters). Freeze them, or mask the loss itself: "
                     "sft_loss(model, batch, alphatoken_weights(model, ref_model, batch))."
                 )
@@ -180,7 +173,7 @@ class AlphaToken:
         return self.fisher if self.config.stability_weight > 0 else None
 
     def _scored(self) -> Scored:
-        scored = find_scored(self.model, self.config.scored_layers)
+        scored = find_scored(self.model, self.config.scored_layers, self.config.estimator)
         if self._known is not None and self._known.sites == scored.sites:
             scored.value_rows = self._known.value_rows
         self._known = scored
@@ -208,8 +201,7 @@ class AlphaToken:
         read = read_batch(batch)
         scored = self._scored()
         keep = None
-        direction: Direction = {}
-        components: tuple[str, ...] = ()
+        parts: Parts = {}
         if self.target is None and self.target_batches is None:
             keep = read.rows
             if bool(read.rows.any()):
@@ -228,17 +220,15 @@ class AlphaToken:
         else:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
-            direction, components = stack_direction(scored, self.target, self._drift_fisher, self.ref_model)
-        capture = Capture(scored, read)
-        step = _Step(self, capture, direction, components, keep, mean_over_kept)
-        taps = None
-        with contextlib.ExitStack() as stack:
-            if keep is None and not any([checkpointed(block) or draws_noise(block) for block in scored.blocks]):
-                taps = Taps(scored, read.shape, causal=self.config.causal_window > 0)
-                stack.enter_context(taps.installed(scored.sites))
-            stack.enter_context(capturing(capture, lambda hidden: step.gate(hidden, taps), training=True))
+            parts = directions(scored, self.target, self._drift_fisher, self.ref_model)
+        in_graph = keep is None and not any([checkpointed(block) or draws_noise(block) for block in scored.blocks])
+        estimator = estimator_of(
+            self.model, scored, read, self.config, parts, self._steps, apart=not parts, in_graph=in_graph
+        )
+        step = _Step(self, read, estimator, keep, mean_over_kept)
+        with estimator.watching(step.gate, training=True):
             yield self
-        if not capture.seen:
+        if not estimator.seen:
             warnings.warn(
                 "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the "
                 "forward inside it, on the model that the AlphaToken was made for.",
@@ -259,6 +249,7 @@ class AlphaToken:
         figures = {
             "tokens": batch.rows,
             "kept": weights,
+            "total": values.total,
             "direct_target": values.direct_target,
             "causal_target": values.causal_target,
             "direct_drift": values.direct_drift,

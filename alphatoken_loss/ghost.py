@@ -8,6 +8,8 @@ every temporary has rank-sized rows.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,8 @@ import torch
 from .attention import AttentionCall
 from .batches import Batch
 from .blocks import LinearSite, LoraSite, Scored, Site
-from .replay import Capture
+from .config import AlphaTokenConfig
+from .replay import Capture, Taps, capturing
 from .values import TokenValues
 
 Direction = dict[str, torch.Tensor]
@@ -286,6 +289,70 @@ def _contraction(
 ) -> _LoraContraction | _LinearContraction:
     kind = _LoraContraction if isinstance(site, LoraSite) else _LinearContraction
     return kind(site, layout, error, inputs)  # type: ignore[arg-type]
+
+
+class Ghost:
+    """Values one batch by going back through its scored blocks, in its forward's graph or by running them again.
+
+    Args:
+        parts (`dict`): "target" and "drift", those there are -> parameter name -> direction of the parameter's shape.
+        in_graph (`bool`): tap the forward that is watched. Only where blocks are neither checkpointed nor noisy.
+        others: see `ghost_values`.
+    """
+
+    def __init__(
+        self,
+        scored: Scored,
+        batch: Batch,
+        config: AlphaTokenConfig,
+        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        *,
+        in_graph: bool = False,
+        others: Others | None = None,
+    ) -> None:
+        self.config, self.others = config, others
+        self.capture = Capture(scored, batch)
+        self.taps = Taps(scored, batch.shape, causal=config.causal_window > 0) if in_graph else None
+        self.components = tuple(parts)
+        self.direction = {
+            name: torch.stack([part[name] for part in parts.values()]) for name in scored.parameters if parts
+        }
+
+    @property
+    def seen(self) -> bool:
+        return self.capture.seen
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+        """Keep what one forward leaves, and pass the last block's output through `on_hidden`."""
+
+        def leave(hidden: torch.Tensor) -> torch.Tensor:
+            if self.taps is not None:
+                self.capture.graph = (self.taps, hidden)
+            return on_hidden(hidden)
+
+        with contextlib.ExitStack() as stack:
+            if self.taps is not None:
+                stack.enter_context(self.taps.installed(self.capture.scored.sites))
+            stack.enter_context(capturing(self.capture, leave, training=training))
+            yield
+
+    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+        """From the gradient `(B, T, hidden)` at the last block's output."""
+        return ghost_values(
+            self.capture,
+            rows,
+            self.direction,
+            self.components,
+            causal_window=self.config.causal_window,
+            stability_weight=self.config.stability_weight,
+            norms=norms,
+            others=self.others,
+        )
+
+    def release(self) -> None:
+        self.direction = {}
+        self.capture.release()
 
 
 def ghost_values(

@@ -30,7 +30,8 @@ def token_logps(
     if fused is None:
         fused = _fused_pays(model)
     if not fused:
-        return logps_of_logits(model(**{**batch.inputs, "use_cache": False}).logits, labels)
+        logits = model(**{**batch.inputs, "use_cache": False}).logits
+        return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
     with _fused_head(model):
         logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
     return F.pad(logps, (1, 0))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from transformers import Cache
 from .attention import AttentionCall, AttentionWatch
 from .batches import Batch
 from .blocks import HOOKS_INSIDE_CHECKPOINT, LoraSite, Scored, Site, unwrap, without_noise
+from .logps import token_logps
 
 
 class Visitor(Protocol):
@@ -156,15 +158,18 @@ class BlockCall:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     def detached(self) -> BlockCall:
-        """The same call on a leaf of the same values, without the cache: a second call would append to it."""
-        leaf = self.hidden.detach().requires_grad_()
+        """The same call on a leaf of the same values."""
+        return self.on(self.hidden.detach().requires_grad_())
+
+    def on(self, hidden: torch.Tensor) -> BlockCall:
+        """The same call on another hidden state, without the cache: a second call would append to it."""
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in self.kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         if self.args:
             rest = tuple(None if isinstance(v, Cache) else v for v in self.args[1:])
-            return BlockCall((leaf, *rest), kwargs)
-        return BlockCall((), {**kwargs, "hidden_states": leaf})
+            return BlockCall((hidden, *rest), kwargs)
+        return BlockCall((), {**kwargs, "hidden_states": hidden})
 
 
 @dataclass
@@ -273,6 +278,25 @@ def _look_away(
     """A visitor for walks that only want gradients."""
 
 
+SECOND_FORWARD = (
+    "A second forward with grad ran in one AlphaToken context, which values one batch by one forward. Open a context "
+    "for each forward; a reference belongs under torch.no_grad()."
+)
+
+
+def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) -> None:
+    """See that a forward ran on the batch that is valued; `virtual` tokens may stand before its own.
+
+    Raises:
+        ValueError: it did not.
+    """
+    if size != batch.shape[0] or (length < batch.shape[1] if virtual else length != batch.shape[1]):
+        raise ValueError(
+            f"The model ran on a batch of shape {(size, length)}, but the batch being valued has shape {batch.shape}. "
+            "Give the context the batch that the model runs on."
+        )
+
+
 @contextlib.contextmanager
 def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
     """Record the block calls of one forward, and pass the last block's output through `on_output`.
@@ -294,18 +318,11 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             if index == 0:
                 state["running"] = torch.is_grad_enabled() == training
                 if state["running"] and capture.seen:
-                    raise RuntimeError(
-                        "A second forward with grad ran in one AlphaToken context, which values one batch by one "
-                        "forward. Open a context for each forward; a reference belongs under torch.no_grad()."
-                    )
+                    raise RuntimeError(SECOND_FORWARD)
             if not state["running"]:
                 return
             call = BlockCall(args, kwargs)
-            if tuple(call.hidden.shape[:2]) != capture.batch.shape:
-                raise ValueError(
-                    f"The model ran on a batch of shape {tuple(call.hidden.shape[:2])}, but the batch being valued has "
-                    f"shape {capture.batch.shape}. Give the context the batch that the model runs on."
-                )
+            check_batch(capture.batch, *call.hidden.shape[:2])
             if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
                 raise ValueError(
                     "The batch is packed and the model was called with a cache, which makes transformers attend across "
@@ -337,6 +354,17 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             handle.remove()
 
 
+def loss_gradients(model: nn.Module, parameters: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+    """Gradient of a batch's summed token losses by an ordinary backward, `.grad` untouched; zeros where none comes."""
+    inner = unwrap(model)
+    with torch.enable_grad(), without_noise(inner):
+        loss = -token_logps(inner, batch).sum()
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)
+    }
+
+
 def capture_without_graph(
     model: nn.Module, scored: Scored, batch: Batch, loss_sum: Callable[[nn.Module], torch.Tensor]
 ) -> tuple[Capture, torch.Tensor]:
@@ -349,6 +377,16 @@ def capture_without_graph(
         The capture, and the gradient rows `(B, T, hidden)` at the last block's output.
     """
     capture = Capture(scored, batch)
+    rows = rows_without_graph(model, lambda cut: capturing(capture, cut, training=False), loss_sum)
+    return capture, rows
+
+
+def rows_without_graph(
+    model: nn.Module,
+    watching: Callable[[Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]],
+    loss_sum: Callable[[nn.Module], torch.Tensor],
+) -> torch.Tensor:
+    """The gradient at the hidden state that a watched forward passes through its callback, and no graph before it."""
     leaves: list[torch.Tensor] = []
 
     def cut(hidden: torch.Tensor) -> torch.Tensor:
@@ -360,7 +398,7 @@ def capture_without_graph(
         raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")
     inner = unwrap(model)  # a distributed wrapper would take this forward for a training step's
     with without_noise(inner):
-        with torch.no_grad(), capturing(capture, cut, training=False):
+        with torch.no_grad(), watching(cut):
             loss = loss_sum(inner)
         (rows,) = torch.autograd.grad(loss, leaves)
-    return capture, rows
+    return rows

@@ -16,7 +16,7 @@ from .config import AlphaTokenConfig
 from .distributed import all_sum
 from .ghost import accumulation_dtype
 from .logps import token_logps
-from .replay import capture_without_graph
+from .replay import capture_without_graph, loss_gradients
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,15 @@ def target_gradient(
 ) -> Target:
     """Gradient of the mean loss over validation response tokens, over the scored adapters (G of Eq. 8).
 
-    Each batch is run forward without a graph, then back through the last K blocks only, one block at a time, so the
-    peak memory is below a training step's. Dropout is off. `.grad` and the model's mode are not touched.
+    Where K of the blocks are scored, each batch is run forward without a graph, then back through these blocks only,
+    one at a time, so the peak memory is below a training step's; where all are, by an ordinary backward, or one block
+    at a time if the model is checkpointed. Dropout is off. `.grad` and the model's mode are not touched.
 
     Args:
         model (`nn.Module`): the model in training.
         batches (`Iterable`): SFT batches of clean target-task examples (`input_ids`, `labels`, ...), of any sizes.
             For a preference batch its chosen answers count.
-        config (`AlphaTokenConfig`, *optional*): its `num_layers` is used.
+        config (`AlphaTokenConfig`, *optional*): its `num_layers` and `estimator` say what is scored.
 
     Returns:
         `Target`
@@ -75,7 +76,7 @@ def target_gradient(
         >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
     """
     config = config or AlphaTokenConfig()
-    return estimate_target(model, find_scored(model, config.scored_layers), batches)
+    return estimate_target(model, find_scored(model, config.scored_layers, config.estimator), batches)
 
 
 def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
@@ -87,13 +88,20 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
     count = 0
     if isinstance(batches, Mapping):
         batches = [batches]
+    # Block by block where that saves work (K of L blocks) or where memory is short; else by an ordinary backward.
+    short = any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
+    by_blocks = scored.in_blocks and (short or len(scored.blocks) < scored.total)
     for raw in batches:
         batch = read_batch(to_device(raw, scored.device)).chosen()
         tokens = int(batch.rows.sum())
         if not tokens:
             continue
-        capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
-        for name, gradient in capture.gradients(rows, scored.parameters).items():
+        if by_blocks:
+            capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
+            gradients = capture.gradients(rows, scored.parameters)
+        else:
+            gradients = loss_gradients(model, scored.parameters, batch)
+        for name, gradient in gradients.items():
             gradient = gradient.to(accumulation_dtype(gradient))
             sums[name] = sums[name] + gradient if name in sums else gradient
         count += tokens

@@ -17,17 +17,19 @@ class TokenValues:
     Fisher-weighted drift from the reference (drift terms), to first order and up to the step's size.
 
     Attributes:
-        total: direct_target + causal_target + stability_weight * (direct_drift + causal_drift).
-        adaptation: the sum of the two target terms.
-        stability: the sum of the two drift terms, without stability_weight.
-        direct_target, causal_target, direct_drift, causal_drift: the four terms of Eqs. 8 to 11.
+        total: adaptation + stability_weight * stability.
+        adaptation: the target terms. From the difference and exact estimators `None` where only the total was asked
+            for, as in a training step.
+        stability: the drift terms, without stability_weight; `None` likewise.
+        direct_target, causal_target, direct_drift, causal_drift: the four terms of Eqs. 8 to 11, which only the ghost
+            estimator tells apart; `None` from the others.
         grad_norm: the ghost norm, the length of the position's own gradient over the scored adapters; `None` where it
-            was not asked for.
+            was not asked for, and from the other estimators.
     """
 
     total: torch.Tensor
-    adaptation: torch.Tensor
-    stability: torch.Tensor
+    adaptation: torch.Tensor | None = None
+    stability: torch.Tensor | None = None
     direct_target: torch.Tensor | None = None
     causal_target: torch.Tensor | None = None
     direct_drift: torch.Tensor | None = None

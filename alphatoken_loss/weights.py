@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -11,15 +13,18 @@ from torch import nn
 from .batches import Batch, read_batch
 from .blocks import Scored, find_scored
 from .config import AlphaTokenConfig
+from .difference import Difference, Steps
+from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
-from .ghost import Direction, Others, accumulation_dtype, ghost_values
+from .ghost import Ghost, Others, accumulation_dtype
 from .logps import token_logps
 from .preference import LOSSES, check_loss, pair_logps, reference_logps
-from .replay import capture_without_graph
+from .replay import loss_gradients, rows_without_graph
 from .selection import keep_mask
 from .target import Target, estimate_target
 from .values import TokenValues
 
+Parts = dict[str, Mapping[str, torch.Tensor]]
 TargetLike = Target | Iterable[Mapping[str, Any]] | None
 
 
@@ -98,7 +103,7 @@ def alphatoken_weights(
     check_loss("sigmoid", beta, 0.0)
     if config.rho >= 1.0 and not return_values:
         return read.at_labels(read.rows.float())
-    scored = find_scored(model, config.scored_layers)
+    scored = find_scored(model, config.scored_layers, config.estimator)
     if not bool(read.rows.any()):
         nothing = torch.zeros(read.shape, device=read.labels.device)
         return (nothing, TokenValues(*[nothing] * 8)) if return_values else nothing
@@ -109,24 +114,52 @@ def alphatoken_weights(
         fisher.check_base(model)
     if target is not None and not isinstance(target, Target):
         target = estimate_target(model, scored, target)
-    direction, components = stack_direction(scored, target, fisher, ref_model)
     if target is None:
         Others.of(read)  # an error before the work
     loss_sum = _LossSum(model, ref_model, read, beta)
-    capture, rows = capture_without_graph(model, scored, read, loss_sum)
-    others = Others.of(read, loss_sum.omega) if target is None else None
-    values = ghost_values(
-        capture,
-        rows,
-        direction,
-        components,
-        causal_window=config.causal_window,
-        stability_weight=config.stability_weight,
-        norms=return_values,
-        others=others,
-    )
+    parts = directions(scored, target, fisher, ref_model)
+    if target is None and config.estimator != "ghost":
+        values = _against_others(model, scored, read, config, parts, loss_sum, apart=return_values)
+    else:
+        estimator = estimator_of(model, scored, read, config, parts, Steps(config.difference_rms), apart=return_values)
+        rows = rows_without_graph(model, partial(estimator.watching, training=False), loss_sum)
+        if target is None:
+            assert isinstance(estimator, Ghost)
+            estimator.others = Others.of(read, loss_sum.omega)
+        values = estimator.values(rows, norms=return_values)
     weights = select(values, read, config).float()
     return (weights, values) if return_values else weights
+
+
+def _against_others(
+    model: nn.Module,
+    scored: Scored,
+    batch: Batch,
+    config: AlphaTokenConfig,
+    parts: Parts,
+    loss_sum: _LossSum,
+    *,
+    apart: bool,
+) -> TokenValues:
+    """Each sequence (pair) against the mean gradient of the others, which takes a forward and a backward for each."""
+    own = [(rows, alone, int(alone.chosen().rows.sum())) for rows, alone in batch.sequences()]
+    gradients = [loss_gradients(model, scored.parameters, alone.chosen()) for _, alone, _ in own]
+    dtype = accumulation_dtype(next(iter(scored.parameters.values())))
+    whole = {name: torch.stack([g[name].to(dtype) for g in gradients]).sum(0) for name in scored.parameters}
+    tokens = sum(count for _, _, count in own)
+    steps = Steps(config.difference_rms)
+    found: dict[str, torch.Tensor] = {}
+    for (places, alone, count), gradient in zip(own, gradients, strict=True):
+        rest = {name: (whole[name] - g.to(dtype)) / max(tokens - count, 1) for name, g in gradient.items()}
+        estimator = estimator_of(model, scored, alone, config, {"target": rest, **parts}, steps, apart=apart)
+        watching = partial(estimator.watching, training=False)
+        values = estimator.values(rows_without_graph(model, watching, loss_sum.of(places, alone)))
+        for name in ("total", "adaptation", "stability"):
+            value = getattr(values, name)
+            if value is not None:
+                found.setdefault(name, torch.zeros(batch.shape, dtype=value.dtype, device=value.device))
+                found[name][places] += value
+    return TokenValues(**found)
 
 
 def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
@@ -135,28 +168,46 @@ def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch
     return keep_mask(values.total, groups, rho=config.rho)
 
 
-def stack_direction(
-    scored: Scored,
-    target: Target | None,
-    fisher: Fisher | None,
-    ref_model: nn.Module | None,
-) -> tuple[Direction, tuple[str, ...]]:
-    """Parameter name -> `(J, *shape)`: the target gradient and the drift gradient, whichever there are."""
-    parts: list[Mapping[str, torch.Tensor]] = []
-    components: list[str] = []
+def directions(scored: Scored, target: Target | None, fisher: Fisher | None, ref_model: nn.Module | None) -> Parts:
+    """Part of the value, "target" and "drift", whichever there are -> parameter name -> its gradient."""
+    parts: Parts = {}
     if target is not None:
         target.check(scored)
-        parts.append(target.gradients)
-        components.append("target")
+        parts["target"] = target.gradients
     if fisher is not None:
-        parts.append(fisher.drift(scored, ref_model))
-        components.append("drift")
-    direction = {
-        name: torch.stack([part[name].to(p.device, accumulation_dtype(p)) for part in parts])
-        for name, p in scored.parameters.items()
-        if parts
+        parts["drift"] = fisher.drift(scored, ref_model)
+    return {
+        name: {n: part[n].to(p.device, accumulation_dtype(p)) for n, p in scored.parameters.items()}
+        for name, part in parts.items()
     }
-    return direction, tuple(components)
+
+
+def estimator_of(
+    model: nn.Module,
+    scored: Scored,
+    batch: Batch,
+    config: AlphaTokenConfig,
+    parts: Parts,
+    steps: Steps,
+    *,
+    apart: bool,
+    in_graph: bool = False,
+) -> Ghost | Exact | Difference:
+    """The estimator that the config names, for one forward of one batch.
+
+    Args:
+        apart (`bool`): value adaptation and stability apart. The ghost estimator always does; the others need a pass
+            for each.
+        in_graph (`bool`): see `Ghost`.
+    """
+    if config.estimator == "ghost":
+        return Ghost(scored, batch, config, parts, in_graph=in_graph)
+    if not apart:
+        weighted = [(1.0 if part == "target" else config.stability_weight, d) for part, d in parts.items()]
+        parts = {"total": {name: sum(w * d[name] for w, d in weighted) for name in scored.parameters}}  # type: ignore[misc]
+    if config.estimator == "exact":
+        return Exact(scored, batch, config, parts)
+    return Difference(model, scored, batch, config, parts, steps)
 
 
 class _LossSum:
@@ -170,6 +221,13 @@ class _LossSum:
         self.batch, self.beta = batch, beta
         self.ref_logps = reference_logps(model, ref_model, batch) if batch.pairs else None
         self.omega: torch.Tensor | None = None
+
+    def of(self, rows: torch.Tensor, alone: Batch) -> _LossSum:
+        """The same loss of some of the rows, `alone`."""
+        part = copy.copy(self)
+        part.batch = alone
+        part.ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
+        return part
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         logps = token_logps(model, self.batch)

@@ -1,0 +1,319 @@
+"""The difference estimator: what a token's loss changes by when the adapter is nudged, in one more forward.
+
+The first-order value of token t is <grad l_t, D>, D = target + lambda * drift. Nudge the scored parameters from theta
+to theta - eps D, and what stands before the LM head changes from h to h'; with r_t the gradient of the loss at h_t,
+
+    value(t) = <r_t, h_t - h'_t> / eps,
+
+which is the change of the token's loss with the head taken at first order: (l_t(theta) - l_t(theta - eps D)) / eps with
+less rounding, since no logits of the nudged model are formed, and in the units, sign and weight that any loss, SFT or
+preference, gives its tokens. Blocks, attention and linears need not be known.
+
+The nudged forward runs at the very start of the forward that it belongs to, on the same inputs, under the same autocast
+and random state; parameters are swapped for prepared tensors, so theirs are never written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from .batches import Batch
+from .blocks import Scored, find_decoder, unwrap
+from .config import AlphaTokenConfig
+from .ghost import NonFiniteRows, accumulation_dtype
+from .replay import SECOND_FORWARD, check_batch
+from .values import TokenValues
+
+# Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
+_INT8_ROUNDOFF = 2.0**-8
+_TF32_ROUNDOFF = 2.0**-11
+
+
+class Steps:
+    """Step lengths, carried from batch to batch: each step's effect sets the next one's length.
+
+    Attributes:
+        length (`dict`): part of the value -> |eps D| of its next nudge, a 0-dim tensor.
+        effect (`dict`): part -> relative change of the hidden state at its last nudge.
+    """
+
+    def __init__(self, wanted: float | None = None) -> None:
+        self.wanted = wanted
+        self.length: dict[str, torch.Tensor] = {}
+        self.effect: dict[str, torch.Tensor] = {}
+        self._roundoff: float | None = None
+
+    def effect_wanted(self, decoder: nn.Module, device: torch.device) -> float:
+        """`difference_rms`, or the square root of the unit roundoff of the coarsest precision in use."""
+        if self.wanted is not None:
+            return self.wanted
+        if self._roundoff is None:
+            self._roundoff = _roundoff(decoder, device)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float64
+        return max(self._roundoff, torch.finfo(autocast).eps / 2) ** 0.5
+
+    def learn(self, part: str, effect: torch.Tensor, wanted: float) -> None:
+        """Lengthen or shorten the next step, at most eightfold; without waiting for the device."""
+        self.effect[part] = effect
+        factor = (wanted / effect.clamp(min=1e-30)).clamp(1 / 8, 8)
+        self.length[part] = self.length[part] * torch.where(effect.isfinite(), factor, 1 / 8)
+
+
+def _roundoff(decoder: nn.Module, device: torch.device) -> float:
+    computing = {p.dtype for p in decoder.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2}
+    for module in decoder.modules():
+        compute_dtype = getattr(module, "compute_dtype", None)
+        if hasattr(module, "quant_state") and isinstance(compute_dtype, torch.dtype):
+            computing.add(compute_dtype)
+    # A float64 model's norms compute in float32 all the same, as transformers writes them.
+    roundoff = max(torch.finfo(dtype).eps / 2 for dtype in computing | {torch.float32})
+    if any(type(parameter).__name__ == "Int8Params" for parameter in decoder.parameters()):
+        roundoff = max(roundoff, _INT8_ROUNDOFF)
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        roundoff = max(roundoff, _TF32_ROUNDOFF)
+    return roundoff
+
+
+class Difference:
+    """Values one batch by one nudged forward per part (see the module's docstring).
+
+    Args:
+        model (`nn.Module`): the model in training.
+        parts (`dict`): part of the value -> parameter name -> direction of the parameter's shape. Either `"total"`, or
+            `"target"` and `"drift"`.
+        steps (`Steps`): carried from batch to batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scored: Scored,
+        batch: Batch,
+        config: AlphaTokenConfig,
+        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        steps: Steps,
+    ) -> None:
+        self.scored, self.batch, self.config, self.parts, self.steps = scored, batch, config, parts, steps
+        self.seen = False
+        self.changes: dict[str, tuple[torch.Tensor, torch.Tensor | float]] = {}
+        self.decoder = find_decoder(model)
+        inner = unwrap(model)
+        own = {id(p): name for name, p in self.decoder.named_parameters()}
+        # Virtual tokens of prompt learning come from outside the decoder: then the whole model runs again.
+        self.virtual = not all(id(p) in own for p in scored.parameters.values())
+        self.entry = inner if self.virtual else self.decoder
+        if self.virtual:
+            own = {id(p): name for name, p in inner.named_parameters()}
+        self._names = {name: own[id(p)] for name, p in scored.parameters.items()}
+        self._running = False
+        self._hidden: torch.Tensor | None = None  # of a forward that is this estimator's own
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+        """Nudge beside one forward, and pass its last hidden state `(B, T, hidden)` through `on_hidden`.
+
+        Args:
+            training (`bool`): the forward that runs with grad; it is nudged before it runs. Else the one without.
+        """
+        call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        watched = False
+        nudged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal call, watched
+            if self._running or torch.is_grad_enabled() != training:
+                return
+            if self.seen:
+                raise RuntimeError(SECOND_FORWARD)
+            self._check_call(args, kwargs)
+            self.seen = watched = True
+            call = (args, kwargs)
+            if training:
+                nudged.update(self._nudge_all(call, None))
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            nonlocal watched
+            if not self._running and not watched:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            if self._running:
+                self._hidden = hidden
+                return None
+            watched = False
+            check_batch(self.batch, hidden.shape[0], hidden.shape[1], virtual=self.virtual)
+            if not training:
+                nudged.update(self._nudge_all(call, hidden))
+            self._measure(hidden.detach(), nudged)
+            nudged.clear()
+            if isinstance(output, tuple):
+                return (on_hidden(hidden), *output[1:])
+            output.last_hidden_state = on_hidden(hidden)
+            return output
+
+        handles = [
+            self.entry.register_forward_pre_hook(before, with_kwargs=True),
+            self.decoder.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+        """From the gradient `(B, T, hidden)` at the hidden state that `on_hidden` was given."""
+        return values_of_changes(self.scored, self.batch, self.config, self.parts, rows, self.changes)
+
+    def release(self) -> None:
+        self.changes = {}
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.virtual:
+            return
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ValueError(
+                "The model was called with a cache, to which a nudged forward would append. Call it with "
+                "use_cache=False and without past_key_values."
+            )
+        caching = kwargs.get("use_cache")
+        caching = getattr(self.decoder.config, "use_cache", False) if caching is None else caching
+        if self.batch.packed and caching:
+            raise ValueError(
+                "The batch is packed and the model was called with a cache, which makes transformers attend across "
+                "sequence borders. Call it with use_cache=False."
+            )
+
+    def _run(self, call: tuple[tuple[Any, ...], dict[str, Any]], moved: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The last hidden state with some parameters in the place of the entry's own."""
+        args, kwargs = call
+        kwargs = {key: value for key, value in kwargs.items() if key != "labels"}  # no loss is wanted
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        device = self.scored.device
+        others = [] if device.type == "cpu" else [device]
+        self._running = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(others, device_type="cuda" if not others else device.type):
+                torch.func.functional_call(self.entry, moved, args, kwargs)
+            assert self._hidden is not None
+            return self._hidden
+        finally:
+            self._running, self._hidden = False, None
+
+    def _nudge_all(
+        self, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor | None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Part -> the nudged hidden state and eps."""
+        found = {}
+        for part, direction in self.parts.items():
+            norm = torch.stack([d.detach().norm() for d in direction.values()]).norm()
+            if part not in self.steps.length:
+                if not norm > 0:
+                    continue  # the drift before the first step
+                hidden = self._run(call, {}) if hidden is None else hidden
+                found[part] = self._search(call, hidden.detach(), part, norm)
+            else:
+                eps = self.steps.length[part] / torch.where(norm > 0, norm, 1.0)
+                found[part] = self._nudge(call, part, eps), eps
+        return found
+
+    def _nudge(self, call: tuple[tuple[Any, ...], dict[str, Any]], part: str, eps: torch.Tensor) -> torch.Tensor:
+        direction = self.parts[part]
+        moved = {
+            self._names[name]: (p.detach().to(direction[name].dtype) - eps.to(p.device) * direction[name]).to(p.dtype)
+            for name, p in self.scored.parameters.items()
+        }
+        return self._run(call, moved)
+
+    def _search(
+        self, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor, part: str, norm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the first step's length by trying: the effect is nearly proportional to it."""
+        wanted = self.steps.effect_wanted(self.decoder, self.scored.device)
+        parameters = self.scored.parameters.values()
+        size = torch.stack([p.detach().to(norm).norm() for p in parameters]).norm()
+        length = wanted * torch.where(size > 0, size, 1.0)
+        for _ in range(8):
+            eps = length / norm
+            nudged = self._nudge(call, part, eps)
+            effect = self._effect(hidden, hidden - nudged)
+            if wanted / 1.05 < effect < wanted * 1.05:
+                break
+            factor = torch.where(effect.isfinite(), (wanted / effect.clamp(min=1e-30)).clamp(1e-4, 1e4), 1e-4)
+            length = length * factor
+        self.steps.length[part] = eps * norm
+        return nudged, eps
+
+    def _effect(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        rows = self.batch.rows
+        dtype = accumulation_dtype(hidden)
+        squares = (t[:, -rows.shape[1] :].to(dtype).square().sum(-1).masked_fill(~rows, 0) for t in (change, hidden))
+        changed, whole = (square.sum() for square in squares)
+        return (changed / whole).sqrt()
+
+    def _measure(self, hidden: torch.Tensor, nudged: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        wanted = self.steps.effect_wanted(self.decoder, self.scored.device)
+        for part, (moved, eps) in nudged.items():
+            change = hidden - moved
+            self.steps.learn(part, self._effect(hidden, change), wanted)
+            self.changes[part] = change, eps
+
+
+def values_of_changes(
+    scored: Scored,
+    batch: Batch,
+    config: AlphaTokenConfig,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    rows: torch.Tensor,
+    changes: Mapping[str, tuple[torch.Tensor, torch.Tensor | float]],
+) -> TokenValues:
+    """Token values from the gradient at a hidden state and how that state changes along each direction.
+
+    Args:
+        rows (`torch.Tensor`): `(B, T, hidden)`.
+        changes (`dict`): part -> the change `(B, T, hidden)` and the step that made it; one that is missing is zero.
+
+    Raises:
+        FloatingPointError: values are not finite.
+    """
+    dtype = accumulation_dtype(rows)
+    rows = rows[:, -batch.shape[1] :].to(dtype)
+    nothing = torch.zeros(batch.shape, dtype=dtype, device=rows.device)
+
+    def term(part: str) -> torch.Tensor:
+        if part not in changes:
+            return nothing
+        change, step = changes[part]
+        return batch.at_labels((rows * change[:, -batch.shape[1] :].to(dtype)).sum(-1) / step)
+
+    if "total" in parts:
+        values = TokenValues(term("total"))
+    else:
+        adaptation, stability = term("target"), term("drift")
+        values = TokenValues(adaptation + config.stability_weight * stability, adaptation, stability)
+    if not values.total.isfinite().all():
+        for name, parameter in scored.parameters.items():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
+                    "gradients, or go back to a checkpoint."
+                )
+        for direction in parts.values():
+            for name, tensor in direction.items():
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(
+                        f"The target gradient or the drift of {name} is not finite. Look at the validation batches and "
+                        "the Fisher."
+                    )
+        if not rows[batch.rows].isfinite().all():
+            raise NonFiniteRows("The gradient of the loss is not finite at the hidden state. Look at the loss.")
+        raise FloatingPointError(
+            "Token values are not finite: the hidden state overflows. Use bf16 instead of float16, or float32."
+        )
+    return values
