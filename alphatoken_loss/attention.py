@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .batches import Batch
@@ -24,6 +25,7 @@ from .blocks import Scored, Site
 
 # Probabilities of one query chunk, all heads, are held in full precision: 32 MiB of float32 at this many elements.
 CHUNK_ELEMENTS = 1 << 23
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_ROWS = 64  # more queries at once than this only compute more of what causality makes zero
 
 
@@ -44,6 +46,72 @@ class AttentionCall:
     scaling: float
     softcap: float | None
     sliding_window: int | None
+
+    @classmethod
+    def read(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+        refuse: Callable[[str], Exception],
+    ) -> AttentionCall:
+        """From a registered kernel's arguments; `refuse` makes the error for an option that is not modelled."""
+        for name in ("s_aux", "position_bias"):
+            if options.get(name) is not None:
+                raise refuse(name)
+        scaling = options.get("scaling")
+        return cls(
+            query.detach(),
+            key.detach(),
+            mask.detach() if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            options.get("softcap"),
+            options.get("sliding_window"),
+        )
+
+    def velocity(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        d_query: torch.Tensor,
+        d_key: torch.Tensor,
+        d_value: torch.Tensor,
+        batch: Batch,
+    ) -> torch.Tensor:
+        """How the output `(B, T, heads, head_dim)` moves as queries, keys and values do, in chunks of queries."""
+        size, heads, length, width = query.shape
+        groups, shared = size * key.shape[1], heads // key.shape[1]
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        rows = min(max(16, CHUNK_ELEMENTS // (size * heads * length)), CHUNK_ROWS)
+        key, d_key, value, d_value = (t.flatten(0, 1) for t in (key, d_key, value, d_value))
+        out = torch.empty(size, length, heads, value.shape[-1], dtype=value.dtype, device=value.device)
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            first = 0 if self.sliding_window is None else max(0, start - self.sliding_window + 1)
+            keys, d_keys, values, d_values = (t[:, first:stop] for t in (key, d_key, value, d_value))
+            # Grouped-query attention: the queries of one key head stand in one matrix.
+            near, d_near = (
+                (t[:, :, start:stop] * self.scaling).reshape(groups, shared * (stop - start), width)
+                for t in (query, d_query)
+            )
+            scores = near @ keys.transpose(1, 2)
+            moved = torch.baddbmm(d_near @ keys.transpose(1, 2), near, d_keys.transpose(1, 2)).to(dtype)
+            scores = scores.to(dtype)
+            if self.softcap is not None:
+                scores = (scores / self.softcap).tanh_()
+                moved *= 1 - scores.square()
+                scores *= self.softcap
+            # Finite, for queries that attend to nothing: their softmax must not be NaN.
+            bias = _bias(self.mask, self.sliding_window, batch, dtype, start, stop, first)
+            scores.view(size, heads, stop - start, -1).add_(bias.clamp(min=torch.finfo(dtype).min))
+            weights = scores.softmax(-1)
+            moved = weights * moved.sub_((weights * moved).sum(-1, keepdim=True))
+            moved, weights = moved.to(value.dtype), weights.to(value.dtype)
+            chunk = torch.baddbmm(moved @ values, weights, d_values)
+            out[:, start:stop] = chunk.view(size, heads, stop - start, -1).transpose(1, 2)
+        return out
 
     def propagate(self, errors: torch.Tensor, window: int, batch: Batch) -> torch.Tensor:
         """Hand each position what later positions get from it: out[t] = sum over t < k <= t + window of A[k, t] e[k].
@@ -111,8 +179,33 @@ def _bias(
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def plain_attention(batch: Batch) -> Callable[..., Any]:
-    """Attention in differentiable operations, a chunk of queries at a time, in the place of a registry's kernel."""
+class _Attention(torch.autograd.Function):
+    """A kernel's own attention, with a forward-mode rule: its output's velocity, a chunk of queries at a time."""
+
+    @staticmethod
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        run: Callable[..., torch.Tensor],
+        call: AttentionCall,
+        batch: Batch,
+    ) -> torch.Tensor:
+        return run(query, key, value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        query, key, value, _, ctx.call, ctx.batch = inputs
+        ctx.save_for_forward(query, key, value)
+
+    @staticmethod
+    def jvp(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, *_: None) -> torch.Tensor:
+        query, key, value = ctx.saved_tensors
+        return ctx.call.velocity(query, key, value, d_query, d_key, d_value, ctx.batch)
+
+
+def forward_mode_attention(registered: Callable[..., Any] | None, batch: Batch) -> Callable[..., Any]:
+    """What stands in the place of a registry's entry while blocks run in forward mode."""
 
     def attention(
         module: nn.Module,
@@ -121,38 +214,23 @@ def plain_attention(batch: Batch) -> Callable[..., Any]:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *args: Any,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        for name in ("s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(f"forward-mode attention with `{name}`")
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4 else None
-        size, heads, length, width = query.shape
-        kv_heads = key.shape[1]
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        rows = min(max(16, CHUNK_ELEMENTS // (size * heads * length)), length)
-        query = query * (width**-0.5 if scaling is None else scaling)
-        chunks = []
-        for start in range(0, length, rows):
-            stop = min(start + rows, length)
-            first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-            # Grouped-query attention: the queries of one key head stand in one matrix.
-            grouped = query[:, :, start:stop].reshape(size, kv_heads, -1, width)
-            scores = grouped @ key[:, :, first:stop].transpose(2, 3)
-            scores = scores.view(size, heads, stop - start, stop - first).to(dtype)
-            if softcap is not None:
-                scores = (scores / softcap).tanh() * softcap
-            # Finite, for queries that attend to nothing: their softmax must not be NaN.
-            bias = _bias(mask, sliding_window, batch, dtype, start, stop, first)
-            scores = scores + bias.clamp(min=torch.finfo(dtype).min)
-            grouped = scores.softmax(-1).to(value.dtype).view(size, kv_heads, -1, stop - first)
-            chunks.append((grouped @ value[:, :, first:stop]).view(size, heads, stop - start, -1))
-        return torch.cat(chunks, 2).transpose(1, 2), None
+        function = registered or sys.modules[type(module).__module__].eager_attention_forward
+        call = AttentionCall.read(query, key, attention_mask, kwargs, _no_forward_mode)
+
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(_KERNELS):
+                output: torch.Tensor = function(module, query, key, value, attention_mask, *args, **kwargs)[0]
+            return output.clone(memory_format=torch.contiguous_format)  # no view: a velocity has its own memory
+
+        return _Attention.apply(query, key, value, run, call, batch), None
 
     return attention
+
+
+def _no_forward_mode(option: str) -> Exception:
+    return NotImplementedError(f"attention with `{option}` has no forward-mode rule here")
 
 
 @contextlib.contextmanager
@@ -236,21 +314,14 @@ class AttentionWatch:
         carriers = self._carriers(module, value)
         if not carriers:
             return
-        for name in ("s_aux", "position_bias"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{carriers[0]}: this attention uses `{name}`, which the causal terms do not model. "
-                    "Set causal_window=0 to value tokens without them."
-                )
-        scaling = options.get("scaling")
-        call = AttentionCall(
-            query.detach(),
-            key.detach(),
-            mask.detach() if isinstance(mask, torch.Tensor) and mask.dim() == 4 else None,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            options.get("softcap"),
-            options.get("sliding_window"),
-        )
+
+        def refuse(option: str) -> Exception:
+            return ValueError(
+                f"{carriers[0]}: this attention uses `{option}`, which the causal terms do not model. "
+                "Set causal_window=0 to value tokens without them."
+            )
+
+        call = AttentionCall.read(query, key, mask, options, refuse)
         self.calls.update(dict.fromkeys(carriers, call))
 
     def _carriers(self, module: nn.Module, value: torch.Tensor) -> list[str]:

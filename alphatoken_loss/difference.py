@@ -99,7 +99,8 @@ class Difference:
         parts: Mapping[str, Mapping[str, torch.Tensor]],
         steps: Steps,
     ) -> None:
-        self.scored, self.batch, self.config, self.parts, self.steps = scored, batch, config, parts, steps
+        self.scored, self.batch, self.config, self.steps = scored, batch, config, steps
+        self.parts, self.directions = tuple(parts), dict(parts)
         self.seen = False
         self.changes: dict[str, tuple[torch.Tensor, torch.Tensor | float]] = {}
         self.decoder = find_decoder(model)
@@ -136,6 +137,7 @@ class Difference:
             call = (args, kwargs)
             if training:
                 nudged.update(self._nudge_all(call, None))
+                self.directions.clear()  # nothing of the adapters' size is held through the step
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             nonlocal watched
@@ -149,6 +151,7 @@ class Difference:
             check_batch(self.batch, hidden.shape[0], hidden.shape[1], virtual=self.virtual)
             if not training:
                 nudged.update(self._nudge_all(call, hidden))
+                self.directions.clear()
             self._measure(hidden.detach(), nudged)
             nudged.clear()
             if isinstance(output, tuple):
@@ -211,8 +214,8 @@ class Difference:
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Part -> the nudged hidden state and eps."""
         found = {}
-        for part, direction in self.parts.items():
-            norm = torch.stack([d.detach().norm() for d in direction.values()]).norm()
+        for part, direction in self.directions.items():
+            norm = length_of(direction)
             if part not in self.steps.length:
                 if not norm > 0:
                     continue  # the drift before the first step
@@ -224,7 +227,7 @@ class Difference:
         return found
 
     def _nudge(self, call: tuple[tuple[Any, ...], dict[str, Any]], part: str, eps: torch.Tensor) -> torch.Tensor:
-        direction = self.parts[part]
+        direction = self.directions[part]
         moved = {
             self._names[name]: (p.detach().to(direction[name].dtype) - eps.to(p.device) * direction[name]).to(p.dtype)
             for name, p in self.scored.parameters.items()
@@ -236,8 +239,7 @@ class Difference:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the first step's length by trying: the effect is nearly proportional to it."""
         wanted = self.steps.effect_wanted(self.decoder, self.scored.device)
-        parameters = self.scored.parameters.values()
-        size = torch.stack([p.detach().to(norm).norm() for p in parameters]).norm()
+        size = length_of({name: p.detach().to(norm.dtype) for name, p in self.scored.parameters.items()})
         length = wanted * torch.where(size > 0, size, 1.0)
         for _ in range(8):
             eps = length / norm
@@ -265,11 +267,17 @@ class Difference:
             self.changes[part] = change, eps
 
 
+def length_of(direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Euclidean length over all parameters, a 0-dim tensor."""
+    lengths = [tensor.norm() for tensor in direction.values()]
+    return torch.stack([length.to(lengths[0].device) for length in lengths]).norm()
+
+
 def values_of_changes(
     scored: Scored,
     batch: Batch,
     config: AlphaTokenConfig,
-    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    parts: tuple[str, ...],
     rows: torch.Tensor,
     changes: Mapping[str, tuple[torch.Tensor, torch.Tensor | float]],
 ) -> TokenValues:
@@ -304,13 +312,10 @@ def values_of_changes(
                     f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
                     "gradients, or go back to a checkpoint."
                 )
-        for direction in parts.values():
-            for name, tensor in direction.items():
-                if not tensor.isfinite().all():
-                    raise FloatingPointError(
-                        f"The target gradient or the drift of {name} is not finite. Look at the validation batches and "
-                        "the Fisher."
-                    )
+        for part, (_, step) in changes.items():
+            if not 0 < step < float("inf"):
+                which = {"target": "target gradient", "drift": "drift"}.get(part, "target gradient or the drift")
+                raise FloatingPointError(f"The {which} is not finite. Look at the validation batches and the Fisher.")
         if not rows[batch.rows].isfinite().all():
             raise NonFiniteRows("The gradient of the loss is not finite at the hidden state. Look at the loss.")
         raise FloatingPointError(

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention import plain_attention, replaced_attention
+from .attention import forward_mode_attention, replaced_attention
 from .batches import Batch
-from .blocks import Scored, without_noise
+from .blocks import LoraSite, Scored, without_noise
 from .config import AlphaTokenConfig
-from .difference import values_of_changes
+from .difference import length_of, values_of_changes
 from .replay import Capture, capturing
 from .values import TokenValues
 
@@ -38,9 +38,10 @@ class Exact:
     def __init__(
         self, scored: Scored, batch: Batch, config: AlphaTokenConfig, parts: Mapping[str, Mapping[str, torch.Tensor]]
     ) -> None:
-        self.scored, self.batch, self.config, self.parts = scored, batch, config, parts
+        self.scored, self.batch, self.config = scored, batch, config
+        self.parts, self.directions = tuple(parts), dict(parts)
         self.capture = Capture(scored, batch)
-        self.changes: dict[str, tuple[torch.Tensor, float]] = {}
+        self.changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def seen(self) -> bool:
@@ -51,8 +52,10 @@ class Exact:
         """Keep the blocks' inputs of one forward and pass the last one's output through `on_hidden`."""
 
         def leave(hidden: torch.Tensor) -> torch.Tensor:
-            for part, direction in self.parts.items():
-                self.changes[part] = hidden_velocity(self.capture, direction), 1.0
+            for part, direction in self.directions.items():
+                step = torch.where(length_of(direction).isfinite(), 1.0, torch.nan)
+                self.changes[part] = hidden_velocity(self.capture, direction), step
+            self.directions.clear()
             self.capture.release()
             return on_hidden(hidden)
 
@@ -80,7 +83,7 @@ def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> 
             torch.no_grad(),
             without_noise(*blocks),
             torch.autocast(device, dtype, enabled),
-            _forward_mode(blocks, capture.batch),
+            _forward_mode(capture.scored, capture.batch),
             forward_ad.dual_level(),
         ):
             for block, call in zip(blocks, capture.calls, strict=True):
@@ -102,32 +105,62 @@ class _FrozenLinear(torch.autograd.Function):
     """A quantised linear's own forward, with the rule of a linear: its weight carries no tangent."""
 
     @staticmethod
+    def forward(x: torch.Tensor, run: Callable[..., torch.Tensor], module: nn.Module) -> Any:
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.module, ctx.dtype = inputs[2], output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
+        weight = _weight_of(ctx.module)
+        return F.linear(tangent.to(weight.dtype), weight).to(ctx.dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """A LoRA layer's own forward, y = W x + s B A x, with the rule that A and B move and W does not."""
+
+    @staticmethod
     def forward(
-        x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor], weight: Callable[[], torch.Tensor]
+        x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: Callable[..., torch.Tensor], site: LoraSite
     ) -> Any:
         return run(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.weight, ctx.dtype = inputs[2], output.dtype
+        x, a, b, _, ctx.site = inputs
+        ctx.save_for_forward(x, a, b)
+        ctx.dtype = output.dtype
 
     @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
-        weight = ctx.weight()
-        return F.linear(tangent.to(weight.dtype), weight).to(ctx.dtype)
+    def jvp(ctx: Any, dx: torch.Tensor, da: torch.Tensor, db: torch.Tensor, *_: None) -> torch.Tensor:
+        x, a, b = ctx.saved_tensors
+        scaling = ctx.site.scaling
+        weight = _weight_of(ctx.site.layer.get_base_layer())
+        low = torch.cat([F.linear(dx.to(a), a) + F.linear(x.to(a), da), F.linear(x.to(a), a)], -1)
+        velocity = F.linear(dx.to(weight), weight)
+        # d(s B A x) = s [A dx + dA x, A x] [B, dB]^T, added in place: no further temporary of the output's size.
+        up = (scaling * torch.cat([b, db], 1)).T
+        velocity.flatten(0, -2).addmm_(low.flatten(0, -2).to(velocity), up.to(velocity))
+        return velocity.to(ctx.dtype)
 
 
 @contextlib.contextmanager
-def _forward_mode(blocks: list[nn.Module], batch: Batch) -> Iterator[None]:
+def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
     """Give blocks what forward mode needs: attention in plain operations, and a rule for quantised linears.
 
     Raises:
         NotImplementedError: some module drops or refuses tangents; the message names it.
     """
+    blocks = scored.blocks
     named = ((i, name, module) for i, block in enumerate(blocks) for name, module in block.named_modules())
     names = {id(module): f"scored block {i}: {name or type(module).__name__}" for i, name, module in named}
     leaves = [m for block in blocks for m in block.modules() if next(m.children(), None) is None]
     quantised = [m for m in leaves if type(getattr(m, "weight", None)).__name__ in ("Params4bit", "Int8Params")]
+    ruled = {
+        s.layer: s for s in scored.sites if isinstance(s, LoraSite) and isinstance(s.layer.get_base_layer(), nn.Linear)
+    }
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -144,14 +177,17 @@ def _forward_mode(blocks: list[nn.Module], batch: Batch) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Attention outside transformers' interface: the math kernel alone of torch's has a rule.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(replaced_attention(blocks, lambda kernel, function: plain_attention(batch)))
+        stack.enter_context(
+            replaced_attention(blocks, lambda kernel, function: forward_mode_attention(function, batch))
+        )
         try:
             for module in leaves:
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave))
-            for module in quantised:
+            for module in {*quantised, *ruled}:
                 if "forward" not in module.__dict__:
-                    module.forward = _dequantising(module)  # type: ignore[method-assign]
+                    site = ruled.get(module)
+                    module.forward = _frozen(module) if site is None else _lora(site)
                     patched.append(module)
             yield
         except (NotImplementedError, RuntimeError) as error:
@@ -165,11 +201,20 @@ def _forward_mode(blocks: list[nn.Module], batch: Batch) -> Iterator[None]:
                 handle.remove()
 
 
-def _dequantising(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _weight_of(module: nn.Module) -> torch.Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
+    return dequantize_module_weight(module).detach()
+
+
+def _frozen(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     run = module.forward
-    return lambda x: _FrozenLinear.apply(x, run, lambda: dequantize_module_weight(module).detach())
+    return lambda x: _FrozenLinear.apply(x, run, module)
+
+
+def _lora(site: LoraSite) -> Callable[[torch.Tensor], torch.Tensor]:
+    run = site.layer.forward
+    return lambda x: _LoraLinear.apply(x, site.a.weight, site.b.weight, run, site)
 
 
 def _moves(value: Any) -> bool:

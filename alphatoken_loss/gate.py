@@ -225,6 +225,7 @@ class AlphaToken:
         estimator = estimator_of(
             self.model, scored, read, self.config, parts, self._steps, apart=not parts, in_graph=in_graph
         )
+        del parts  # the estimator lets go of them as soon as it can
         step = _Step(self, read, estimator, keep, mean_over_kept)
         with estimator.watching(step.gate, training=True):
             yield self

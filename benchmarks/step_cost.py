@@ -5,8 +5,9 @@
 
 Each kind of step runs in turn, round after round, and the ratios of a round are what is reported (median, and the
 quartiles as spread). Peak memory is the high-water mark of tensors allocated during one step, beyond the model.
-Floors: without checkpointing the K scored blocks are gone back through twice, K/L of a backward; with it they are run
-again besides, K/L of a forward and a backward.
+Floors: for the ghost estimator, without checkpointing the K scored blocks are gone back through twice, K/L of a
+backward; with it they are run again besides, K/L of a forward and a backward. For the difference, one forward less its
+head. For the exact one, K/L of a forward with tangents, which doubles its arithmetic.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -76,11 +78,21 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
         return step
 
     found: dict[str, Step] = {"plain": plain}
-    for window in (0, 32):
-        config = AlphaTokenConfig(num_layers=args.layers, causal_window=window)
+    kinds: dict[str, dict[str, Any]] = {
+        "difference, all": {"estimator": "difference"},
+        f"exact, K={args.layers}": {"estimator": "exact", "num_layers": args.layers},
+        "exact, all": {"estimator": "exact"},
+        f"ghost, K={args.layers}, W=0": {"num_layers": args.layers, "causal_window": 0},
+        f"ghost, K={args.layers}, W=32": {"num_layers": args.layers},
+    }
+    for name, options in kinds.items():
+        config = AlphaTokenConfig(**options)
         target = target_gradient(model, [batch], config=config)
         fisher = uniform_fisher(model, target.gradients)
-        found[f"gated, W={window}"] = gated(AlphaToken(model, target=target, fisher=fisher, config=config))
+        if args.only is None or any(word in name for word in args.only):
+            found[name] = gated(AlphaToken(model, target=target, fisher=fisher, config=config))
+    if args.only is not None:
+        return found
 
     def two_pass() -> None:
         weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher, config=config)
@@ -155,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence (default 256)")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds measured (default 9)")
+    parser.add_argument("--only", nargs="+", help="only the gated steps whose name has one of these words")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args(argv)
 
