@@ -222,7 +222,7 @@ class Difference:
                 hidden = self._run(call, {}) if hidden is None else hidden
                 found[part] = self._search(call, hidden.detach(), part, norm)
             else:
-                eps = self.steps.length[part] / torch.where(norm > 0, norm, 1.0)
+                eps = self.steps.length[part] / torch.where(norm == 0, 1.0, norm)
                 found[part] = self._nudge(call, part, eps), eps
         return found
 

@@ -27,6 +27,9 @@ from .replay import Capture, capturing
 from .values import TokenValues
 
 
+_QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes' weights, by name: importing it takes seconds
+
+
 class Exact:
     """Values one batch by running its scored blocks once more, in forward mode.
 
@@ -157,7 +160,7 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
     named = ((i, name, module) for i, block in enumerate(blocks) for name, module in block.named_modules())
     names = {id(module): f"scored block {i}: {name or type(module).__name__}" for i, name, module in named}
     leaves = [m for block in blocks for m in block.modules() if next(m.children(), None) is None]
-    quantised = [m for m in leaves if type(getattr(m, "weight", None)).__name__ in ("Params4bit", "Int8Params")]
+    quantised = [m for m in leaves if type(getattr(m, "weight", None)).__name__ in _QUANTISED]
     ruled = {
         s.layer: s for s in scored.sites if isinstance(s, LoraSite) and isinstance(s.layer.get_base_layer(), nn.Linear)
     }
@@ -202,9 +205,13 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
 
 
 def _weight_of(module: nn.Module) -> torch.Tensor:
-    from peft.utils.integrations import dequantize_module_weight
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    if type(weight).__name__ not in _QUANTISED:
+        return weight.detach()
+    # Not PEFT's `dequantize_module_weight`, which resets the scales of an 8-bit linear.
+    from peft.utils.integrations import dequantize_bnb_weight
 
-    return dequantize_module_weight(module).detach()
+    return dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach()  # type: ignore[arg-type]
 
 
 def _frozen(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -238,12 +238,16 @@ class AlphaToken:
 
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
-        the four terms in units of the loss, and `target_age` in optimizer steps."""
+        `total` and, for the ghost estimator, of its four terms, in units of the loss; `target_age` in optimizer steps;
+        for the difference estimator `difference_rms`, the effect of the last nudge."""
         if self.config.rho >= 1.0:
             return {"kept": 1.0}
         sums, self._sums = self._sums, {}
         tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
-        return {**{name: float(total) / tokens for name, total in sums.items()}, "target_age": float(self._age)}
+        figures = {name: float(total) / tokens for name, total in sums.items()} | {"target_age": float(self._age)}
+        if "total" in self._steps.effect:
+            figures["difference_rms"] = float(self._steps.effect["total"])
+        return figures
 
     def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()
