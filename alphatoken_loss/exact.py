@@ -26,7 +26,6 @@ from .difference import length_of, values_of_changes
 from .replay import Capture, capturing
 from .values import TokenValues
 
-
 _QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes' weights, by name: importing it takes seconds
 
 
@@ -159,7 +158,8 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
     blocks = scored.blocks
     named = ((i, name, module) for i, block in enumerate(blocks) for name, module in block.named_modules())
     names = {id(module): f"scored block {i}: {name or type(module).__name__}" for i, name, module in named}
-    leaves = [m for block in blocks for m in block.modules() if next(m.children(), None) is None]
+    modules = [module for block in blocks for module in block.modules()]
+    leaves = {module for module in modules if next(module.children(), None) is None}
     quantised = [m for m in leaves if type(getattr(m, "weight", None)).__name__ in _QUANTISED]
     ruled = {
         s.layer: s for s in scored.sites if isinstance(s, LoraSite) and isinstance(s.layer.get_base_layer(), nn.Linear)
@@ -171,7 +171,7 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running.pop()
-        moves = any(_moves(argument) for argument in args)
+        moves = module in leaves and any(_moves(argument) for argument in args)
         if moves and isinstance(output, torch.Tensor) and output.is_floating_point() and not _moves(output):
             raise _no_rule(names[id(module)], module)
 
@@ -184,7 +184,7 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
             replaced_attention(blocks, lambda kernel, function: forward_mode_attention(function, batch))
         )
         try:
-            for module in leaves:
+            for module in modules:
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave))
             for module in {*quantised, *ruled}:
@@ -194,7 +194,7 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
                     patched.append(module)
             yield
         except (NotImplementedError, RuntimeError) as error:
-            if running and "forward" in str(error).lower():
+            if not isinstance(error, _NoRule) and running and "forward" in str(error).lower():
                 raise _no_rule(names[id(running[-1])], running[-1]) from error
             raise
         finally:
@@ -211,7 +211,7 @@ def _weight_of(module: nn.Module) -> torch.Tensor:
     # Not PEFT's `dequantize_module_weight`, which resets the scales of an 8-bit linear.
     from peft.utils.integrations import dequantize_bnb_weight
 
-    return dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach()  # type: ignore[arg-type]
+    return dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach()
 
 
 def _frozen(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -228,8 +228,12 @@ def _moves(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def _no_rule(name: str, module: nn.Module) -> NotImplementedError:
-    return NotImplementedError(
+class _NoRule(NotImplementedError):
+    pass
+
+
+def _no_rule(name: str, module: nn.Module) -> _NoRule:
+    return _NoRule(
         f"{name} ({type(module).__module__}.{type(module).__name__}) has no forward-mode derivative, which the exact "
         'estimator needs. Use estimator="difference", which needs none, or estimator="ghost".'
     )
