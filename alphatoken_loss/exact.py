@@ -161,9 +161,7 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
     modules = [module for block in blocks for module in block.modules()]
     leaves = {module for module in modules if next(module.children(), None) is None}
     quantised = [m for m in leaves if type(getattr(m, "weight", None)).__name__ in _QUANTISED]
-    ruled = {
-        s.layer: s for s in scored.sites if isinstance(s, LoraSite) and isinstance(s.layer.get_base_layer(), nn.Linear)
-    }
+    ruled = {site.layer: site for site in scored.sites if isinstance(site, LoraSite) and _only_factors_move(site)}
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -202,6 +200,14 @@ def _forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
                 del module.forward
             for handle in handles:
                 handle.remove()
+
+
+def _only_factors_move(site: LoraSite) -> bool:
+    """Whether `_LoraLinear` says all of a layer: no bias is trained, and the base is y = W x + b."""
+    moving = [p for p in site.layer.parameters() if p.requires_grad]
+    return isinstance(site.layer.get_base_layer(), nn.Linear) and all(
+        p is site.a.weight or p is site.b.weight for p in moving
+    )
 
 
 def _weight_of(module: nn.Module) -> torch.Tensor:

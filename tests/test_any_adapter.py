@@ -46,6 +46,9 @@ LLAMA = {  # these take nn.Linear only
     "loha": LoHaConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"),
     "lokr": LoKrConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"),
     "oft": OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "lora with qkv biases": LoraConfig(
+        r=3, target_modules=["q_proj", "v_proj"], bias="lora_only", task_type="CAUSAL_LM"
+    ),
     "vera": VeraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
 }
 # Outside the blocks; or with an autograd function of PEFT's that has no forward-mode rule.
@@ -54,7 +57,7 @@ NOT_EXACT = ("prompt", "prefix", "lora on embeddings", "loha")
 
 def adapted(name, dtype=torch.float64):
     torch.manual_seed(0)
-    family = "llama" if name in LLAMA else "gpt2"
+    family = "qwen2" if "qkv" in name else "llama" if name in LLAMA else "gpt2"
     config = (LLAMA | ADAPTERS)[name]
     model = get_peft_model(base_model(family, dtype=dtype), config).train()
     model.to(dtype)

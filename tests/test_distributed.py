@@ -12,6 +12,7 @@ from batches import response, sft_batch
 from cases import expected_values
 from checks import TOL64, assert_close
 from models import FAMILIES, lora_model
+from test_faithful import per_token
 from torch.nn.parallel import DistributedDataParallel
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, estimate_fisher, target_gradient
@@ -43,18 +44,26 @@ def work(rank, folder):
         results = {
             "target": dict(target.gradients),
             "fisher": {name: fisher.diagonal(name) for name in fisher.names},
-            "grads": {name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+            "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad},
         }
-        # Steps after the first: a forward of the library's own must not look like a training step to DDP.
-        every = AlphaTokenConfig(num_layers=2, target_every=1)
-        gate = AlphaToken(wrapped, target=validation_of(rank), config=every)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for step in range(3):
-            optimizer.zero_grad()
-            batch = sft_batch("right", seed=70 + 2 * step + rank)
+        for estimator in ("difference", "exact"):
+            config = AlphaTokenConfig(num_layers=2, estimator=estimator, difference_rms=1e-3)
+            gate = AlphaToken(wrapped, target=validation_of(rank), fisher=given, config=config)
             with gate(batch):
-                wrapped(**batch).loss.backward()
-            optimizer.step()
+                loss = wrapped(**batch).loss
+            loss.backward()
+            results[estimator] = gate.values.total * response(batch).sum()
+        # Steps after the first: a forward of the library's own must not look like a training step to DDP.
+        for estimator in ("ghost", "difference", "exact"):
+            every = AlphaTokenConfig(num_layers=2, target_every=1, estimator=estimator)
+            gate = AlphaToken(wrapped, target=validation_of(rank), config=every)
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            for step in range(3):
+                optimizer.zero_grad()
+                batch = sft_batch("right", seed=70 + 2 * step + rank)
+                with gate(batch):
+                    wrapped(**batch).loss.backward()
+                optimizer.step()
         results["stepped"] = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
@@ -102,6 +111,18 @@ def test_gradients_are_those_of_each_ranks_own_mask(results):
     for result in results:
         for name, grad in total.items():
             assert_close(result["grads"][name], grad, TOL64, name)
+
+
+@pytest.mark.parametrize(("estimator", "tol"), [("difference", 2e-2), ("exact", 1e-5)])
+def test_every_rank_values_its_batch_by_the_averaged_target(results, estimator, tol):
+    model, names = lora_model("llama"), cases.factor_names(lora_model("llama"), "llama", 2)
+    target = reference.target_gradient(model, [b for rank in range(2) for b in validation_of(rank)], names)
+    layers = reference.scored_layers(model, FAMILIES["llama"], 2)
+    drift = reference.drift_gradient(model, layers, cases.fisher_tensors(model, "llama", 2))
+    for rank, result in enumerate(results):
+        batch = sft_batch("right", seed=60 + rank)
+        (wanted,) = per_token(model, batch, {n: target[n] + 1.5 * drift[n] for n in names})
+        assert_close(result[estimator], wanted, tol)
 
 
 def test_several_steps_leave_the_same_parameters_on_every_rank(results):

@@ -350,6 +350,22 @@ def test_difference_under_bf16_autocast(seed):
         assert gate.metrics()["difference_rms"] == pytest.approx(2**-4, rel=0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_exact_under_autocast_and_in_bf16(dtype):
+    """Tangents follow the precision of what they belong to."""
+    model, batch = lora_model("llama", dtype=torch.float32), counting(20)
+    target, _ = directions(model, "llama", "all")
+    (wanted,) = per_token(model, batch, target)
+    model = model.to(dtype)
+    config = AlphaTokenConfig(estimator="exact", stability_weight=0)
+    gate = AlphaToken(model, target=target_of(target), config=config)
+    with gate(batch), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        loss = model(**batch).loss
+    loss.backward()
+    mask = response(batch)
+    assert spearman(gate.values.total[mask], wanted[mask]) > 0.95
+
+
 def test_the_step_is_carried_and_corrected():
     """After the first batch one nudged forward a step, and its effect stays near what is wanted."""
     model, batch = lora_model("gpt2"), sft_batch("right")
