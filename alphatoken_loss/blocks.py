@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Up to transformers 5.20 or so a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
+_LEFT_BY_PEFT = ("forward", "prepare_inputs_for_generation")
 REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
 
 
@@ -377,23 +378,25 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        with model.disable_adapter():
+    wrappers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if isinstance(model, PeftModel) and (learns_prompts(model) or not wrappers):
+        with _prompts_off(model):
             yield model
         return
-    wrappers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if not wrappers:
         raise ValueError(
             "ref_model is None and the model has no adapter to switch off, so there is no reference. Pass the model "
             "that training started from as ref_model."
         )
-    tuners = [m for m in wrappers if isinstance(m, LoraLayer)]
-    has_reference = any(REFERENCE_ADAPTER in m.lora_A for m in tuners)
+    has_reference = REFERENCE_ADAPTER in getattr(model, "peft_config", {}) or any(
+        REFERENCE_ADAPTER in m.lora_A for m in wrappers if isinstance(m, LoraLayer)
+    )
     before = [(m, m._disable_adapters, m._active_adapter) for m in wrappers]
     flags = [(p, p.requires_grad) for m in wrappers for p in m.parameters()]
     try:
         for module in wrappers:
-            if has_reference:
+            beside = isinstance(module, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in module._adapters
+            if has_reference and not beside:
                 module.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
             else:
                 module.enable_adapters(False)
@@ -403,6 +406,46 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
             module._disable_adapters, module._active_adapter = disabled, active
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def learns_prompts(model: nn.Module) -> bool:
+    """Whether the active adapter puts virtual tokens before a batch's own (prompt, prefix and P-tuning)."""
+    from peft import PeftModel
+
+    inner = unwrap(model)
+    return isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning
+
+
+@contextlib.contextmanager
+def _prompts_off(model: Any) -> Iterator[None]:
+    """PEFT's own way, less the bound methods that it leaves on the model; or the adapter "ref" on."""
+    kept = {name: model.__dict__[name] for name in _LEFT_BY_PEFT if name in model.__dict__}
+    active = model.active_adapter
+    try:
+        if REFERENCE_ADAPTER in model.peft_config:
+            model.active_adapter = REFERENCE_ADAPTER
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        model.active_adapter = active
+        for name in _LEFT_BY_PEFT:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(kept)
+
+
+@contextlib.contextmanager
+def without_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Run a forward that needs no gradient without gradient checkpointing, which would only warn."""
+    switched = [child for child in module.modules() if getattr(child, "gradient_checkpointing", False)]
+    try:
+        for child in switched:
+            child.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for child in switched:
+            child.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -436,10 +479,14 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
 def draws_noise(module: nn.Module) -> bool:
     """Whether a module in its present mode applies dropout."""
     return any(
-        child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and child.p > 0))  # type: ignore[operator]
+        child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and _rate(child) > 0))
         for child in module.modules()
     )
 
 
 def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd)
+    return isinstance(module, nn.modules.dropout._DropoutNd | nn.RNNBase)
+
+
+def _rate(module: nn.Module) -> float:
+    return module.dropout if isinstance(module, nn.RNNBase) else module.p  # type: ignore[return-value]

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import Cache
 
 from .batches import Batch
-from .blocks import Scored, find_decoder, unwrap
+from .blocks import Scored, find_decoder, unwrap, without_checkpointing
 from .config import AlphaTokenConfig
 from .ghost import NonFiniteRows, accumulation_dtype
 from .replay import SECOND_FORWARD, check_batch
@@ -33,6 +33,7 @@ from .values import TokenValues
 # Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
 _INT8_ROUNDOFF = 2.0**-8
 _TF32_ROUNDOFF = 2.0**-11
+_LONGEST = 100.0  # times the length of the parameters themselves
 
 
 class Steps:
@@ -40,12 +41,14 @@ class Steps:
 
     Attributes:
         length (`dict`): part of the value -> |eps D| of its next nudge, a 0-dim tensor.
-        effect (`dict`): part -> relative change of the hidden state at its last nudge.
+        longest (`dict`): part -> what no nudge goes beyond, however little it does.
+        effect (`dict`): part -> relative change of the hidden state at its last nudge that had one.
     """
 
     def __init__(self, wanted: float | None = None) -> None:
         self.wanted = wanted
         self.length: dict[str, torch.Tensor] = {}
+        self.longest: dict[str, torch.Tensor] = {}
         self.effect: dict[str, torch.Tensor] = {}
         self._roundoff: float | None = None
 
@@ -59,10 +62,14 @@ class Steps:
         return max(self._roundoff, torch.finfo(autocast).eps / 2) ** 0.5
 
     def learn(self, part: str, effect: torch.Tensor, wanted: float) -> None:
-        """Lengthen or shorten the next step, at most eightfold; without waiting for the device."""
-        self.effect[part] = effect
-        factor = (wanted / effect.clamp(min=1e-30)).clamp(1 / 8, 8)
-        self.length[part] = self.length[part] * torch.where(effect.isfinite(), factor, 1 / 8)
+        """Set the next step's length by this one's effect, which is nearly proportional; the device is not waited for.
+
+        A batch that shows none (no response token, or none that the nudge reaches) teaches nothing.
+        """
+        shown = effect.isfinite() & (effect > 0)
+        self.effect[part] = torch.where(shown, effect, self.effect.get(part, effect))
+        longer = self.length[part] * (wanted / effect).clamp(1e-2, 1e2)
+        self.length[part] = torch.where(shown, longer, self.length[part]).minimum(self.longest[part])
 
 
 def _roundoff(decoder: nn.Module, device: torch.device) -> float:
@@ -195,14 +202,15 @@ class Difference:
     def _run(self, call: tuple[tuple[Any, ...], dict[str, Any]], moved: dict[str, torch.Tensor]) -> torch.Tensor:
         """The last hidden state with some parameters in the place of the entry's own."""
         args, kwargs = call
-        kwargs = {key: value for key, value in kwargs.items() if key != "labels"}  # no loss is wanted
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("labels", "fused_lm_head")}  # no loss
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        device = self.scored.device
-        others = [] if device.type == "cpu" else [device]
+        devices = {p.device for p in self.scored.parameters.values()} - {torch.device("cpu")}
+        kind = next(iter(devices)).type if devices else "cuda"
         self._running = True
         try:
-            with torch.no_grad(), torch.random.fork_rng(others, device_type="cuda" if not others else device.type):
+            fork = torch.random.fork_rng(list(devices), device_type=kind)
+            with torch.no_grad(), fork, without_checkpointing(self.entry):
                 torch.func.functional_call(self.entry, moved, args, kwargs)
             assert self._hidden is not None
             return self._hidden
@@ -217,10 +225,12 @@ class Difference:
         for part, direction in self.directions.items():
             norm = length_of(direction)
             if part not in self.steps.length:
-                if not norm > 0:
+                if norm == 0:
                     continue  # the drift before the first step
                 hidden = self._run(call, {}) if hidden is None else hidden
-                found[part] = self._search(call, hidden.detach(), part, norm)
+                tried = self._search(call, hidden.detach(), part, norm)
+                if tried is not None:
+                    found[part] = tried
             else:
                 eps = self.steps.length[part] / torch.where(norm == 0, 1.0, norm)
                 found[part] = self._nudge(call, part, eps), eps
@@ -236,20 +246,24 @@ class Difference:
 
     def _search(
         self, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor, part: str, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the first step's length by trying: the effect is nearly proportional to it."""
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Find the first step's length by trying, or nothing where no response token is reached by the nudge."""
+        if not norm.isfinite():
+            raise FloatingPointError(_not_finite(part))
         wanted = self.steps.effect_wanted(self.decoder, self.scored.device)
         size = length_of({name: p.detach().to(norm.dtype) for name, p in self.scored.parameters.items()})
-        length = wanted * torch.where(size > 0, size, 1.0)
+        size = torch.where(size > 0, size, 1.0)
+        length, longest = wanted * size, _LONGEST * size
         for _ in range(8):
             eps = length / norm
             nudged = self._nudge(call, part, eps)
             effect = self._effect(hidden, hidden - nudged)
             if wanted / 1.05 < effect < wanted * 1.05:
                 break
-            factor = torch.where(effect.isfinite(), (wanted / effect.clamp(min=1e-30)).clamp(1e-4, 1e4), 1e-4)
-            length = length * factor
-        self.steps.length[part] = eps * norm
+            if not effect > 0 or (length == longest and effect < wanted / 8):
+                return None
+            length = (length * (wanted / effect).clamp(1e-4, 1e4)).minimum(longest)
+        self.steps.length[part], self.steps.longest[part] = eps * norm, longest
         return nudged, eps
 
     def _effect(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -265,6 +279,11 @@ class Difference:
             change = hidden - moved
             self.steps.learn(part, self._effect(hidden, change), wanted)
             self.changes[part] = change, eps
+
+
+def _not_finite(part: str) -> str:
+    which = {"target": "target gradient", "drift": "drift"}.get(part, "target gradient or the drift")
+    return f"The {which} is not finite. Look at the validation batches and the Fisher."
 
 
 def length_of(direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -314,8 +333,7 @@ def values_of_changes(
                 )
         for part, (_, step) in changes.items():
             if not 0 < step < float("inf"):
-                which = {"target": "target gradient", "drift": "drift"}.get(part, "target gradient or the drift")
-                raise FloatingPointError(f"The {which} is not finite. Look at the validation batches and the Fisher.")
+                raise FloatingPointError(_not_finite(part))
         if not rows[batch.rows].isfinite().all():
             raise NonFiniteRows("The gradient of the loss is not finite at the hidden state. Look at the loss.")
         raise FloatingPointError(

@@ -55,8 +55,11 @@ class Exact:
 
         def leave(hidden: torch.Tensor) -> torch.Tensor:
             for part, direction in self.directions.items():
-                step = torch.where(length_of(direction).isfinite(), 1.0, torch.nan)
-                self.changes[part] = hidden_velocity(self.capture, direction), step
+                length = length_of(direction)
+                # Along a direction of length 1: small gradients would vanish in float16.
+                unit = {name: tensor / torch.where(length > 0, length, 1.0) for name, tensor in direction.items()}
+                step = torch.where(length > 0, 1 / length, torch.where(length == 0, 1.0, torch.nan))
+                self.changes[part] = hidden_velocity(self.capture, unit), step
             self.directions.clear()
             self.capture.release()
             return on_hidden(hidden)

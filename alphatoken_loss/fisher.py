@@ -393,13 +393,11 @@ class _Sums:
         self.model, self.scored, self.ref_model, self.dense = model, scored, ref_model, dense
         self.ref_scored = _reference_scored(scored, ref_model)
         self.of_sites = _zeros(scored, dense)
-        # Where an adapter is off it has no gradient: the others' is taken with them on, at the values they have now.
-        self.owner = model if ref_model is None else ref_model
-        own = dict(unwrap(self.owner).named_parameters())
-        missing = [name for name in scored.others if name not in own]
-        if missing:
-            raise ValueError(f"ref_model has no parameter {missing[0]}. Use the model training started from.")
-        self.others = {name: own[name] for name in scored.others}
+        # Where an adapter is off it has no gradient: the others' is taken with them on, at the values they have now,
+        # unless ref_model has parameters of their names.
+        own = {} if ref_model is None else dict(unwrap(ref_model).named_parameters())
+        self.owner = ref_model if ref_model is not None and all(name in own for name in scored.others) else model
+        self.others = {name: own[name] for name in scored.others} if self.owner is ref_model else dict(scored.others)
         self.of_others = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in self.others.items()}
 
     def add(self, batch: Batch) -> None:

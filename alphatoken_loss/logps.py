@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batches import IGNORE, Batch
-from .blocks import causal_lm
+from .blocks import causal_lm, learns_prompts
 
 
 def token_logps(
@@ -38,8 +38,11 @@ def token_logps(
 
 
 def _fused_pays(model: nn.Module) -> bool:
-    """Not on a CPU, in float64, or where the head is more than the matrix that the fused one reads."""
+    """Not on a CPU, in float64, with virtual tokens, or where the head is more than the matrix the fused one reads."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if learns_prompts(model):
+        return False
 
     head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
     weight = head.weight

@@ -1,56 +1,46 @@
-"""How well position-local (ghost) values rank tokens beside the exact first-order ones. About a minute on two cores.
+"""How well the estimators rank tokens beside exact first-order values over all blocks. Some minutes on two cores.
 
     python benchmarks/fidelity.py
+    python benchmarks/fidelity.py --pretrain-steps 0     # on a randomly initialised model
 
 What masking token t takes away is the gradient of its own loss, so its exact value is <grad l_t, D>, with
-D = target + lambda * drift over the scored adapter parameters. Forward-mode differentiation along D gives it for every
-token of a batch in one pass: the tangent of l_t as the adapter moves along D. A small Llama (bytes as tokens) is
-trained on Python source of the standard library, then a LoRA adapter on docstring-free arithmetic; at several moments
-of that tuning the script prints Spearman's rank correlation and the overlap of the kept halves.
+D = target + lambda * drift over the scored adapter parameters: estimator="exact", in float32. A small Llama (bytes as
+tokens) is trained on Python source of the standard library, then a LoRA adapter on arithmetic in words; at several
+moments of that tuning the script prints Spearman's rank correlation and the overlap of the kept halves, of the ghost
+estimator and of the difference estimator at its default step and at steps from 0.0003 to 1, in float32, under bf16
+autocast, and on an NF4 base (beside exact values on that base).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import sysconfig
-from collections.abc import Mapping
+import tempfile
 from datetime import date
 from pathlib import Path
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher, sft_loss, target_gradient
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    Fisher,
+    alphatoken_weights,
+    estimate_fisher,
+    sft_loss,
+    target_gradient,
+)
 from alphatoken_loss.blocks import find_scored
 
 Batch = dict[str, torch.Tensor]
-
-
-def exact_values(
-    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], direction: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """<grad l_t, D> for every label, `(B, T)`: the tangent of -log p(y_t | y_<t) as parameters move along D.
-
-    Args:
-        direction: parameter name -> tensor of the parameter's shape; parameters without one stand still.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    # Of the attention kernels only the plain one has a forward-mode rule.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        moving = {
-            name: forward_ad.make_dual(parameter.detach(), direction[name].to(parameter))
-            for name, parameter in model.named_parameters()
-            if name in direction
-        }
-        logits = torch.func.functional_call(model, moving, (), {**inputs, "use_cache": False}).logits
-        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
-        tangent = forward_ad.unpack_dual(losses).tangent
-    return F.pad(tangent, (1, 0)).masked_fill(batch["labels"] == -100, 0).index_fill(1, torch.tensor([0]), 0)
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+EFFECTS = (None, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -95,10 +85,30 @@ def train(model: torch.nn.Module, batches: object, steps: int, learning_rate: fl
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def in_nf4(model: torch.nn.Module) -> torch.nn.Module:
+    """The same base in NF4, computing in float32, with the same adapter."""
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = copy.deepcopy(model).unload()  # type: ignore[operator]
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
+    quantised = get_peft_model(base, LORA).train()
+    set_peft_model_state_dict(quantised, get_peft_model_state_dict(model))
+    return quantised
+
+
+def report(name: str, found: torch.Tensor, exact: torch.Tensor, counted: torch.Tensor, moment: int) -> None:
+    kept, best = (values[counted] >= values[counted].median() for values in (found, exact))
+    agree = (kept == best).double().mean().item()
+    print(f"{moment:12}  {name:32}{spearman(found[counted], exact[counted]):10.4f}{agree:14.3f}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrain-steps", type=int, default=250, help="steps of 16 x 96 bytes (default 250)")
-    parser.add_argument("--moments", type=int, nargs="+", default=[0, 10, 40], help="tuning steps measured at")
+    parser.add_argument("--moments", type=int, nargs="+", default=[0, 10, 40, 150], help="tuning steps measured at")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -109,43 +119,50 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = LlamaForCausalLM(config)
     train(model, lambda: source_batches(96, 16, generator), args.pretrain_steps, 2e-3, "pretraining")
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    everything = AlphaTokenConfig(num_layers="all")
+    model = get_peft_model(model, LORA).train()
+    exact = AlphaTokenConfig(estimator="exact")
     prompts = [batch.tolist() for batch in source_batches(32, 32, generator)["input_ids"]]
-    fisher = estimate_fisher(model, prompts, max_new_tokens=32, config=everything)
+    fisher = estimate_fisher(model, prompts, max_new_tokens=32, config=exact)
     validation = sum_batches(64, 32, generator, noise=0.0)
     batch = sum_batches(64, 16, generator, noise=0.25)
+    counted = batch["labels"] != -100
+    counted[:, 0] = False
 
-    print(f"\n{date.today()}, torch {torch.__version__}; against exact values over all 6 blocks")
-    print(f"{'tuning steps':>12}  {'values':24}{'target':>8}{'drift':>8}{'total':>8}{'kept halves agree':>20}")
+    print(f"\n{date.today()}, torch {torch.__version__}, {args}; against exact values over all 6 blocks")
+    print(f"{'tuning steps':>12}  {'values':32}{'Spearman':>10}{'same half':>14}")
     done = 0
     for moment in args.moments:
-        if moment > done:
-            train(model, lambda: sum_batches(64, 8, generator, noise=0.25), moment - done, 3e-3, "tuning")
-            done = moment
-        target = target_gradient(model, [validation], config=everything)
-        drift = fisher.drift(find_scored(model, "all"), None)
-        exact_target = exact_values(model, batch, target.gradients)
-        exact_drift = exact_values(model, batch, drift)
-        exact_total = exact_target + 1.5 * exact_drift
-        counted = batch["labels"] != -100
-        counted[:, 0] = False
-        for name, layers, window in (
-            ("ghost, K=3, W=32", 3, 32),
-            ("ghost, K=3, W=0", 3, 0),
-            ("ghost, all, W=32", "all", 32),
-            ("ghost, all, W=0", "all", 0),
-        ):
+        train(model, lambda: sum_batches(64, 8, generator, noise=0.25), moment - done, 3e-3, "tuning")
+        done = moment
+        quantised = in_nf4(model)
+        wanted = {}
+        for base, of in (("float32", model), ("nf4", quantised)):
+            target = target_gradient(of, [validation], config=exact)
+            given = {"target": target, "fisher": fisher, "config": exact}
+            _, values = alphatoken_weights(of, None, batch, **given, return_values=True)
+            wanted[base] = values.total, target
+        total, target = wanted["float32"]
+        for layers, window in ((3, 32), (3, 0), ("all", 32), ("all", 0)):
             options = AlphaTokenConfig(num_layers=layers, causal_window=window)  # type: ignore[arg-type]
-            own = Fisher({site.name: fisher.factors[site.name] for site in find_scored(model, layers).sites})
-            weights, values = alphatoken_weights(
-                model, None, batch, target=target, fisher=own, config=options, return_values=True
-            )
-            best = exact_total[counted] >= exact_total[counted].median()
-            agree = ((weights[counted] > 0) == best).double().mean().item()
-            pairs = ((values.adaptation, exact_target), (values.stability, exact_drift), (values.total, exact_total))
-            correlations = [f"{spearman(a[counted], b[counted]):8.3f}" if b.any() else f"{'-':>8}" for a, b in pairs]
-            print(f"{moment:12}  {name:24}{''.join(correlations)}{agree:20.3f}")
+            own = Fisher({s.name: fisher.factors[s.name] for s in find_scored(model, layers).sites}, base=fisher.base)
+            given = {"target": target, "fisher": own, "config": options}
+            _, values = alphatoken_weights(model, None, batch, **given, return_values=True)
+            report(f"ghost, K={layers}, W={window}", values.total, total, counted, moment)
+        for precision in ("float32", "bf16 autocast", "nf4"):
+            of = quantised if precision == "nf4" else model
+            total, target = wanted["nf4" if precision == "nf4" else "float32"]
+            autocast = torch.autocast("cpu", torch.bfloat16) if "bf16" in precision else contextlib.nullcontext()
+            for effect in EFFECTS:
+                options = AlphaTokenConfig(estimator="difference", difference_rms=effect)
+                given = {"target": target, "fisher": fisher, "config": options}
+                with autocast:
+                    gate = AlphaToken(of, **given)
+                    with gate(batch):
+                        loss = of(**batch, use_cache=False).loss
+                loss.backward()
+                of.zero_grad()
+                assert gate.values is not None
+                report(f"difference, {precision}, {effect or 'default'}", gate.values.total, total, counted, moment)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -15,6 +17,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -30,7 +33,7 @@ from alphatoken_loss import (
     sft_loss,
     target_gradient,
 )
-from alphatoken_loss.blocks import find_scored
+from alphatoken_loss.blocks import find_scored, reference_mode
 
 QKV = ["c_attn", "c_proj"]
 ADAPTERS = {
@@ -247,6 +250,70 @@ def test_dora_on_nf4():
     mask = gate.weights.bool()
     _, grads = reference.masked_sft(model, sft_batch("right"), mask, int(mask.sum()))
     assert_same_grads(grads_of(model), grads, 1e-4)
+
+
+def test_a_plain_base_as_reference_of_an_adapter_that_is_no_lora():
+    """It has no parameter of the adapter's names: those take the values they have when the Fisher is estimated."""
+    model, ref_model = adapted("dora"), base_model("gpt2")
+    config = AlphaTokenConfig(estimator="difference")
+    fisher = estimate_fisher(model, [sft_batch("none")], generate=False, ref_model=ref_model, config=config)
+    own = trained(model)
+    assert set(fisher.others) == set(own)
+    assert all(torch.equal(value, own[name]) for name, (_, value) in fisher.others.items())
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "ia3", "lora and norms"])
+def test_the_reference_leaves_nothing_and_is_the_base(name):
+    model, batch = adapted(name), sft_batch("right")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    before, out = dict(model.__dict__), model(**inputs).logits
+    with reference_mode(model, None) as reference_model, torch.no_grad():
+        logits = reference_model(**inputs).logits
+    assert_close(logits, base_model("gpt2")(**inputs).logits, 1e-6)
+    assert model.__dict__.keys() == before.keys() and torch.equal(model(**inputs).logits, out)
+
+
+@pytest.mark.parametrize("name", ["ia3", "prompt", "lora and norms"])
+def test_the_adapter_ref_is_the_reference(name):
+    model = adapted(name)
+    config = copy.deepcopy(ADAPTERS[name])
+    config.modules_to_save = None
+    model.add_adapter("ref", config)
+    model.to(torch.float64)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if ".ref." in n or n.endswith(".ref"):
+                p += 0.3 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": sft_batch("none")["input_ids"]}
+    with reference_mode(model, None) as reference_model, torch.no_grad():
+        found = reference_model(**inputs).logits
+    active = model.active_adapter
+    off = model(**inputs).logits
+    model.set_adapter("ref")
+    wanted = model(**inputs).logits
+    model.set_adapter(active)
+    if (
+        name == "lora and norms"
+    ):  # PEFT itself keeps "default"'s norms under "ref", which has none: the reference has none
+        assert not torch.equal(found, off)
+    else:
+        assert torch.equal(found, wanted)
+
+
+def test_dropout_of_a_recurrent_prompt_encoder_is_silent():
+    config = PromptEncoderConfig(
+        num_virtual_tokens=3,
+        encoder_hidden_size=8,
+        encoder_reparameterization_type="LSTM",
+        encoder_dropout=0.5,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base_model("gpt2", dtype=torch.float32), config).train()
+    options = AlphaTokenConfig(estimator="difference", stability_weight=0)
+    before = torch.get_rng_state()
+    first, second = (target_gradient(model, [sft_batch("none")], config=options) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(first.gradients[n], second.gradients[n]) for n in first.gradients)
 
 
 def test_what_lies_behind_the_decoder_is_refused():

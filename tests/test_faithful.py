@@ -387,6 +387,86 @@ def test_the_step_is_carried_and_corrected():
     handle.remove()
 
 
+def without_response(batch):
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_batches_without_a_response_teach_nothing(first):
+    model, batch = lora_model("gpt2"), sft_batch("right")
+    target, _ = directions(model, "gpt2", "all")
+    (wanted,) = per_token(model, batch, target)
+    config = AlphaTokenConfig(estimator="difference", difference_rms=1e-4, stability_weight=0)
+    gate = AlphaToken(model, target=target_of(target), config=config)
+    for each in [batch] * (not first) + [without_response(batch)] * 5 + [batch]:
+        with gate(each):
+            logits = model(**{k: v for k, v in each.items() if k != "labels"}).logits
+        reference_loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        reference_loss.backward()
+    assert_close(gate.values.total, wanted, 1e-3)
+    assert gate.metrics()["difference_rms"] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_a_nudge_that_reaches_no_response_token_teaches_nothing():
+    """Queries and keys alone are adapted: where the only row attends to itself alone, nothing can change."""
+    model = lora_model("llama", targets=["q_proj", "k_proj"], dtype=torch.float32)
+    config = AlphaTokenConfig(estimator="difference", stability_weight=0)
+    target = target_gradient(model, cases.validation(), config=config)
+    gate = AlphaToken(model, target=target, config=config)
+    ids = torch.tensor([[3, 5]])
+    for _ in range(3):
+        with gate({"input_ids": ids, "labels": ids}):
+            model(input_ids=ids, labels=ids).loss.backward()
+    batch = sft_batch("right")
+    with gate(batch):
+        model(**batch).loss.backward()
+    (wanted,) = per_token(model, batch, target.gradients)
+    mask = response(batch)
+    assert spearman(gate.values.total[mask], wanted[mask]) > 0.95
+
+
+def test_a_direction_that_was_zero_for_a_while():
+    model, batch = lora_model("gpt2"), sft_batch("right")
+    target, _ = directions(model, "gpt2", "all")
+    (wanted,) = per_token(model, batch, target)
+    config = AlphaTokenConfig(estimator="difference", difference_rms=1e-4, stability_weight=0)
+    gate = AlphaToken(model, target=target_of(target), config=config)
+    for scale in (1.0, 0.0, 0.0, 0.0, 1e-6, 1.0):
+        gate.target = target_of({name: scale * tensor for name, tensor in target.items()})
+        with gate(batch):
+            model(**batch).loss.backward()
+        assert_close(gate.values.total * int(response(batch).sum()), scale * wanted, 1e-2) if scale else None
+        assert scale or float(gate.values.total.abs().max()) == 0
+
+
+@pytest.mark.parametrize("estimator", ["exact", "difference"])
+def test_a_target_that_is_not_finite_at_the_first_batch(estimator):
+    model, batch = lora_model("llama"), sft_batch("right")
+    target, _ = directions(model, "llama", "all")
+    next(iter(target.values()))[0, 0] = float("nan")
+    config = AlphaTokenConfig(estimator=estimator, stability_weight=0)
+    with pytest.raises(FloatingPointError, match="target gradient"):
+        alphatoken_weights(model, None, batch, target=target_of(target), config=config)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "difference"])
+def test_small_gradients_do_not_vanish_in_float16(estimator):
+    model, batch = lora_model("llama", dtype=torch.float32), counting(12)
+    target, _ = directions(model, "llama", "all")
+    config = AlphaTokenConfig(estimator=estimator, stability_weight=0)
+    found = []
+    for scale in (1.0, 1e-7):
+        scaled = target_of({name: scale * tensor for name, tensor in target.items()})
+        gate = AlphaToken(model, target=scaled, config=config)
+        with gate(batch), torch.autocast("cpu", torch.float16):
+            loss = model(**batch).loss
+        loss.backward()
+        found.append(gate.values.total / scale)
+    assert_close(found[1], found[0], 1e-3)
+
+
 def test_no_head_and_no_logits_in_the_nudged_forward():
     model, batch = lora_model("llama"), sft_batch("right")
     head = []
