@@ -1,9 +1,9 @@
 """The gradient gate: token values computed and applied inside the ordinary backward pass, for any loss.
 
-At the output of the last block the gradient has one row per position, and with a frozen head the row at t comes from
-token t + 1's loss alone. An identity there receives these rows in its backward, values the tokens by going through the
-last K blocks from them, zeroes the rows of low-value tokens and hands the rest down: what arrives at the adapters is
-exactly the gradient of the masked loss, while the loss keeps its value.
+At the output of the last block (for the difference estimator, of the decoder) the gradient has one row per position,
+and with a frozen head the row at t comes from token t + 1's loss alone. An identity there receives these rows in its
+backward, values the tokens from them, zeroes the rows of low-value tokens and hands the rest down: what arrives at the
+adapters is exactly the gradient of the masked loss, while the loss keeps its value.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ class AlphaToken:
     """Masks low-value response tokens out of the gradient of any loss, one batch per context.
 
     Args:
-        model (`nn.Module`): causal LM in training, with LoRA adapters or with linears that are trained themselves;
-            what follows its last block (final norm, LM head) must be frozen.
+        model (`nn.Module`): causal LM in training, with LoRA adapters or with linears that are trained themselves, or,
+            for the difference estimator, with anything trained before its LM head. What follows the gate (the LM head;
+            for the other estimators also the final norm) must be frozen.
         ref_model (`nn.Module` or `None`): the reference; `None` for the same network with adapters off, or with its
             adapter "ref".
         target (`Target` or SFT batches, *optional*): validation batches, estimated anew every `config.target_every`
@@ -159,8 +160,9 @@ class AlphaToken:
                 place = "decoder" if at_decoder else "last block"
                 raise ValueError(
                     f"{behind[0]} is trained and lies behind the {place}, where the gate cannot mask its gradient "
-                    f"({len(behind)} such parameters). Freeze them, or mask the loss itself: "
-                    "sft_loss(model, batch, alphatoken_weights(model, ref_model, batch))."
+                    f"({len(behind)} such parameters). Freeze them (if only adapters are to be trained, wrap the model "
+                    "with peft.get_peft_model first), or mask the loss itself: sft_loss(model, batch, "
+                    "alphatoken_weights(model, ref_model, batch))."
                 )
             for part in (self.target, self._drift_fisher):
                 if part is not None:
