@@ -9,6 +9,7 @@ exactly the gradient of the masked loss, while the loss keeps its value.
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -71,6 +72,7 @@ class _Step:
         if self.failed:
             raise RuntimeError("Valuing this batch failed in an earlier backward. Run its forward again.")
         if self.keep is None:
+            started = time.perf_counter()
             try:
                 self.failed = True
                 self._value(rows)
@@ -81,6 +83,7 @@ class _Step:
                 self.owner.weights = self.owner.values = None
             finally:
                 self.capture.release()
+                self.owner._seconds += time.perf_counter() - started
         assert self.keep is not None
         self.capture.release()
         rows = rows.masked_fill((batch.rows & ~self.keep)[..., None], 0)
@@ -160,6 +163,7 @@ class AlphaToken:
         self._state: tuple[list[int], torch.Tensor] | None = None
         self._age = 0
         self._sums: dict[str, torch.Tensor | float] = {}
+        self._seconds = 0.0
         if self.config.rho < 1.0:
             scored = self._scored()
             behind = trained_after_blocks(model)
@@ -205,6 +209,7 @@ class AlphaToken:
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
             yield self
             return
+        started = time.perf_counter()
         read = read_batch(batch)
         scored = self._scored()
         keep = None
@@ -232,6 +237,7 @@ class AlphaToken:
         capture = Capture(scored, read)
         step = _Step(self, capture, direction, components, keep, mean_over_kept)
         taps = None
+        self._seconds += time.perf_counter() - started
         with contextlib.ExitStack() as stack:
             if keep is None and not any([checkpointed(block) or draws_noise(block) for block in scored.blocks]):
                 taps = Taps(scored, read.shape, causal=self.config.causal_window > 0)
@@ -247,12 +253,15 @@ class AlphaToken:
 
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
-        the four terms in units of the loss, and `target_age` in optimizer steps."""
+        the four terms in units of the loss, `target_age` in optimizer steps, and the `seconds` spent valuing, target
+        estimates included (on CUDA, which runs on its own, only what the host waited for)."""
         if self.config.rho >= 1.0:
             return {"kept": 1.0}
         sums, self._sums = self._sums, {}
+        seconds, self._seconds = self._seconds, 0.0
         tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
-        return {**{name: float(total) / tokens for name, total in sums.items()}, "target_age": float(self._age)}
+        means = {name: float(total) / tokens for name, total in sums.items()}
+        return {**means, "target_age": float(self._age), "seconds": seconds}
 
     def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()

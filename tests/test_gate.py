@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 
 import cases
 import pytest
@@ -580,6 +581,24 @@ def test_metrics_report_the_share_and_the_terms():
     for term in ("direct_target", "causal_target", "direct_drift", "causal_drift"):
         assert any(term in name for name in metrics), (term, metrics)
     assert any("age" in name for name in metrics), metrics
+
+
+def test_metrics_count_the_seconds_of_valuing_and_start_again():
+    """They grow with the target's estimate and with valuing in the backward, and not with what the user does."""
+    model = lora_model("llama")
+    batch = sft_batch("right")
+    gate = gate_for(model)
+    started = time.perf_counter()
+    with gate(batch):
+        entered = gate.metrics()["seconds"]
+        loss = model(**batch).loss
+        time.sleep(0.05)
+    assert gate.metrics()["seconds"] == 0.0
+    loss.backward()
+    valued = gate.metrics()["seconds"]
+    assert entered > 0 and valued > 0
+    assert entered + valued < time.perf_counter() - started - 0.05
+    assert gate.metrics()["seconds"] == 0.0
 
 
 def test_state_of_the_random_generator_is_that_of_a_plain_step():
