@@ -263,6 +263,23 @@ class AlphaToken:
         means = {name: float(total) / tokens for name, total in sums.items()}
         return {**means, "target_age": float(self._age), "seconds": seconds}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs for the masks of an uninterrupted one: the target that was estimated from batches,
+        if it was by now, and its age in optimizer steps, with the one just taken."""
+        if self.target_batches is None or self.target is None:
+            return {"target": None, "age": 0}
+        if self._moved(self._scored()):
+            self._age += 1
+        return {"target": self.target, "age": self._age}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, once the model's parameters are those it had then."""
+        if state["target"] is not None:
+            state["target"].check(self._scored())
+            self.target = state["target"]
+        self._age = state["age"]
+        self._state = None
+
     def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()
         figures = {

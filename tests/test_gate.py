@@ -566,6 +566,36 @@ def test_no_refresh_without_a_step():
     assert counts == [3, 1, 1, 3, 1]
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_state_dict_resumes_the_target_and_its_age(stop):
+    """Masks, targets and parameters after an interruption are those of an uninterrupted run, bit for bit."""
+
+    def steps(model, gate, which):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for seed in which:
+            batch = sft_batch("right", seed=seed)
+            with gate(batch):
+                model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first, second = (lora_model("llama") for _ in range(3))
+    gates = [gate_for(model, target_every=3) for model in (whole, first, second)]
+    steps(whole, gates[0], range(6))
+    steps(first, gates[1], range(stop))
+    state = copy.deepcopy(gates[1].state_dict())
+    assert gates[1].state_dict()["age"] == state["age"]  # a second call counts no second step
+    assert state["age"] == (stop - 1) % 3 + 1
+    second.load_state_dict(first.state_dict())
+    gates[2].load_state_dict(state)
+    steps(second, gates[2], range(stop, 6))
+    assert torch.equal(gates[0].weights, gates[2].weights)
+    for name, gradient in gates[0].target.gradients.items():
+        assert torch.equal(gradient, gates[2].target.gradients[name]), name
+    for (name, p), q in zip(whole.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_metrics_report_the_share_and_the_terms():
     model = lora_model("llama")
     batch = sft_batch("right")
