@@ -22,7 +22,7 @@ from .blocks import Scored, checkpointed, draws_noise, find_scored, trained_afte
 from .config import AlphaTokenConfig
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Direction, NonFiniteRows, ghost_values
-from .replay import Capture, Taps, capturing
+from .replay import Capture, Taps, capturing, saved_tensors_hooked
 from .target import Target, estimate_target
 from .values import TokenValues
 from .weights import alphatoken_weights, select, stack_direction
@@ -239,7 +239,8 @@ class AlphaToken:
         taps = None
         self._seconds += time.perf_counter() - started
         with contextlib.ExitStack() as stack:
-            if keep is None and not any([checkpointed(block) or draws_noise(block) for block in scored.blocks]):
+            once = saved_tensors_hooked() or any([checkpointed(block) or draws_noise(block) for block in scored.blocks])
+            if keep is None and not once:  # else the graph is not walked a second time, blocks are replayed
                 taps = Taps(scored, read.shape, causal=self.config.causal_window > 0)
                 stack.enter_context(taps.installed(scored.sites))
             stack.enter_context(capturing(capture, lambda hidden: step.gate(hidden, taps), training=True))

@@ -167,7 +167,8 @@ class AlphaTokenMixin(_Trainer):
         fisher: Fisher | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        own = any("ref_model" in inspect.signature(cls.__init__).parameters for cls in type(self).__mro__[:-1])
+        inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
+        own = any("ref_model" in inspect.signature(init).parameters for init in inits)
         reference = None if own else kwargs.pop("ref_model", None)
         super().__init__(*args, **kwargs)
         plain = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]

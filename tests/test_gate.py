@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
 
 import cases
@@ -564,6 +565,32 @@ def test_no_refresh_without_a_step():
     handle.remove()
     assert len(cases.validation()) == 2
     assert counts == [3, 1, 1, 3, 1]
+
+
+@pytest.mark.parametrize("how", ["off", "non_reentrant"])
+def test_saved_tensors_that_hooks_give_back_only_once(how):
+    """As TRL's activation offloading does: valuing leaves each to the ordinary backward."""
+    batch = sft_batch("right")
+    plain, offloaded = (checkpointed(lora_model("llama"), how) for _ in range(2))
+    kept = {}
+
+    ids = itertools.count()
+
+    def pack(tensor):
+        kept[key := next(ids)] = tensor
+        return key
+
+    for model, hooks in (
+        (plain, contextlib.nullcontext()),
+        (offloaded, torch.autograd.graph.saved_tensors_hooks(pack, kept.pop)),
+    ):
+        gate = gate_for(model)
+        with hooks:
+            with gate(batch):
+                loss = model(**batch).loss
+            loss.backward()
+    assert not kept
+    assert_same_grads(grads_of(offloaded), grads_of(plain), TOL64)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
