@@ -176,7 +176,9 @@ def test_steps_are_those_of_the_explicitly_masked_stock_trainer(kind, name, tmp_
     assert len(trainer.masks) == 3 * case["args"].get("gradient_accumulation_steps", 1) == other.step_count
     figures = [log for log in trainer.state.log_history if "alphatoken/kept" in log]
     # Rejected answers are worth nothing either way to the loss "sft", and all stay.
-    assert all(0.4 < log["alphatoken/kept"] < 0.85 for log in figures) and len(figures) == 3, figures
+    assert (
+        all(0.4 < log["alphatoken/kept"] < (0.95 if name == "sft" else 0.75) for log in figures) and len(figures) == 3
+    ), figures
     if name not in OWN_VALUES:
         for mask, expected in zip(trainer.masks, trainer.expected, strict=True):
             assert torch.equal(mask, expected)
@@ -209,7 +211,7 @@ REFUSED = {
 
 
 def timeless(logs: list[dict[str, float]], *without: str) -> list[dict[str, float]]:
-    times = ("runtime", "per_second", *without)
+    times = ("runtime", "per_second", "preparation_time", *without)
     return [{k: v for k, v in log.items() if not any(part in k for part in times)} for log in logs]
 
 
@@ -531,8 +533,8 @@ def test_mixin_on_transformers_trainer(tmp_path):
     data = [{**row, "labels": [-100, -100, *row["input_ids"][2:]]} for row in data]
     collate = DataCollatorForSeq2Seq(words, label_pad_token_id=-100)
     options = {"use_cpu": True, "max_steps": 3, "report_to": "none", "learning_rate": 0.3, "optim": "sgd",
-               "num_layers": 2, "per_device_train_batch_size": 3, "target_size": 5, "fisher_prompts": 4, "fisher_new_tokens": 4,
-               "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}  # fmt: skip
+               "num_layers": 2, "per_device_train_batch_size": 3, "target_size": 5, "fisher_prompts": 4,
+               "fisher_new_tokens": 4, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}  # fmt: skip
     for rows in (Dataset.from_list(data), data):  # a list is a dataset too
         torch.manual_seed(0)
         models = [get_peft_model(base(), lora()) for _ in range(2)]
