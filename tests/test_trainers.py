@@ -104,7 +104,7 @@ DPO = {
 CASES = [("sft", name) for name in SFT] + [("dpo", name) for name in DPO]
 # Where the loss weights tokens beyond SFT's mean and DPO's sigmoid, or dropout moves it, its values are its own.
 OWN_VALUES = {"dft", "label_smoothing", "dropout", "bf16", "nf4", *LOSSES, "exo_pair", "combination", "forward_kl",
-              "js_divergence", "alpha_divergence", "ld_alpha", "use_weighting"} - {"sigmoid", "sft"}  # fmt: skip
+              "js_divergence", "alpha_divergence", "ld_alpha", "use_weighting"} - {"sigmoid"}  # fmt: skip
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
