@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from tiny_lm import peak_memory, preference_rows
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
@@ -29,6 +30,7 @@ DEFAULTS = {  # of TRL's own arguments; every one can be given on the command li
     "seed": 0,
     "logging_steps": 10,
     "save_strategy": "no",
+    "disable_tqdm": False,
     "use_cpu": not ON_GPU,
     "bf16": ON_GPU,
     "gradient_checkpointing": ON_GPU,
@@ -111,18 +113,35 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
 
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def seconds_per_step(self):
+        """Without the first step, in which the Fisher is estimated."""
+        return (self.ends[-1] - self.ends[0]) / max(len(self.ends) - 1, 1)
+
+
 def train(trainer, name, **figures):
     """Train, save the adapter, and return what it cost."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress(name, **figures))
+    clock = Clock()
+    trainer.add_callback(clock)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(name, **figures))
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    result = trainer.train()
+    trainer.train()
     trainer.save_model()
     kept = [log["alphatoken/kept"] for log in trainer.state.log_history if "alphatoken/kept" in log]
     return {
         "kept": sum(kept) / len(kept) if kept else 1.0,
-        "seconds": result.metrics["train_runtime"] / trainer.state.global_step,
+        "seconds": clock.seconds_per_step(),
         "memory": peak_memory(trainer.accelerator.device),
     }
 

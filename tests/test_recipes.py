@@ -53,6 +53,7 @@ def check(printed: str, name: str, folder: Path) -> None:
     assert 0.4 < float(figures["share of answer tokens kept"][2]) < 0.65
     prose = [float(figure) for figure in figures["loss on held-out prose, nats/token"]]
     assert len(set(prose)) == 3 and all(1 < loss < 8 for loss in prose)
+    assert all(0 < float(seconds) < 20 for seconds in figures["seconds per step"][1:])
     assert "loaded again with PEFT, gives the same metrics" in printed
     ours = name.split("_")[0]
     assert (folder / f"alphatoken-{ours}" / "adapter_model.safetensors").is_file()
