@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from alphatoken_loss.batches import read_batch
 
 disable_progress_bars()
 logging.disable_progress_bar()
+gc.freeze()  # trainers collect garbage before they train; what was imported is none
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'assistant' %}{% generation %}"
