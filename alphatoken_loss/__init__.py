@@ -11,14 +11,8 @@ from .values import TokenValues
 from .weights import alphatoken_weights
 
 if TYPE_CHECKING:
-    from .trainers import (
-        AlphaTokenArguments,
-        AlphaTokenDPOConfig,
-        AlphaTokenDPOTrainer,
-        AlphaTokenMixin,
-        AlphaTokenSFTConfig,
-        AlphaTokenSFTTrainer,
-    )
+    from .arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
+    from .trainers import AlphaTokenDPOTrainer, AlphaTokenMixin, AlphaTokenSFTTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,9 +38,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import TRL only for those who use its trainers."""
     if name in __all__:
-        from . import trainers
+        from . import arguments, trainers
 
-        return getattr(trainers, name)
+        return getattr(arguments if hasattr(arguments, name) else trainers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

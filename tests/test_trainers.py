@@ -30,6 +30,7 @@ from alphatoken_loss import (
     AlphaTokenSFTConfig,
     trainers,
 )
+from alphatoken_loss import arguments as fields
 
 # feature -> (arguments, form of the data, model, adapter, more for the trainer)
 
@@ -630,8 +631,8 @@ def test_a_setting_added_to_the_library_is_an_argument_at_once(monkeypatch):
 
         difference_rms: float | None = None
 
-    monkeypatch.setattr(trainers, "AlphaTokenConfig", Later)
-    (found,) = [setting for setting in trainers._settings() if setting[0] == "difference_rms"]
+    monkeypatch.setattr(fields, "AlphaTokenConfig", Later)
+    (found,) = [setting for setting in fields._settings() if setting[0] == "difference_rms"]
     assert found[1] == float | None and found[2].default is None
     assert found[2].metadata["help"] == "Size of the nudge, 10%% of something."
 
