@@ -126,7 +126,7 @@ class AlphaTokenMixin(_Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.alphatoken is not None and self.model.training:
+        if self.alphatoken is not None and "loss" in logs:  # those of training steps, which every rank logs
             ranks = gather_object([self.alphatoken.metrics()])
             ranks = [metrics for metrics in ranks if "kept" in metrics]  # else no batch was valued since the last time
             for name in dict.fromkeys(itertools.chain(*ranks)):

@@ -59,7 +59,8 @@ def parse(config_class, argv, **defaults):
 
 def load_rows(data, args, corpus):
     """Return preference rows for training (noisy), validation and test (clean): prompt, chosen, rejected."""
-    wanted = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    wanted = args.max_steps * per_step if args.max_steps > 0 else 10**9  # all, for so many epochs
     if data.dataset_name is None:
         train = preference_rows(corpus.code_train, noisy=True, seed=args.seed, limit=wanted)
         validation = preference_rows(corpus.code_validation, noisy=False, seed=1, limit=VALIDATION_ROWS)

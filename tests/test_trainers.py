@@ -15,9 +15,19 @@ import torch
 import tuning
 from checks import error
 from datasets import Dataset
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, KTOConfig, KTOTrainer, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import (
+    DPOConfig,
+    KTOConfig,
+    KTOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from tuning import arguments, base, dpo_data, history, lora, masked, recording, sft_data, tokenizer, trained
 
@@ -604,6 +614,30 @@ def test_mixin_on_other_trainers_of_trl(name, tmp_path):
     for (key, after), (_, expected) in zip(trained(trainer.model), trained(other.model), strict=True):
         if not torch.equal(expected, before[key]):
             assert error(after - before[key], expected - before[key]) < 1e-3, key
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_by_its_path_is_loaded_quantised_and_reloads(kind, tmp_path):
+    """As TRL's scripts do, with `ModelConfig`'s flags; what is saved is a plain PEFT adapter."""
+    base().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    flags = ModelConfig(load_in_4bit=True, use_peft=True, lora_r=2, lora_target_modules=["all-linear"], dtype="float32")
+    trainer = tuning.TRAINERS[kind][0](
+        str(tmp_path / "model"),
+        args=arguments(kind, tmp_path / "out", max_steps=2),
+        train_dataset=(sft_data if kind == "sft" else dpo_data)(),
+        quantization_config=get_quantization_config(flags),
+        peft_config=get_peft_config(flags),
+    )
+    assert trainer.model.is_loaded_in_4bit and len(trainer.train_dataset) == 8
+    trainer.train()
+    trainer.save_model()
+    assert "alphatoken/kept" in trainer.state.log_history[0]
+    again = PeftModel.from_pretrained(base(), tmp_path / "out")
+    saved = {name: p for name, p in again.named_parameters() if "lora_" in name}
+    for name, parameter in trained(trainer.model):
+        assert torch.equal(saved[name], parameter.float()), name
 
 
 # ------------------------------------------------------------------------------------ arguments
