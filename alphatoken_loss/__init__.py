@@ -1,5 +1,7 @@
 """Token values for fine-tuning that forgets less: AlphaToken (arXiv 2606.01635) for LoRA and QLoRA models."""
 
+from typing import TYPE_CHECKING
+
 from .config import AlphaTokenConfig
 from .fisher import Fisher, estimate_fisher
 from .gate import AlphaToken
@@ -8,10 +10,20 @@ from .target import Target, target_gradient
 from .values import TokenValues
 from .weights import alphatoken_weights
 
+if TYPE_CHECKING:
+    from .arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
+    from .trainers import AlphaTokenDPOTrainer, AlphaTokenMixin, AlphaTokenSFTTrainer
+
 __version__ = "0.1.0"
 __all__ = [
     "AlphaToken",
+    "AlphaTokenArguments",
     "AlphaTokenConfig",
+    "AlphaTokenDPOConfig",
+    "AlphaTokenDPOTrainer",
+    "AlphaTokenMixin",
+    "AlphaTokenSFTConfig",
+    "AlphaTokenSFTTrainer",
     "Fisher",
     "Target",
     "TokenValues",
@@ -21,3 +33,16 @@ __all__ = [
     "sft_loss",
     "target_gradient",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import TRL only for those who use its trainers."""
+    if name in __all__:
+        from . import arguments, trainers
+
+        return getattr(arguments if hasattr(arguments, name) else trainers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ and random state; parameters are swapped for prepared tensors, so theirs are nev
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ from .values import TokenValues
 # Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
 _INT8_ROUNDOFF = 2.0**-8
 _TF32_ROUNDOFF = 2.0**-11
+_KEPT = ("length", "longest", "effect")
 _LONGEST = 100.0  # times the length of the parameters themselves
 
 
@@ -51,6 +53,14 @@ class Steps:
         self.longest: dict[str, torch.Tensor] = {}
         self.effect: dict[str, torch.Tensor] = {}
         self._roundoff: float | None = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {f"{kind}.{part}": tensor for kind in _KEPT for part, tensor in getattr(self, kind).items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for kind in _KEPT:
+            named = ((name.partition("."), tensor) for name, tensor in state.items())
+            setattr(self, kind, {part: tensor for (of, _, part), tensor in named if of == kind})
 
     def effect_wanted(self, decoder: nn.Module, device: torch.device) -> float:
         """`difference_rms`, or the square root of the unit roundoff of the coarsest precision in use."""
@@ -109,6 +119,7 @@ class Difference:
         self.scored, self.batch, self.config, self.steps = scored, batch, config, steps
         self.parts, self.directions = tuple(parts), dict(parts)
         self.seen = False
+        self.seconds = 0.0
         self.changes: dict[str, tuple[torch.Tensor, torch.Tensor | float]] = {}
         self.decoder = find_decoder(model)
         inner = unwrap(model)
@@ -221,6 +232,7 @@ class Difference:
         self, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor | None
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Part -> the nudged hidden state and eps."""
+        started = time.perf_counter()
         found = {}
         for part, direction in self.directions.items():
             norm = length_of(direction)
@@ -234,6 +246,7 @@ class Difference:
             else:
                 eps = self.steps.length[part] / torch.where(norm == 0, 1.0, norm)
                 found[part] = self._nudge(call, part, eps), eps
+        self.seconds += time.perf_counter() - started
         return found
 
     def _nudge(self, call: tuple[tuple[Any, ...], dict[str, Any]], part: str, eps: torch.Tensor) -> torch.Tensor:

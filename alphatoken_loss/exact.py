@@ -9,6 +9,7 @@ lies behind (norm, head, vocabulary) takes no part, so no [tokens, vocabulary] t
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class Exact:
         self.scored, self.batch, self.config = scored, batch, config
         self.parts, self.directions = tuple(parts), dict(parts)
         self.capture = Capture(scored, batch)
+        self.seconds = 0.0
         self.changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -54,6 +56,7 @@ class Exact:
         """Keep the blocks' inputs of one forward and pass the last one's output through `on_hidden`."""
 
         def leave(hidden: torch.Tensor) -> torch.Tensor:
+            started = time.perf_counter()
             for part, direction in self.directions.items():
                 length = length_of(direction)
                 # Along a direction of length 1: small gradients would vanish in float16.
@@ -61,6 +64,7 @@ class Exact:
                 step = torch.where(length > 0, 1 / length, torch.where(length == 0, 1.0, torch.nan))
                 self.changes[part] = hidden_velocity(self.capture, unit), step
             self.directions.clear()
+            self.seconds += time.perf_counter() - started
             self.capture.release()
             return on_hidden(hidden)
 

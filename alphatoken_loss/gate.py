@@ -9,6 +9,7 @@ adapters is exactly the gradient of the masked loss, while the loss keeps its va
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from .difference import Difference, Steps
 from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, NonFiniteRows
+from .replay import saved_tensors_hooked
 from .target import Target, estimate_target
 from .values import TokenValues
 from .weights import Parts, alphatoken_weights, directions, estimator_of, select
@@ -69,6 +71,7 @@ class _Step:
         if self.failed:
             raise RuntimeError("Valuing this batch failed in an earlier backward. Run its forward again.")
         if self.keep is None:
+            started = time.perf_counter()
             try:
                 self.failed = True
                 self._value(rows)
@@ -79,6 +82,7 @@ class _Step:
                 self.owner.weights = self.owner.values = None
             finally:
                 self.estimator.release()
+                self.owner._seconds += self.estimator.seconds + time.perf_counter() - started
         assert self.keep is not None
         self.estimator.release()
         drop = F.pad(batch.rows & ~self.keep, (rows.shape[1] - batch.shape[1], 0))  # after any virtual tokens
@@ -152,6 +156,7 @@ class AlphaToken:
         self._age = 0
         self._sums: dict[str, torch.Tensor | float] = {}
         self._steps = Steps(self.config.difference_rms)
+        self._seconds = 0.0
         if self.config.rho < 1.0:
             scored = self._scored()
             at_decoder = self.config.estimator == "difference"
@@ -200,6 +205,7 @@ class AlphaToken:
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
             yield self
             return
+        started = time.perf_counter()
         read = read_batch(batch)
         scored = self._scored()
         keep = None
@@ -223,12 +229,14 @@ class AlphaToken:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
             parts = directions(scored, self.target, self._drift_fisher, self.ref_model)
-        in_graph = keep is None and not any([checkpointed(block) or draws_noise(block) for block in scored.blocks])
+        once = saved_tensors_hooked() or any([checkpointed(block) or draws_noise(block) for block in scored.blocks])
+        in_graph = keep is None and not once  # else the graph is not walked a second time, blocks are replayed
         estimator = estimator_of(
             self.model, scored, read, self.config, parts, self._steps, apart=not parts, in_graph=in_graph
         )
         del parts  # the estimator lets go of them as soon as it can
         step = _Step(self, read, estimator, keep, mean_over_kept)
+        self._seconds += time.perf_counter() - started
         with estimator.watching(step.gate, training=True):
             yield self
         if not estimator.seen:
@@ -241,15 +249,37 @@ class AlphaToken:
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
         `total` and, for the ghost estimator, of its four terms, in units of the loss; `target_age` in optimizer steps;
-        for the difference estimator `difference_rms`, the effect of the last nudge."""
+        for the difference estimator `difference_rms`, the effect of the last nudge; and the `seconds` spent valuing,
+        target estimates included (on CUDA, which runs on its own, only what the host waited for)."""
         if self.config.rho >= 1.0:
             return {"kept": 1.0}
         sums, self._sums = self._sums, {}
+        seconds, self._seconds = self._seconds, 0.0
         tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
         figures = {name: float(total) / tokens for name, total in sums.items()} | {"target_age": float(self._age)}
         if "total" in self._steps.effect:
             figures["difference_rms"] = float(self._steps.effect["total"])
-        return figures
+        return {**figures, "seconds": seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs for the masks of an uninterrupted one: the target that was estimated from batches,
+        if it was by now, its age in optimizer steps, with the one just taken, and the difference's step lengths."""
+        steps = self._steps.state_dict()
+        if self.target_batches is None or self.target is None:
+            return {"target": None, "age": 0, "steps": steps}
+        if self._moved(self._scored()):
+            self._age += 1
+        return {"target": self.target, "age": self._age, "steps": steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, once the model's parameters are those it had then."""
+        scored = self._scored()
+        if state["target"] is not None:
+            state["target"].check(scored)
+            self.target = state["target"]
+        self._age = state["age"]
+        self._steps.load_state_dict({name: tensor.to(scored.device) for name, tensor in state["steps"].items()})
+        self._state = None
 
     def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()

@@ -300,6 +300,8 @@ class Ghost:
         others: see `ghost_values`.
     """
 
+    seconds = 0.0  # in the forward; going back is timed by the gate
+
     def __init__(
         self,
         scored: Scored,

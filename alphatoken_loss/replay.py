@@ -259,7 +259,7 @@ class Capture:
         block, call = self.scored.blocks[index], self.calls[index].detached()
         device, enabled, dtype = self.autocast
         taps = Taps(self.scored, self.batch.shape, causal=causal, at_layer=at_layer)
-        with torch.enable_grad(), without_noise(block), torch.autocast(device, dtype, enabled):
+        with torch.enable_grad(), without_noise(block), unhooked(), torch.autocast(device, dtype, enabled):
             with taps.installed(self.scored.in_block(index) if visitor is not None else []):
                 output = block(*call.args, **call.kwargs)
         output = output[0] if isinstance(output, tuple) else output
@@ -270,6 +270,18 @@ class Capture:
             return rows, grads
         assert grads[0] is not None
         return grads[0], grads[1:]
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what autograd saves goes through hooks, which may give it back only once (TRL's offloading does)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def unhooked() -> contextlib.AbstractContextManager[Any]:
+    """Save tensors as they are, whatever hooks there are."""
+    if not saved_tensors_hooked():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _look_away(

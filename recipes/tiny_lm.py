@@ -1,6 +1,6 @@
 """A small causal LM, trained here on text that ships with Python, a preference task made from it, and helpers.
 
-The recipes use it when no `--model` is given, so that they run anywhere, offline and without a GPU:
+The recipes use it when no model is given, so that they run anywhere, offline and without a GPU:
 
 - *Text*: the language reference (the topics behind `help()`) is the prose, the modules of the standard
   library are the code. Every tenth topic is held out; modules are divided between pretraining, preference
@@ -31,7 +31,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 
 @dataclass(frozen=True)
@@ -208,21 +207,6 @@ def preference_rows(modules: list[str], *, noisy: bool, seed: int, limit: int) -
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     rng.shuffle(rows)
     return rows[:limit]
-
-
-def encode(rows, tokenizer, *, ending, max_length):
-    """Turn rows of text or conversations into what TRL's preference collator takes."""
-    examples = []
-    for row in map(maybe_extract_prompt, rows):
-        chat = not isinstance(row["chosen"], str)
-        text = maybe_apply_chat_template(row, tokenizer)
-        prompt = tokenizer(text["prompt"], add_special_tokens=not chat)["input_ids"]
-        answers = [text[key] + ("" if chat else ending) for key in ("chosen", "rejected")]
-        chosen, rejected = tokenizer(answers, add_special_tokens=False)["input_ids"]
-        room = max_length - max(len(chosen), len(rejected))
-        if room >= 8:  # prompts are cut on the left, answers never
-            examples.append({"prompt_ids": prompt[-room:], "chosen_ids": chosen, "rejected_ids": rejected})
-    return examples
 
 
 def chosen_answers(pairs):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import time
 
 import cases
 import pytest
@@ -565,6 +567,62 @@ def test_no_refresh_without_a_step():
     assert counts == [3, 1, 1, 3, 1]
 
 
+@pytest.mark.parametrize("how", ["off", "non_reentrant"])
+def test_saved_tensors_that_hooks_give_back_only_once(how):
+    """As TRL's activation offloading does: valuing leaves each to the ordinary backward."""
+    batch = sft_batch("right")
+    plain, offloaded = (checkpointed(lora_model("llama"), how) for _ in range(2))
+    kept = {}
+
+    ids = itertools.count()
+
+    def pack(tensor):
+        kept[key := next(ids)] = tensor
+        return key
+
+    for model, hooks in (
+        (plain, contextlib.nullcontext()),
+        (offloaded, torch.autograd.graph.saved_tensors_hooks(pack, kept.pop)),
+    ):
+        gate = gate_for(model)
+        with hooks:
+            with gate(batch):
+                loss = model(**batch).loss
+            loss.backward()
+    assert not kept
+    assert_same_grads(grads_of(offloaded), grads_of(plain), TOL64)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_state_dict_resumes_the_target_and_its_age(stop):
+    """Masks, targets and parameters after an interruption are those of an uninterrupted run, bit for bit."""
+
+    def steps(model, gate, which):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for seed in which:
+            batch = sft_batch("right", seed=seed)
+            with gate(batch):
+                model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first, second = (lora_model("llama") for _ in range(3))
+    gates = [gate_for(model, target_every=3) for model in (whole, first, second)]
+    steps(whole, gates[0], range(6))
+    steps(first, gates[1], range(stop))
+    state = copy.deepcopy(gates[1].state_dict())
+    assert gates[1].state_dict()["age"] == state["age"]  # a second call counts no second step
+    assert state["age"] == (stop - 1) % 3 + 1
+    second.load_state_dict(first.state_dict())
+    gates[2].load_state_dict(state)
+    steps(second, gates[2], range(stop, 6))
+    assert torch.equal(gates[0].weights, gates[2].weights)
+    for name, gradient in gates[0].target.gradients.items():
+        assert torch.equal(gradient, gates[2].target.gradients[name]), name
+    for (name, p), q in zip(whole.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_metrics_report_the_share_and_the_terms():
     model = lora_model("llama")
     batch = sft_batch("right")
@@ -580,6 +638,24 @@ def test_metrics_report_the_share_and_the_terms():
     for term in ("direct_target", "causal_target", "direct_drift", "causal_drift"):
         assert any(term in name for name in metrics), (term, metrics)
     assert any("age" in name for name in metrics), metrics
+
+
+def test_metrics_count_the_seconds_of_valuing_and_start_again():
+    """They grow with the target's estimate and with valuing in the backward, and not with what the user does."""
+    model = lora_model("llama")
+    batch = sft_batch("right")
+    gate = gate_for(model)
+    started = time.perf_counter()
+    with gate(batch):
+        entered = gate.metrics()["seconds"]
+        loss = model(**batch).loss
+        time.sleep(0.05)
+    assert gate.metrics()["seconds"] == 0.0
+    loss.backward()
+    valued = gate.metrics()["seconds"]
+    assert entered > 0 and valued > 0
+    assert entered + valued < time.perf_counter() - started - 0.05
+    assert gate.metrics()["seconds"] == 0.0
 
 
 def test_state_of_the_random_generator_is_that_of_a_plain_step():
