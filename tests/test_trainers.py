@@ -68,6 +68,9 @@ SFT = {
     "streaming": feature(options=lambda: {"stream": True}),
     "accumulation": feature(gradient_accumulation_steps=2),
     "per_sequence": feature(threshold_scope="sequence"),
+    "difference": feature(estimator="difference"),
+    "difference_offloading": feature(estimator="difference", activation_offloading=True, gradient_checkpointing=False),
+    "exact": feature(estimator="exact"),
     "clipping_and_adamw": feature(optim="adamw_torch", max_grad_norm=0.1, learning_rate=1e-3),
     "bf16": feature(bf16=True),
     "no_checkpointing": feature(gradient_checkpointing=False),
@@ -100,6 +103,8 @@ DPO = {
         model=tuning.partly_trained, peft=None, options=lambda: {"ref_model": base()}, sync_ref_model=True,
         ref_model_sync_steps=1,
     ),
+    "difference": feature(estimator="difference"),
+    "exact": feature(estimator="exact"),
     "conversational": feature("chat"),
     "truncation": feature(max_length=12, truncation_mode="keep_end"),
     "streaming": feature(options=lambda: {"stream": True}),
@@ -114,8 +119,10 @@ DPO = {
 }  # fmt: skip
 CASES = [("sft", name) for name in SFT] + [("dpo", name) for name in DPO]
 # Where the loss weights tokens beyond SFT's mean and DPO's sigmoid, or dropout moves it, its values are its own.
-OWN_VALUES = {"dft", "label_smoothing", "dropout", "bf16", "nf4", *LOSSES, "exo_pair", "combination", "forward_kl",
-              "js_divergence", "alpha_divergence", "ld_alpha", "use_weighting"} - {"sigmoid"}  # fmt: skip
+OWN_VALUES = {
+    "difference", "difference_offloading", "dft", "label_smoothing", "dropout", "bf16", "nf4", *LOSSES, "exo_pair",
+    "combination", "forward_kl", "js_divergence", "alpha_divergence", "ld_alpha", "use_weighting",
+} - {"sigmoid"}  # fmt: skip
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -341,13 +348,16 @@ def test_the_kept_gradient_is_divided_by_all_response_tokens(tmp_path):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    ("kind", "estimator"), [("sft", "ghost"), ("dpo", "ghost"), ("sft", "difference"), ("dpo", "exact")]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_resumed_run_reproduces_the_uninterrupted_one(kind, tmp_path, monkeypatch):
+def test_a_resumed_run_reproduces_the_uninterrupted_one(kind, estimator, tmp_path, monkeypatch):
     """Interrupted in the middle of a target's life; with dropout, a held-out target and a Fisher of its own."""
     case = feature(peft=lambda: lora(lora_dropout=0.1), options=lambda: {"target_dataset": None}, max_steps=6,
                    save_strategy="steps", save_steps=3, target_every=4, optim="adamw_torch",
                    learning_rate=1e-2)  # fmt: skip
+    case["args"]["estimator"] = estimator
     if kind == "dpo":
         case["args"]["disable_dropout"] = False
     ours = tuning.TRAINERS[kind][0]
