@@ -33,7 +33,11 @@ class AlphaTokenConfig:
             Over what the (1 - rho) quantile is taken: `"batch"`, the response tokens of the micro-batch (of each
             branch, for pairs), or `"sequence"`, those of each sequence.
         target_every (`int`, *optional*, defaults to 4):
-            Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
+            Optimizer steps between two estimates of the target gradient in a training loop, at least 1. Each takes
+            all target batches, or one where `target_decay` is set.
+        target_decay (`float`, *optional*):
+            In [0, 1): estimate from one target batch at a time, in turn, into an exponential average that keeps this
+            share of what it held. By default every estimate is made anew from all target batches.
         fisher (`str`, *optional*, defaults to `"factored"`):
             Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
             d_out + d_in floats a layer) or `"dense"` (d_out x d_in floats a layer).
@@ -47,6 +51,7 @@ class AlphaTokenConfig:
     difference_rms: float | None = None
     threshold_scope: Literal["batch", "sequence"] = "batch"
     target_every: int = 4
+    target_decay: float | None = None
     fisher: Literal["factored", "dense"] = "factored"
 
     def __post_init__(self) -> None:
@@ -64,6 +69,11 @@ class AlphaTokenConfig:
             _check_int("num_layers", self.num_layers, least=1, hint='Use "all" to score every block.')
         _check_int("causal_window", self.causal_window, least=0, hint="Use 0 to switch the causal terms off.")
         _check_int("target_every", self.target_every, least=1, hint="Use 1 to estimate it before every step.")
+        if self.target_decay is not None and not (_is_number(self.target_decay) and 0 <= self.target_decay < 1):
+            raise ValueError(
+                f"target_decay is {self.target_decay!r}; it is the share that a running average of the target keeps at "
+                "each estimate and must be in [0, 1). Use None to estimate from all target batches each time."
+            )
         _check_choice("estimator", self.estimator, ("ghost", "difference", "exact"))
         if self.difference_rms is not None and not (_is_number(self.difference_rms) and 0 < self.difference_rms <= 1):
             raise ValueError(

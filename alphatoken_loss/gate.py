@@ -154,6 +154,7 @@ class AlphaToken:
         self._known: Scored | None = None
         self._state: tuple[list[int], torch.Tensor] | None = None
         self._age = 0
+        self._turn = 0  # whose it is, of the target batches, where they are taken one at a time
         self._sums: dict[str, torch.Tensor | float] = {}
         self._steps = Steps(self.config.difference_rms)
         self._seconds = 0.0
@@ -229,7 +230,8 @@ class AlphaToken:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
             parts = directions(scored, self.target, self._drift_fisher, self.ref_model)
-        once = saved_tensors_hooked() or any([checkpointed(block) or draws_noise(block) for block in scored.blocks])
+        blocks = scored.blocks if self.config.estimator != "difference" else []
+        once = saved_tensors_hooked() or any([checkpointed(block) or draws_noise(block) for block in blocks])
         in_graph = keep is None and not once  # else the graph is not walked a second time, blocks are replayed
         estimator = estimator_of(
             self.model, scored, read, self.config, parts, self._steps, apart=not parts, in_graph=in_graph
@@ -266,10 +268,10 @@ class AlphaToken:
         if it was by now, its age in optimizer steps, with the one just taken, and the difference's step lengths."""
         steps = self._steps.state_dict()
         if self.target_batches is None or self.target is None:
-            return {"target": None, "age": 0, "steps": steps}
+            return {"target": None, "age": 0, "turn": 0, "steps": steps}
         if self._moved(self._scored()):
             self._age += 1
-        return {"target": self.target, "age": self._age, "steps": steps}
+        return {"target": self.target, "age": self._age, "turn": self._turn, "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, once the model's parameters are those it had then."""
@@ -277,7 +279,7 @@ class AlphaToken:
         if state["target"] is not None:
             state["target"].check(scored)
             self.target = state["target"]
-        self._age = state["age"]
+        self._age, self._turn = state["age"], state["turn"]
         self._steps.load_state_dict({name: tensor.to(scored.device) for name, tensor in state["steps"].items()})
         self._state = None
 
@@ -310,9 +312,18 @@ class AlphaToken:
         """Count optimizer steps, and estimate the target anew when it is old enough."""
         if self._moved(scored):
             self._age += 1
-        if self.target_batches is not None and (self.target is None or self._age >= self.config.target_every):
+        if self.target_batches is None or (self.target is not None and self._age < self.config.target_every):
+            return
+        self._age = 0
+        decay = self.config.target_decay
+        if self.target is None or decay is None:
             self.target = estimate_target(self.model, scored, self.target_batches)
-            self._age = 0
+            if decay is not None:  # it is as much worth as one of those that follow
+                self.target = Target(self.target.gradients, self.target.tokens / len(self.target_batches))
+            return
+        turn = self.target_batches[self._turn % len(self.target_batches)]
+        self._turn += 1
+        self.target = self.target.averaged(estimate_target(self.model, scored, [turn]), decay)
 
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored adapters have changed since the last call.

@@ -27,11 +27,20 @@ class Target:
         gradients (`dict`): parameter name, as in `model.named_parameters()`, -> tensor of the parameter's shape in
             float32 (float64 for a float64 model): (1 / N) * sum over the N validation response tokens of the gradient
             of -log p.
-        tokens (`int`): N.
+        tokens (`float`): N; of a running average, the average of those it was made from.
     """
 
     gradients: Mapping[str, torch.Tensor]
-    tokens: int
+    tokens: float
+
+    def averaged(self, newer: Target, decay: float) -> Target:
+        """An exponential average of validation sums over one of tokens: as unbiased at its start as later."""
+        kept, added = decay * self.tokens, (1 - decay) * newer.tokens
+        gradients = {
+            name: (kept * gradient + added * newer.gradients[name]) / (kept + added)
+            for name, gradient in self.gradients.items()
+        }
+        return Target(gradients, kept + added)
 
     def check(self, scored: Scored) -> None:
         """See that it was made for these scored parameters.

@@ -271,7 +271,7 @@ class AlphaTokenMixin(_Trainer):
             return
         state = self.alphatoken.state_dict()
         target = state["target"] or Target({}, 0)
-        about = {"age": state["age"], "tokens": target.tokens}
+        about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
         tensors = {name: gradient.cpu().contiguous() for name, gradient in target.gradients.items()}
         tensors |= {f"{_STEPS}{name}": tensor.cpu() for name, tensor in state["steps"].items()}
         save_file(tensors, Path(output_dir) / STATE_FILE, metadata={"about": json.dumps(about)})
@@ -292,7 +292,7 @@ class AlphaTokenMixin(_Trainer):
         gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
         target = Target(gradients, about["tokens"]) if gradients else None
         steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}
-        self.alphatoken.load_state_dict({"target": target, "age": about["age"], "steps": steps})
+        self.alphatoken.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})
 
 
 class AlphaTokenSFTTrainer(AlphaTokenMixin, SFTTrainer):

@@ -542,6 +542,34 @@ def test_target_is_refreshed_every_so_many_steps(every):
     assert differs == (every == 2), "the test has no power: choose other seeds"
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_target_as_a_running_average(every):
+    """Of sums over validation tokens, one batch in turn, over one of their numbers; the first takes all batches."""
+    model, decay = lora_model("llama"), 0.7
+    names = cases.factor_names(model, "llama", 2)
+    gate = gate_for(model, target_every=every, target_decay=decay)
+    counts = [int(response(batch).sum()) for batch in cases.validation()]
+    assert counts[0] != counts[1]
+    sums, count, turn = {}, 0.0, 0
+    for step in range(6):
+        if not step:
+            count = sum(counts) / 2
+            mean = reference.target_gradient(model, cases.validation(), names)
+            sums = {name: gradient * count for name, gradient in mean.items()}
+        elif step % every == 0:
+            mean = reference.target_gradient(model, [cases.validation()[turn % 2]], names)
+            added = counts[turn % 2]
+            sums = {name: decay * sums[name] + (1 - decay) * added * mean[name] for name in names}
+            count = decay * count + (1 - decay) * added
+            turn += 1
+        with gate(sft_batch("right")):
+            model(**sft_batch("right")).loss.backward()
+        for name in names:
+            assert_close(gate.target.gradients[name], sums[name] / count, TOL64, name)
+        step_by_hand(model, step)
+    assert turn >= 2
+
+
 def test_no_refresh_without_a_step():
     """Micro-batches of one accumulation share the target: one forward each, and two more per refresh."""
     model = lora_model("llama")
