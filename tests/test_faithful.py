@@ -300,11 +300,11 @@ def counting(length):
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-@pytest.fixture(scope="module")
-def trained():
+@pytest.fixture(scope="module", params=["float32", "nf4"])
+def trained(request):
     """A model after some training: confident, and with losses that differ from token to token."""
     torch.manual_seed(0)
-    model = lora_model("llama", dtype=torch.float32)
+    model = nf4_lora_model("llama") if request.param == "nf4" else lora_model("llama", dtype=torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     before = sft_loss(model, counting(12)).item()
     for _ in range(60):
