@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -85,6 +85,17 @@ def train(model: torch.nn.Module, batches: object, steps: int, learning_rate: fl
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def small_model(pretrain_steps: int, generator: torch.Generator) -> PeftModel:
+    """Six blocks, bytes as tokens, trained on Python source, with a fresh adapter."""
+    torch.manual_seed(generator.initial_seed())
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    train(model, lambda: source_batches(96, 16, generator), pretrain_steps, 2e-3, "pretraining")
+    return get_peft_model(model, LORA).train()  # type: ignore[return-value]
+
+
 def in_nf4(model: torch.nn.Module) -> torch.nn.Module:
     """The same base in NF4, computing in float32, with the same adapter."""
     quantisation = BitsAndBytesConfig(
@@ -113,13 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config)
-    train(model, lambda: source_batches(96, 16, generator), args.pretrain_steps, 2e-3, "pretraining")
-    model = get_peft_model(model, LORA).train()
+    model = small_model(args.pretrain_steps, generator)
     exact = AlphaTokenConfig(estimator="exact")
     prompts = [batch.tolist() for batch in source_batches(32, 32, generator)["input_ids"]]
     fisher = estimate_fisher(model, prompts, max_new_tokens=32, config=exact)

@@ -19,10 +19,8 @@ from collections.abc import Mapping
 from datetime import date
 
 import torch
-from fidelity import LORA, Batch, source_batches, spearman, sum_batches, train
-from peft import get_peft_model
+from fidelity import Batch, small_model, spearman, sum_batches
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Target, alphatoken_weights, target_gradient
 
@@ -63,13 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config)
-    train(model, lambda: source_batches(96, 16, generator), args.pretrain_steps, 2e-3, "pretraining")
-    model = get_peft_model(model, LORA).train()
+    model = small_model(args.pretrain_steps, generator)
     validation: list[Batch] = [sum_batches(64, VALIDATION // 4, generator, noise=0.0) for _ in range(4)]
     exact = AlphaTokenConfig(estimator="exact", stability_weight=0)
 
