@@ -76,16 +76,24 @@ class Batch:
                 groups[self.shape[0] // 2 :] = 1
         return groups.masked_fill(~self.rows, -1)
 
-    def chosen(self) -> Batch:
-        """The batch itself, or the chosen half of pairs as an SFT batch."""
-        if not self.pairs:
-            return self
-        half = self.shape[0] // 2
+    def of_rows(self, rows: slice | torch.Tensor) -> Batch:
+        """Some rows as an SFT batch."""
+        size = self.shape[0]
         inputs = {
-            key: value[:half] if isinstance(value, torch.Tensor) and value.shape[:1] == self.labels.shape[:1] else value
+            key: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (size,) else value
             for key, value in self.inputs.items()
         }
-        return Batch(inputs, self.labels[:half])
+        return Batch(inputs, self.labels[rows])
+
+    def chosen(self) -> Batch:
+        """The batch itself, or the chosen half of pairs as an SFT batch."""
+        return self.of_rows(slice(self.shape[0] // 2)) if self.pairs else self
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
+        ref_logps = self.ref_logps and (self.ref_logps[0].to(device), self.ref_logps[1].to(device))
+        return Batch(inputs, self.labels.to(device), self.pairs, ref_logps)
 
     def sequences(self) -> Iterator[tuple[torch.Tensor, Batch]]:
         """Each sequence with a response by itself, or each pair: `(rows, batch)`, `rows` being its row numbers here.
@@ -99,14 +107,11 @@ class Batch:
         for number in places[self.rows].unique():
             belongs = places == number
             rows = belongs.any(1).nonzero().flatten()
-            inputs = {
-                key: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (size,) else value
-                for key, value in self.inputs.items()
-            }
             predicted = F.pad(belongs[rows, :-1], (1, 0))  # a label is its row's, which stands one before
-            labels = self.labels[rows].masked_fill(~predicted, IGNORE)
+            alone = self.of_rows(rows)
+            labels = alone.labels.masked_fill(~predicted, IGNORE)
             ref_logps = self.ref_logps and tuple(logps[number : number + 1] for logps in self.ref_logps)
-            yield rows, Batch(inputs, labels, self.pairs, ref_logps)  # type: ignore[arg-type]
+            yield rows, Batch(alone.inputs, labels, self.pairs, ref_logps)  # type: ignore[arg-type]
 
     def at_labels(self, rows: torch.Tensor) -> torch.Tensor:
         """Move what belongs to rows (`(B, T)`) to the labels they predict: row t goes to column t + 1."""
@@ -218,8 +223,3 @@ def _check_shapes(batch: Batch) -> None:
                     f"ref_{branch}_logps has shape {tuple(logps.shape)}; {batch.shape[0] // 2} pairs need "
                     f"({batch.shape[0] // 2},)."
                 )
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -32,12 +32,16 @@ class AlphaTokenConfig:
         threshold_scope (`str`, *optional*, defaults to `"batch"`):
             Over what the (1 - rho) quantile is taken: `"batch"`, the response tokens of the micro-batch (of each
             branch, for pairs), or `"sequence"`, those of each sequence.
-        target_every (`int`, *optional*, defaults to 4):
-            Optimizer steps between two estimates of the target gradient in a training loop, at least 1. Each takes
-            all target batches, or one where `target_decay` is set.
-        target_decay (`float`, *optional*):
-            In [0, 1): estimate from one target batch at a time, in turn, into an exponential average that keeps this
-            share of what it held. By default every estimate is made anew from all target batches.
+        target_every (`int`, *optional*, defaults to 1):
+            Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
+        target_parts (`int`, *optional*, defaults to 4):
+            Of so many parts of the target's sequences each estimate after the first takes one, in turn, into a running
+            average. Overhead: a forward and a backward of 1 / (target_parts * target_every) of them a step; with 32
+            sequences of target and 64 of training, the defaults take 8 for 64.
+        target_decay (`float` or `None`, *optional*, defaults to 0.5):
+            Share that the running average keeps of what it held, in [0, 1). `None` makes every estimate anew from all
+            sequences of the target, whatever `target_parts` says. At equal overhead a part a step followed exact values
+            better than all of them every four: benchmarks/target_refresh.py.
         fisher (`str`, *optional*, defaults to `"factored"`):
             Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
             d_out + d_in floats a layer) or `"dense"` (d_out x d_in floats a layer).
@@ -50,8 +54,9 @@ class AlphaTokenConfig:
     estimator: Literal["ghost", "difference", "exact"] = "ghost"
     difference_rms: float | None = None
     threshold_scope: Literal["batch", "sequence"] = "batch"
-    target_every: int = 4
-    target_decay: float | None = None
+    target_every: int = 1
+    target_parts: int = 4
+    target_decay: float | None = 0.5
     fisher: Literal["factored", "dense"] = "factored"
 
     def __post_init__(self) -> None:
@@ -69,10 +74,11 @@ class AlphaTokenConfig:
             _check_int("num_layers", self.num_layers, least=1, hint='Use "all" to score every block.')
         _check_int("causal_window", self.causal_window, least=0, hint="Use 0 to switch the causal terms off.")
         _check_int("target_every", self.target_every, least=1, hint="Use 1 to estimate it before every step.")
+        _check_int("target_parts", self.target_parts, least=1, hint="Use 1 to take the whole target each time.")
         if self.target_decay is not None and not (_is_number(self.target_decay) and 0 <= self.target_decay < 1):
             raise ValueError(
                 f"target_decay is {self.target_decay!r}; it is the share that a running average of the target keeps at "
-                "each estimate and must be in [0, 1). Use None to estimate from all target batches each time."
+                "each estimate and must be in [0, 1). Use None to estimate from the whole target each time."
             )
         _check_choice("estimator", self.estimator, ("ghost", "difference", "exact"))
         if self.difference_rms is not None and not (_is_number(self.difference_rms) and 0 < self.difference_rms <= 1):

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .attention import AttentionCall
-from .batches import IGNORE, Batch, read_batch, to_device
+from .batches import IGNORE, Batch, read_batch
 from .blocks import (
     REFERENCE_ADAPTER,
     LinearSite,
@@ -492,7 +492,7 @@ def estimate_fisher(
     dense = config.fisher == "dense"
     if not generate:
         batches = tqdm(prompts, desc="Fisher", unit="batch", disable=not progress)
-        read = (read_batch(to_device(batch, scored.device)) for batch in batches)
+        read = (read_batch(batch).to(scored.device) for batch in batches)
         return fisher_of_batches(model, scored, ref_model, read, dense=dense, seed=seed)
     encoded = [_encode(prompt, tokenizer, max_prompt_length) for prompt in prompts]
     if not encoded:

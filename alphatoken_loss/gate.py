@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import Batch, read_batch, to_device
+from .batches import Batch, read_batch
 from .blocks import Scored, checkpointed, draws_noise, find_blocks, find_scored, trained_behind
 from .config import AlphaTokenConfig
 from .difference import Difference, Steps
@@ -26,7 +26,7 @@ from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, NonFiniteRows
 from .replay import saved_tensors_hooked
-from .target import Target, estimate_target
+from .target import Target, estimate_target, in_parts
 from .values import TokenValues
 from .weights import Parts, alphatoken_weights, directions, estimator_of, select
 
@@ -107,9 +107,9 @@ class AlphaToken:
             for the other estimators also the final norm) must be frozen.
         ref_model (`nn.Module` or `None`): the reference; `None` for the same network with adapters off, or with its
             adapter "ref".
-        target (`Target` or SFT batches, *optional*): validation batches, estimated anew every `config.target_every`
-            optimizer steps; or a `Target`, used as it is. Without one, each batch is valued by its other sequences,
-            at the cost of one more forward.
+        target (`Target` or SFT batches, *optional*): validation batches, from which the target gradient is estimated
+            as `config.target_every`, `target_parts` and `target_decay` say; or a `Target`, used as it is. Without one,
+            each batch is valued by its other sequences, at the cost of one more forward.
         fisher (`Fisher`, *optional*): from `estimate_fisher`. By default estimated at the first step from the target
             batches (or the first batch), with labels drawn from the reference's own predictions.
         config (`AlphaTokenConfig`, *optional*).
@@ -154,7 +154,8 @@ class AlphaToken:
         self._known: Scored | None = None
         self._state: tuple[list[int], torch.Tensor] | None = None
         self._age = 0
-        self._turn = 0  # whose it is, of the target batches, where they are taken one at a time
+        self._target_parts = in_parts(self.target_batches or [], self.config.target_parts)
+        self._turn = 0  # of the parts
         self._sums: dict[str, torch.Tensor | float] = {}
         self._steps = Steps(self.config.difference_rms)
         self._seconds = 0.0
@@ -302,7 +303,7 @@ class AlphaToken:
         if self.fisher is None and self.config.stability_weight > 0:
             batches = [batch.chosen()]
             if self.target_batches is not None:
-                batches = [read_batch(to_device(b, scored.device)).chosen() for b in self.target_batches]
+                batches = [read_batch(b).chosen().to(scored.device) for b in self.target_batches]
             elif not bool(batch.rows.any()):
                 return  # nothing to value here, nor to estimate from
             dense = self.config.fisher == "dense"
@@ -318,12 +319,13 @@ class AlphaToken:
         decay = self.config.target_decay
         if self.target is None or decay is None:
             self.target = estimate_target(self.model, scored, self.target_batches)
-            if decay is not None:  # it is as much worth as one of those that follow
-                self.target = Target(self.target.gradients, self.target.tokens / len(self.target_batches))
             return
-        turn = self.target_batches[self._turn % len(self.target_batches)]
+        held = self.target
+        if not self._turn:  # the first, from all of it, is worth as much as one of those that follow
+            held = Target(held.gradients, held.tokens / len(self._target_parts))
+        part = self._target_parts[self._turn % len(self._target_parts)]
         self._turn += 1
-        self.target = self.target.averaged(estimate_target(self.model, scored, [turn]), decay)
+        self.target = held.averaged(estimate_target(self.model, scored, part), decay)
 
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored adapters have changed since the last call.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import Batch, read_batch, to_device
+from .batches import Batch, read_batch
 from .blocks import Scored, find_scored
 from .config import AlphaTokenConfig
 from .distributed import all_sum
@@ -88,11 +88,29 @@ def target_gradient(
     return estimate_target(model, find_scored(model, config.scored_layers, config.estimator), batches)
 
 
+def in_parts(batches: Sequence[Mapping[str, Any]], count: int) -> list[list[Batch]]:
+    """Share the rows of batches out over up to `count` parts, in their order.
+
+    Runs of rows, not every fourth: a process of several that holds every n-th row then has the n-th share of each part.
+    """
+    read = [read_batch(batch).chosen() for batch in batches]
+    total = sum(batch.shape[0] for batch in read)
+    parts: list[list[Batch]] = []
+    for number in range(count):
+        first, last, start = total * number // count, total * (number + 1) // count, 0
+        parts.append([])
+        for batch in read:
+            rows = slice(max(first - start, 0), max(last - start, 0))
+            start += batch.shape[0]
+            parts[-1].append(batch.of_rows(rows))
+    return [part for part in parts if any(bool(batch.rows.any()) for batch in part)]
+
+
 def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
     return -token_logps(model, batch).sum()
 
 
-def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any]]) -> Target:
+def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any] | Batch]) -> Target:
     sums: dict[str, torch.Tensor] = {}
     count = 0
     if isinstance(batches, Mapping):
@@ -101,7 +119,7 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
     short = any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
     by_blocks = scored.in_blocks and (short or len(scored.blocks) < scored.total)
     for raw in batches:
-        batch = read_batch(to_device(raw, scored.device)).chosen()
+        batch = read_batch(raw).chosen().to(scored.device)
         tokens = int(batch.rows.sum())
         if not tokens:
             continue

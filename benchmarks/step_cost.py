@@ -1,10 +1,14 @@
 """What a gated training step costs beside a plain one, measured side by side in one process.
 
     python benchmarks/step_cost.py                     # 12 blocks, 43M parameters, 4 x 256 tokens, two cores
-    python benchmarks/step_cost.py --blocks 24 --layers 2 --batch 1 --length 1024
+    python benchmarks/step_cost.py --blocks 24 --layers 2 --batch 1 --length 1024 --nf4
+    python benchmarks/step_cost.py --dpo
+    python benchmarks/step_cost.py --straightforward   # the method as first written down, minutes a step
 
 Each kind of step runs in turn, round after round, and the ratios of a round are what is reported (median, and the
-quartiles as spread). Peak memory is the high-water mark of tensors allocated during one step, beyond the model.
+quartiles as spread). "+ refresh" adds what keeping the target fresh costs: an estimate from 32 validation sequences
+every fourth step of 64 sequences, at the time that one batch's "target of" took here. Peak memory is the high-water
+mark of tensors allocated during one step, beyond the model.
 Floors: for the ghost estimator, without checkpointing the K scored blocks are gone back through twice, K/L of a
 backward; with it they are run again besides, K/L of a forward and a backward. For the difference, one forward less its
 head. For the exact one, K/L of a forward with tangents, which doubles its arithmetic.
@@ -16,19 +20,33 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from straightforward import straightforward_step
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, alphatoken_weights, sft_loss, target_gradient
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    Fisher,
+    alphatoken_weights,
+    dpo_loss,
+    sft_loss,
+    target_gradient,
+)
+from alphatoken_loss.batches import read_batch
+from alphatoken_loss.logps import token_logps
 
-Step = Callable[[], None]
+Step = Callable[[], object]
+VALIDATION, EFFECTIVE = 32, 64  # sequences of the target, and of a step whose target's cost is counted
 
 
 def build(args: argparse.Namespace, checkpointing: bool) -> torch.nn.Module:
@@ -43,7 +61,17 @@ def build(args: argparse.Namespace, checkpointing: bool) -> torch.nn.Module:
         max_position_embeddings=args.length,
         use_cache=False,
     )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=args.rank, target_modules="all-linear"))
+    base: torch.nn.Module = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if args.straightforward else "sdpa"
+    )
+    if args.nf4:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)  # type: ignore[operator]
+            base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=args.rank, target_modules="all-linear"))  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -54,30 +82,51 @@ def build(args: argparse.Namespace, checkpointing: bool) -> torch.nn.Module:
     return model.train()
 
 
+def batch_of(args: argparse.Namespace, size: int, *, pairs: bool = False) -> dict[str, torch.Tensor]:
+    """Random tokens, of which the last three quarters are the response."""
+    ids = torch.randint(0, args.vocabulary, (size, args.length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    answer = (torch.arange(args.length) >= args.length // 4).expand(ids.shape)
+    if pairs:
+        reference = torch.full((size // 2,), -7.0 * args.length)
+        return {
+            **batch,
+            "completion_mask": answer.long(),
+            "ref_chosen_logps": reference,
+            "ref_rejected_logps": reference,
+        }
+    return {**batch, "labels": ids.where(answer, -100)}
+
+
 def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
-    ids = torch.randint(0, args.vocabulary, (args.batch, args.length))
-    labels = ids.clone()
-    labels[:, : args.length // 4] = -100
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch = batch_of(args, args.batch, pairs=args.dpo)
+    examples = batch_of(args, args.batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
-    def plain() -> None:
-        model(**batch).loss.backward()
-        update()
+    def loss(weights: torch.Tensor | AlphaToken | None = None) -> torch.Tensor:
+        return dpo_loss(model, None, batch, weights) if args.dpo else sft_loss(model, batch, weights)
 
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def gated(alphatoken: AlphaToken) -> Step:
+    def stepping(compute: Callable[[], torch.Tensor]) -> Step:
         def step() -> None:
-            with alphatoken(batch):
-                model(**batch).loss.backward()
-            update()
+            compute().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
         return step
 
-    found: dict[str, Step] = {"plain": plain}
+    found: dict[str, Step] = {"plain": stepping(loss)}
+    if args.fused:
+        read = read_batch(batch)
+        found["plain, TRL's fused log-probs"] = stepping(lambda: -token_logps(model, read, fused=True).mean())
+    if args.straightforward:
+        validation = batch_of(args, VALIDATION)
+
+        def naive() -> None:
+            straightforward_step(model, batch, validation, layers=args.layers)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        found["straightforward"] = naive
     kinds: dict[str, dict[str, Any]] = {
         "difference, all": {"estimator": "difference"},
         f"exact, K={args.layers}": {"estimator": "exact", "num_layers": args.layers},
@@ -86,26 +135,19 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
         f"ghost, K={args.layers}, W=32": {"num_layers": args.layers},
     }
     for name, options in kinds.items():
+        if args.only is not None and not any(word in name for word in args.only):
+            continue
         config = AlphaTokenConfig(**options)
-        target = target_gradient(model, [batch], config=config)
+        target = target_gradient(model, [examples], config=config)
         fisher = uniform_fisher(model, target.gradients)
-        if args.only is None or any(word in name for word in args.only):
-            found[name] = gated(AlphaToken(model, target=target, fisher=fisher, config=config))
-    if args.only is not None:
-        return found
-
-    def two_pass() -> None:
-        weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher, config=config)
-        sft_loss(model, batch, weights).backward()
-        update()
-
-    def weights_only() -> None:
-        alphatoken_weights(model, None, batch, target=target, fisher=fisher, config=config)
-
-    def target_only() -> None:
-        target_gradient(model, [batch], config=config)
-
-    return {**found, "weights + sft_loss": two_pass, "weights alone": weights_only, "target alone": target_only}
+        gate = AlphaToken(model, target=target, fisher=fisher, config=config)
+        found[name] = stepping(lambda gate=gate: loss(gate))  # type: ignore[misc]
+        found[f"target of {name}"] = lambda config=config: target_gradient(model, [examples], config=config)  # type: ignore[misc]
+        if name.startswith("ghost") and args.only is None and "W=32" in name:
+            weigh = partial(alphatoken_weights, model, None, batch, target=target, fisher=fisher, config=config)
+            found["weights alone"] = weigh
+            found["weights + loss"] = stepping(lambda weigh=weigh: loss(weigh()))  # type: ignore[misc]
+    return found
 
 
 def uniform_fisher(model: torch.nn.Module, gradients: dict[str, torch.Tensor]) -> Fisher:
@@ -157,6 +199,49 @@ def measure(found: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
     return table
 
 
+def with_refresh(table: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
+    """Add the target's share: 32 validation sequences every fourth step of 64."""
+    share = VALIDATION / (AlphaTokenConfig().target_every * EFFECTIVE)
+    for name, row in table.items():
+        target = table.get(f"target of {name}")
+        if target is not None:
+            row["with refresh"] = row["time ratio"] + share * target["time ratio"]
+
+
+def floors(args: argparse.Namespace, checkpointing: bool) -> dict[str, float]:
+    """What arithmetic alone allows, with a backward through frozen linears as long as a forward, heads left out."""
+    share = args.layers / args.blocks
+    step = 3.0 if checkpointing else 2.0
+    found = {
+        "difference, all": 1 + 1 / step,
+        "exact, all": 1 + 2 / step,
+        f"exact, K={args.layers}": 1 + 2 * share / step,
+    }
+    for window in (0, 32):
+        found[f"ghost, K={args.layers}, W={window}"] = 1 + (2 if checkpointing else 1) * share / step
+    return found
+
+
+def plot(results: dict[str, Any], path: str) -> None:
+    """Bars of time, per kind of step, with the floors as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), sharex=True, squeeze=False)
+    for axis, (name, table) in zip(axes[0], results.items(), strict=True):
+        shown = {k: row for k, row in table.items() if not k.startswith(("target of", "straightforward"))}
+        axis.barh(list(shown), [row["time ratio"] for row in shown.values()], color="#4477aa")
+        for place, row in enumerate(shown.values()):
+            if "floor" in row:
+                axis.plot([row["floor"]] * 2, [place - 0.4, place + 0.4], color="#cc3311")
+        axis.invert_yaxis()
+        axis.set(title=name, xlabel="time / plain step (red: floor)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=12, help="transformer blocks, L (default 12)")
@@ -167,8 +252,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence (default 256)")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds measured (default 9)")
+    parser.add_argument("--nf4", action="store_true", help="a 4-bit base")
+    parser.add_argument("--dpo", action="store_true", help="preference pairs, reference log-probabilities given")
+    parser.add_argument("--fused", action="store_true", help="also a plain step on TRL's fused log-probabilities")
+    parser.add_argument(
+        "--straightforward", action="store_true", help="also straightforward.py, all on eager attention, which it needs"
+    )
+    parser.add_argument("--checkpointing", choices=["off", "on", "both"], default="both")
     parser.add_argument("--only", nargs="+", help="only the gated steps whose name has one of these words")
     parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--plot", help="also draw them into this file (needs matplotlib)")
     args = parser.parse_args(argv)
 
     about = (
@@ -177,21 +270,32 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{date.today()}, {about}, {args}")
     results = {}
     for checkpointing in (False, True):
+        if args.checkpointing == ("off" if checkpointing else "on"):
+            continue
         model = build(args, checkpointing)
         table = measure(steps(model, args), args.rounds)
+        with_refresh(table, args)
+        for name, floor in floors(args, checkpointing).items():
+            if name in table:
+                table[name]["floor"] = floor
         results["checkpointing" if checkpointing else "plain graph"] = table
-        share = args.layers / args.blocks
-        print(f"\n{'with' if checkpointing else 'without'} gradient checkpointing, K/L = {share:.2f}")
-        print(f"{'':22}{'s/step':>9}{'time':>8}{'spread':>16}{'peak MiB':>10}{'peak':>8}")
+        print(
+            f"\n{'with' if checkpointing else 'without'} gradient checkpointing, K/L = {args.layers / args.blocks:.2f}"
+        )
+        print(f"{'':30}{'s/step':>9}{'time':>8}{'spread':>14}{'floor':>7}{'+ refresh':>11}{'peak MiB':>10}{'peak':>8}")
         for name, row in table.items():
             spread = f"{row['low']:.3f}-{row['high']:.3f}"
+            floor, refreshed = (f"{row[key]:.2f}" if key in row else "" for key in ("floor", "with refresh"))
             print(
-                f"{name:22}{row['seconds']:9.3f}{row['time ratio']:8.3f}{spread:>16}{row['peak MiB']:10.1f}"
-                f"{row['peak ratio']:8.3f}"
+                f"{name:30}{row['seconds']:9.3f}{row['time ratio']:8.3f}{spread:>14}{floor:>7}{refreshed:>11}"
+                f"{row['peak MiB']:10.1f}{row['peak ratio']:8.3f}",
+                flush=True,
             )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"date": str(date.today()), "machine": about, "settings": vars(args), "results": results}, file)
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

@@ -522,7 +522,7 @@ def test_target_is_refreshed_every_so_many_steps(every):
     """After one optimizer step: fresh for target_every=1, the old one for 2; after two fresh for both."""
     model = lora_model("llama")
     names = cases.factor_names(model, "llama", 2)
-    gate = gate_for(model, target_every=every)
+    gate = gate_for(model, target_every=every, target_decay=None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     kept, differs = None, False
     for step in range(4):
@@ -547,7 +547,7 @@ def test_target_as_a_running_average(every):
     """Of sums over validation tokens, one batch in turn, over one of their numbers; the first takes all batches."""
     model, decay = lora_model("llama"), 0.7
     names = cases.factor_names(model, "llama", 2)
-    gate = gate_for(model, target_every=every, target_decay=decay)
+    gate = gate_for(model, target_every=every, target_decay=decay, target_parts=2)
     counts = [int(response(batch).sum()) for batch in cases.validation()]
     assert counts[0] != counts[1]
     sums, count, turn = {}, 0.0, 0
@@ -573,7 +573,7 @@ def test_target_as_a_running_average(every):
 def test_no_refresh_without_a_step():
     """Micro-batches of one accumulation share the target: one forward each, and two more per refresh."""
     model = lora_model("llama")
-    gate = gate_for(model, target_every=1)
+    gate = gate_for(model, target_decay=None)
     forwards = 0
 
     def count(*_):

@@ -23,10 +23,10 @@ RANKS = 2
 def run(kind: str, folder: Path, *, size: int, fisher: Fisher | None) -> dict[str, object]:
     """Train on the same global batches, whatever the number of processes; count what was held out and logged."""
     args = arguments(
-        kind, folder, per_device_train_batch_size=size, max_steps=STEPS, threshold_scope="sequence", target_size=4,
+        kind, folder, per_device_train_batch_size=size, max_steps=STEPS, threshold_scope="sequence", target_size=8,
         gradient_checkpointing=False, target_batch_size=4,
     )  # fmt: skip
-    data: Dataset = (sft_data if kind == "sft" else dpo_data)(count=20)
+    data: Dataset = (sft_data if kind == "sft" else dpo_data)(count=24)
     trainer = tuning.TRAINERS[kind][0](
         base(), args=args, train_dataset=data, processing_class=tokenizer(), peft_config=lora(), fisher=fisher
     )
@@ -92,7 +92,7 @@ def test_every_rank_has_the_same(results, kind, how, what):
 def test_target_and_fisher_are_shared_out_between_ranks(results, kind):
     answers = 2 if kind == "dpo" else 1
     for rank in results[0][kind]:
-        assert rank["estimated"]["share"] == 2 * answers  # of 4 rows
+        assert rank["estimated"]["share"] == 4 * answers  # of 8 rows
         assert rank["estimated"]["prompts"] == 4  # the sum over ranks
 
 
