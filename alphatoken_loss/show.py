@@ -6,7 +6,7 @@ import html
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,10 @@ class TokenMap:
 
     def _repr_html_(self) -> str:
         return f"<style>{STYLE}</style><div class='alpha'>{self.html()}</div><script>{SCRIPT}</script>"
+
+    def first(self, count: int) -> TokenMap:
+        """The first `count` sequences or pairs."""
+        return replace(self, groups=self.groups[:count])
 
     def save(self, path: str | Path) -> Path:
         """Write one HTML file; it takes the place of an older one only when it is complete."""

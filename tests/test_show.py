@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -101,7 +100,7 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         if tag in ("meta", "br"):
             return
-        self.stack.append(str(found.get("class") or tag))
+        self.stack.append(found.get("class") or "")
         if tag == "div" and found.get("class") == "text":
             self.texts.append("")
         if tag == "span" and "data-v" in found:
@@ -308,7 +307,7 @@ def test_difference_values_have_fewer_terms():
 def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
     batch = batches.sft_batch("right")
     weights, values = values_of(batch)
-    with pytest.raises(ValueError, match="weights has shape .2, 11. and the batch .3, 11."):
+    with pytest.raises(ValueError, match=r"weights has shape .2, 11. and the batch .3, 11."):
         show_tokens(tokenizer(), batch, values, weights=weights[:2])
     with pytest.raises(ValueError, match="term is 'depth'; there are 'total'"):
         show_tokens(tokenizer(), batch, TokenValues(values.total), term="depth")
@@ -317,7 +316,7 @@ def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         show_tokens(tokenizer(), batch, weights, path=tmp_path / "nowhere" / "map.html")
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with pytest.raises(ImportError, match="alphatoken-loss.plots."):
+    with pytest.raises(ImportError, match=r"alphatoken-loss.plots."):
         show_tokens(tokenizer(), batch, weights).print()
 
 
