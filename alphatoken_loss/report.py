@@ -21,7 +21,7 @@ from .samples import FOLDER, METRICS_FILE, Sample, read_log, read_samples
 from .show import WORDS, decode, show_tokens
 from .values import TokenValues
 
-REPORT_FILE = "alphatoken_report.html"
+REPORT_FILE = "_alphatoken_report.html"  # not pushed to the hub either
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 10  # of the answer
 _STYLE = """
@@ -71,7 +71,7 @@ def write_report(
 
     Args:
         run_dir (`str` or `Path`): folder of the run.
-        out (`str` or `Path`, *optional*): the HTML file; by default "alphatoken_report.html" in `run_dir`.
+        out (`str` or `Path`, *optional*): the HTML file; by default "_alphatoken_report.html" in `run_dir`.
         tokenizer (*optional*): a tokenizer, or where to load it from; by default the one in `run_dir` or in its last
             checkpoint. Without one, token ids are shown.
         rows (`int`): sequences, or pairs, that are shown in full, at least 0.

@@ -17,7 +17,7 @@ from .gate import AlphaToken
 from .page import write_whole
 from .values import TokenValues
 
-FOLDER = "alphatoken_samples"
+FOLDER = "_alphatoken_samples"  # Trainer.push_to_hub leaves out what begins with "_"; samples hold training data
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -39,7 +39,8 @@ class SampleWriter:
     and the distance doubles, so the record always covers the whole run.
 
     Args:
-        run_dir (`str` or `Path`): folder of the run; the record is in its subfolder "alphatoken_samples".
+        run_dir (`str` or `Path`): folder of the run; the record is in its subfolder "_alphatoken_samples", which
+            trainers do not push to the hub.
         every (`int`): optimizer steps between two samples, at least 1.
         limit (`int`): samples on the disk, at least 2.
         rows (`int`): rows of a batch that are recorded; pairs count as two.

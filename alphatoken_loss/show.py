@@ -198,20 +198,22 @@ class TokenMap:
             f"<option{' selected' if name == self.term else ''}>{html.escape(words)}</option>"
             for name, words, *_ in about
         )
-        marks = [span for seq in self._sequences() for span in seq.spans if span.tokens[-1].kept is not None]
-        dropped = '<span><span class="t drop">dropped</span></span>' if marks else ""
+        spans = [span for seq in self._sequences() for span in seq.spans]
+        key = '<span class="p">prompt</span>'
+        key += '<span class="drop">dropped</span>' if any(span.dropped for span in spans) else ""
+        key += '<span class="part">partly dropped</span>' if any(span.split for span in spans) else ""
         parts = [
             f'<div class="alpha-map" data-terms="{_attribute(about)}"><div class="bar">'
             f'<label>Colour by <select autocomplete="off">{options}</select></label>'
             '<span class="scale"><span class="low"></span><span class="ramp"></span><span class="high"></span></span>'
-            f'<span class="p">prompt, never trained on</span>{dropped}</div>'.replace('class="t drop"', 'class="drop"')
+            f"{key}</div>"
         ]
         for group in self.groups:
             parts.append(f'<div class="group{" pair" if len(group) > 1 else ""}">')
             for seq in group:
-                spans = "".join(_span(span, at, scales[at]) for span in seq.spans)
+                text = "".join(_span(span, at, scales[at]) for span in seq.spans)
                 parts.append(
-                    f'<section class="seq"><h3>{html.escape(seq.title)}</h3><div class="text" dir="auto">{spans}</div>'
+                    f'<section class="seq"><h3>{html.escape(seq.title)}</h3><div class="text" dir="auto">{text}</div>'
                     "</section>"
                 )
             parts.append("</div>")

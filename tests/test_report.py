@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import batches
 import pytest
 import torch
 import tuning
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from test_show import Reader, tokenizer, values_of
+from transformers import Trainer
 
 from alphatoken_loss import AlphaTokenSFTConfig, SampleWriter
 from alphatoken_loss import report as reporting
@@ -79,8 +83,8 @@ def test_the_command_writes_one_page_with_everything(sft_run, capsys):
     args = parse(folder)
     assert args.run(args) == 0
     printed = capsys.readouterr().out
-    assert printed == f"Report written to {folder / 'alphatoken_report.html'}\n"
-    made = (folder / "alphatoken_report.html").read_text()
+    assert printed == f"Report written to {folder / reporting.REPORT_FILE}\n"
+    made = (folder / reporting.REPORT_FILE).read_text()
     found = Reader(made)
     assert not found.stack
     assert "http" not in made and "src=" not in made and "@import" not in made and "link" not in found.tags
@@ -125,7 +129,7 @@ def test_pairs_and_a_run_without_checkpoints(tmp_path, capsys):
     assert 'class="group pair"' in made and ">chosen</text>" in made and ">rejected</text>" in made
     assert made.count('class="group pair"') == 2 and "⟨" in Reader(made).texts[0]
     write_report(tmp_path, tokenizer=tuning.tokenizer())
-    made = (tmp_path / "alphatoken_report.html").read_text()
+    made = (tmp_path / reporting.REPORT_FILE).read_text()
     assert "Missing" not in made and "times" in Reader(made).texts[0]
 
 
@@ -163,6 +167,14 @@ def test_accumulation_records_the_first_batch_of_a_step_and_a_resumed_run_goes_o
     assert list(after) == [0, 1, 2]
     assert all(torch.equal(before[step].weights, after[step].weights) for step in before)
     assert [f["step"] for f in read_log(tmp_path / FOLDER / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_pushing_to_the_hub_leaves_out_what_holds_training_data():
+    """With the patterns that the trainer gives to the hub's own filter."""
+    (patterns,) = re.findall(r"ignore_patterns=(\[.*\])", inspect.getsource(Trainer.push_to_hub))
+    ignored = eval(patterns, {"PREFIX_CHECKPOINT_DIR": "checkpoint"})
+    names = [f"{FOLDER}/step-000000000.safetensors", f"{FOLDER}/metrics.jsonl", reporting.REPORT_FILE, "README.md"]
+    assert list(filter_repo_objects(names, ignore_patterns=ignored)) == ["README.md"]
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "packed", "ragged", "stacked", "stacked_left", "separate"])
@@ -206,7 +218,7 @@ def test_a_loop_of_ones_own(tmp_path):
         writer.add(step, batch, Valued(batch, step))
         writer.log(step, {"loss": 2.0 - step, "alphatoken/kept": 0.5, "note": "not a number"})
     _, missing = write_report(tmp_path, tokenizer=tokenizer())
-    made = (tmp_path / "alphatoken_report.html").read_text()
+    made = (tmp_path / reporting.REPORT_FILE).read_text()
     assert not missing and "training loss" in made and "note" not in made
 
 
@@ -223,7 +235,7 @@ def test_what_is_missing_is_said(tmp_path, sft_run):
     (checkpoint / "trainer_state.json").write_text(state)
     _, (words,) = write_report(tmp_path)
     assert words.startswith("values, positions, tokens and sequences: no samples")
-    made = (tmp_path / "alphatoken_report.html").read_text()
+    made = (tmp_path / reporting.REPORT_FILE).read_text()
     assert "Missing: values" in made and "training loss" in made
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 1.0, "step": 1}]}))
     assert "no alphatoken/ figures" in write_report(tmp_path)[1][0]
@@ -254,7 +266,7 @@ def test_token_texts_in_tables_are_escaped(tmp_path):
     batch = batches.sft_batch()
     SampleWriter(tmp_path).add(0, batch, Valued(batch))
     write_report(tmp_path, tokenizer=Evil())
-    made = (tmp_path / "alphatoken_report.html").read_text()
+    made = (tmp_path / reporting.REPORT_FILE).read_text()
     assert Reader(made).tags.count("script") == 1 and "\0" not in made
 
 
