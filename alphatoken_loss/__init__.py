@@ -12,6 +12,8 @@ from .weights import alphatoken_weights
 
 if TYPE_CHECKING:
     from .arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
+    from .samples import SampleWriter
+    from .show import show_tokens
     from .trainers import AlphaTokenDPOTrainer, AlphaTokenMixin, AlphaTokenSFTTrainer
 
 __version__ = "0.1.0"
@@ -25,18 +27,28 @@ __all__ = [
     "AlphaTokenSFTConfig",
     "AlphaTokenSFTTrainer",
     "Fisher",
+    "SampleWriter",
     "Target",
     "TokenValues",
     "alphatoken_weights",
     "dpo_loss",
     "estimate_fisher",
     "sft_loss",
+    "show_tokens",
     "target_gradient",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """Import TRL only for those who use its trainers."""
+    """Import TRL only for those who use its trainers, and what shows and records only for those who do."""
+    if name == "show_tokens":
+        from .show import show_tokens
+
+        return show_tokens
+    if name == "SampleWriter":
+        from .samples import SampleWriter
+
+        return SampleWriter
     if name in __all__:
         from . import arguments, trainers
 

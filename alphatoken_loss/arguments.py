@@ -56,6 +56,9 @@ class AlphaTokenArguments(_Settings):
             Tokens sampled after each of them.
         fisher_batch_size (`int`, *optional*, defaults to 8):
             Prompts sampled together.
+        sample_every (`int`, *optional*, defaults to 50):
+            Optimizer steps between two valued batches that are recorded in `output_dir`, for
+            `python -m alphatoken_loss report`; 0 records nothing.
     """
 
     target_size: int = field(
@@ -71,6 +74,9 @@ class AlphaTokenArguments(_Settings):
     fisher_prompt_length: int = field(default=256, metadata={"help": "Tokens that these prompts are cut to."})
     fisher_new_tokens: int = field(default=128, metadata={"help": "Tokens sampled after each of these prompts."})
     fisher_batch_size: int = field(default=8, metadata={"help": "Prompts sampled together."})
+    sample_every: int = field(
+        default=50, metadata={"help": "Optimizer steps between two batches recorded for the report; 0 records none."}
+    )
 
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(AlphaTokenConfig):
@@ -80,6 +86,8 @@ class AlphaTokenArguments(_Settings):
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
+        if self.sample_every < 0:
+            raise ValueError(f"sample_every is {self.sample_every!r}; it must be at least 0, which records nothing.")
         _ = self.alphatoken_config  # an error now, not at the first step
         if hasattr(super(), "__post_init__"):
             super().__post_init__()

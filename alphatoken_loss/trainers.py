@@ -28,6 +28,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .arguments import AlphaTokenArguments
 from .fisher import Fisher, estimate_fisher
 from .gate import AlphaToken
+from .samples import SampleWriter
 from .target import Target
 
 logger = get_logger(__name__)
@@ -71,6 +72,7 @@ class AlphaTokenMixin(_Trainer):
 
     alphatoken: AlphaToken | None = None
     train_dataset: Any
+    _samples: SampleWriter | None = None
 
     def __init__(
         self,
@@ -126,6 +128,19 @@ class AlphaTokenMixin(_Trainer):
         with self.alphatoken(self.alphatoken_batch(inputs)):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        every = self.alphatoken_args.sample_every
+        if self.alphatoken is None or not every or not self.is_world_process_zero():
+            return super().training_step(model, inputs, *args, **kwargs)
+        step, before = self.state.global_step, self.alphatoken.weights
+        if self._samples is None or step < self._samples.last:  # the run begins
+            self._samples = SampleWriter(self.args.output_dir, every=every, step=step)
+        batch = dict(inputs)  # a loss may take its labels out
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.alphatoken.weights is not before:
+            self._samples.add(step, self.alphatoken_batch(batch), self.alphatoken)
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.alphatoken is not None and "loss" in logs:  # those of training steps, which every rank logs
             ranks = gather_object([self.alphatoken.metrics()])
@@ -134,6 +149,8 @@ class AlphaTokenMixin(_Trainer):
                 figures = [metrics[name] for metrics in ranks if name in metrics]
                 logs[f"alphatoken/{name}"] = sum(figures) / len(figures)
         super().log(logs, *args, **kwargs)
+        if self._samples is not None and "loss" in logs:
+            self._samples.log(self.state.global_step, self.state.log_history[-1])
 
     def _refuse_what_is_not_modelled(self) -> None:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
