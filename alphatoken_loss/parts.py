@@ -88,6 +88,8 @@ def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: 
         arrows.append(_write_arrow(temporary / f"{part.stem}.arrow", columns, meta["form"], counts))
     if counts.pop("rows") != meta["rows"]:
         raise UserError(f"{source}: parts are missing in {SCORED}. Run the command that made it again.")
+    if not counts["kept_tokens"]:
+        raise UserError(f"{source}: no row has a response token left, so there is nothing to train on (--max-length?).")
     _save_train(temporary, folder, arrows)
     write_json(folder / META, {**meta, "state": "done", "selection": selection, **counts})
     return folder
@@ -168,7 +170,8 @@ def _save_train(temporary: Path, folder: Path, arrows: list[Path]) -> None:
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        train = concatenate_datasets([Dataset.from_file(str(arrow)) for arrow in arrows])
+        parts = [Dataset.from_file(str(arrow)) for arrow in arrows]
+        train = concatenate_datasets([part for part in parts if len(part)])
         DatasetDict({"train": train}).save_to_disk(temporary / "saved")
     finally:
         if not shown:
