@@ -209,6 +209,8 @@ class AlphaToken:
             RuntimeError: a second forward with grad runs inside.
             ValueError: the forward's or the weights' shape is not the batch's; or the model can no longer be valued.
         """
+        if weights is not None and self.config.rho >= 1.0:
+            raise ValueError("weights were given, but rho=1.0 switches the gate off. Make the AlphaToken with rho < 1.")
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
             yield self
             return

@@ -218,8 +218,11 @@ class _Scorer:
         rows = self.tokenised(self.rows, range(start, stop), "--dataset")
         values: list[list[torch.Tensor]] = [[] for _ in rows]
         for places in by_length(rows, self.args.tokens_per_batch):
-            together = [rows[i] for i in places]
-            for i, value in zip(places, self._values(together), strict=True):
+            try:
+                found = self._values([rows[i] for i in places])
+            except FloatingPointError as error:
+                raise FloatingPointError(f"rows {sorted(start + i for i in places)}: {error}") from error
+            for i, value in zip(places, found, strict=True):
                 values[i] = value
             bar.update(len(places))
         return list(zip(rows, values, strict=True))

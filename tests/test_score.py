@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
 
-from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher, target_gradient
+from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher, parts, target_gradient
 from alphatoken_loss import score as scoring
 from alphatoken_loss.__main__ import main
 from alphatoken_loss.rows import UserError
@@ -290,6 +290,34 @@ def test_other_labels_need_no_second_scoring(files, output, tmp_path, monkeypatc
     assert "not empty" in capsys.readouterr().err
     assert main(["score", "--reselect", str(files)]) == 2 and "is no output" in capsys.readouterr().err
     assert main(["score", "--reselect", str(folder), "--rho", "2"]) == 2 and "rho is 2.0" in capsys.readouterr().err
+
+
+def test_an_interrupted_selection_does_not_load_and_is_made_again(files, output, tmp_path, monkeypatch):
+    folder = reselect(output, rho=0.5, output=tmp_path / "out")
+    assert content(folder) == (*content(output)[:3], [n for n in content(output)[3] if n != "fisher.safetensors"])
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_write_arrow", stop)
+        assert main(["score", "--reselect", str(folder), "--rho", "0.2"]) == 130
+    with pytest.raises(FileNotFoundError):
+        load_from_disk(folder)
+    assert reselect(folder, rho=0.5) == folder
+    assert content(folder)[:3] == content(output)[:3]
+    (folder / "scored" / "part-00001.parquet").unlink()
+    with pytest.raises(UserError, match="parts are missing"):
+        reselect(folder, rho=0.3)
+
+
+def test_values_that_are_not_finite_name_their_rows(files, tmp_path, monkeypatch, capsys):
+    def overflow(*args, **kwargs):
+        raise FloatingPointError("values are not finite")
+
+    monkeypatch.setattr(scoring, "alphatoken_weights", overflow)
+    assert main(arguments(files, tmp_path / "out", tokens_per_batch=1)) == 1
+    assert "rows [0]: values are not finite" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ formats

@@ -7,7 +7,7 @@ import reference
 import torch
 import tuning
 from batches import pair_batch, response, segments, sft_batch, stacked
-from models import lora_model
+from models import lora_model, nf4_lora_model
 from state import differences, snapshot
 from tuning import arguments, base, dpo_data, lora, masked, sft_data, tokenizer, trained
 
@@ -186,6 +186,17 @@ def test_leave_no_trace(name):
     assert not differences(before, snapshot(model))
 
 
+def test_a_4_bit_model_can_still_be_trained():
+    """On a CPU, bitsandbytes would repack weights of linears that run in evaluation mode, and end the backward."""
+    model, batch = nf4_lora_model("llama", seed=3), sft_batch("right", seed=3)
+    for mode in (True, False):
+        model.train(mode)
+        weights = excess_loss_weights(model, None, batch, rho=0.4)
+        assert model.training == mode
+        assert torch.equal(weights, kept(explicit(model.train(), batch, False).float(), batch, 0.4, "batch"))
+        sft_loss(model, batch, weights).backward()
+
+
 # ------------------------------------------------------------------------------------ the gate
 
 
@@ -210,6 +221,9 @@ def test_the_gate_masks_by_given_weights(kind, estimator):
     assert torch.equal(gate.weights, weights) and set(metrics) == {"kept", "seconds"}
     assert metrics["kept"] == pytest.approx(float(weights.sum() / response(batch).sum()))
     with pytest.raises(ValueError, match="they must agree"), gate(batch, weights=weights[:, 1:]):
+        pass
+    off = AlphaToken(model, config=AlphaTokenConfig(rho=1.0))
+    with pytest.raises(ValueError, match="switches the gate off"), off(batch, weights=weights):
         pass
 
 
