@@ -106,7 +106,7 @@ def tokenised(
 
     pairs = form_of(rows, option) == "pairs"
     # In memory, so that nothing is left in the cache folder of `datasets`.
-    some = Dataset.from_dict(rows[list(places)], features=rows.features)
+    some = Dataset.from_dict(rows.with_format(None)[list(places)], features=rows.features)
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -124,9 +124,8 @@ def tokenised(
 def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
     from trl import SFTTrainer
 
-    reader = SimpleNamespace(
-        _tokenizer=tokenizer, chat_template=None, completion_only_loss="completion" in rows.column_names
-    )
+    answers_only = bool({"completion", "completion_mask"} & set(rows.column_names))
+    reader = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=answers_only)
     args = SimpleNamespace(
         dataset_num_proc=None,
         max_length=None,

@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
         description="Value every response token of a data set and write it tokenised, the labels of low-value tokens "
         "set to -100, for TRL, Axolotl or LLaMA-Factory. Run the same command again to go on after an interruption, "
         "or with another --rho to make new labels from the stored values, which takes no model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     defaults = AlphaTokenConfig()
     add = parser.add_argument
@@ -65,7 +65,12 @@ def add_parser(subparsers: Any) -> None:
     add("--stability-weight", type=float, default=defaults.stability_weight, help="weight of drift against the target")
     add("--num-layers", type=_layers, help='last blocks to score, a number or "all" (3 for ghost, else all)')
     add("--causal-window", type=int, default=defaults.causal_window, help="causal credit in tokens ahead, 0 for none")
-    add("--estimator", choices=("ghost", "difference", "exact"), default=defaults.estimator, help="see README")
+    add(
+        "--estimator",
+        choices=("ghost", "difference", "exact"),
+        default=defaults.estimator,
+        help="how tokens are valued, see README",
+    )
     add("--fisher", metavar="FILE", help="a saved Fisher; by default estimated from prompts of the data set")
     add("--fisher-prompts", type=_positive, default=1000, help="prompts to estimate it from")
     add("--fisher-new-tokens", type=_positive, default=128, help="tokens sampled after each of them")
@@ -82,6 +87,13 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def _layers(text: str) -> int | str:
     return text if text == "all" else int(text)
 
@@ -94,7 +106,8 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; returns the exit status: 0, 1 where values are not finite, 2 for a user's mistake, 130."""
+    """The command. Returns the exit status: 0; 1 for values that are not finite or too little memory; 2 for a user's
+    mistake; 130 when interrupted."""
     try:
         if args.reselect:
             folder = reselect(args.reselect, rho=args.rho, threshold_scope=args.threshold_scope, output=args.output)
@@ -105,6 +118,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {first_line(error)} Lower --tokens-per-batch, and run the command again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
@@ -200,7 +216,11 @@ class _Scorer:
         self, args: argparse.Namespace, config: AlphaTokenConfig, rows: Any, target_rows: Any, folder: Path
     ) -> None:
         self.args, self.config, self.rows = args, config, rows
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {args.device}: cannot be used ({first_line(error)}).") from error
         self.tokenizer = _load_tokenizer(args.model)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self.options = {"max_length": args.max_length, "assistant_only": args.assistant_only_loss}
@@ -348,13 +368,15 @@ def _open(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str, Any]:
         meta = read_meta(folder)
         names = dict.fromkeys([*meta["inputs"], *inputs])
         differ = [name for name in names if meta["inputs"].get(name) != inputs.get(name)]
-        if differ:
+        if not differ:
+            return meta
+        if any((folder / SCORED).iterdir()):
             raise UserError(
                 f"--output {folder} was begun with other arguments or files ({', '.join(differ)}). Give another "
                 "folder, or the arguments it was begun with."
             )
-        return meta
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        (folder / FISHER).unlink(missing_ok=True)  # of a run that ended before it wrote a part, by a mistake say
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} exists and is no output of this command. Give another folder.")
     packages = ("alphatoken-loss", "torch", "transformers", "peft", "trl")
     meta = {"state": "scoring", "inputs": inputs, **about, "versions": {}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import tuning
 from checks import error
 from datasets import Dataset, DatasetDict, load_from_disk
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
 
@@ -311,6 +313,15 @@ def test_an_interrupted_selection_does_not_load_and_is_made_again(files, output,
         reselect(folder, rho=0.3)
 
 
+def test_too_little_memory_says_what_to_lower(files, tmp_path, monkeypatch, capsys):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(scoring, "alphatoken_weights", too_large)
+    assert main(arguments(files, tmp_path / "out")) == 1
+    assert "CUDA out of memory. Lower --tokens-per-batch" in capsys.readouterr().err
+
+
 def test_values_that_are_not_finite_name_their_rows(files, tmp_path, monkeypatch, capsys):
     def overflow(*args, **kwargs):
         raise FloatingPointError("values are not finite")
@@ -352,6 +363,11 @@ def test_every_form_of_data(files, output, tmp_path):
     assert tokens("text", tuning.sft_data("text", 3)) == [(ids, [1] * len(ids)) for ids in texts]
     ready = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in chats])
     assert tokens("ready", ready) == masks
+    ready = Dataset.from_list([{"input_ids": ids, "completion_mask": mask} for ids, mask in masks])
+    assert tokens("masked", ready) == masks
+    ready.with_format("torch").save_to_disk(tmp_path / "torch")
+    assert main(arguments(files, tmp_path / "out-torch", dataset=tmp_path / "torch")) == 0
+    assert tokens_of(tmp_path / "out-torch") == masks
     pairs = tuning.dpo_data("chat", 3)
     pairs.to_json(tmp_path / "pairs.jsonl")
     assert main(arguments(files, tmp_path / "out-pairs", dataset=tmp_path / "pairs.jsonl")) == 0
@@ -448,6 +464,9 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
     DatasetDict({"test": tuning.sft_data()}).save_to_disk(tmp_path / "splits")
     other = tuning.get_peft_model(tuning.base(hidden_size=48), tuning.lora())
     other.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(files / "adapter", tmp_path / "short")
+    weights = tmp_path / "short" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "layers.2" not in name}, weights)
     cases = [
         ({"model": None, "target": None}, "--model, --target: needed"),
         ({"dataset": tmp_path / "none.jsonl"}, "there is no such file"),
@@ -462,6 +481,8 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
         ({"model": tmp_path / "none"}, "--model"),
         ({"adapter": tmp_path / "none"}, "--adapter"),
         ({"adapter": tmp_path / "adapter"}, "does not fit --model"),
+        ({"adapter": tmp_path / "short"}, "missing adapter keys"),
+        ({"device": "abacus"}, "--device abacus: cannot be used"),
         ({"rho": 1.5}, "rho is 1.5"),
         ({"num_layers": 9}, "num_layers is 9"),
     ]
@@ -470,6 +491,8 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
         err = capsys.readouterr().err
         assert any(part in err for part in message.split("|")) and "Traceback" not in err, (changes, err)
         assert not list((tmp_path / f"out{number}").rglob("part-*")), changes
+    # A mistake leaves nothing behind that would keep the right command from using the folder.
+    assert main(arguments(files, tmp_path / f"out{len(cases) - 1}")) == 0
     hub = arguments(files, tmp_path / "out", dataset="rows.jsonl")
     hub[hub.index("--dataset") + 1] = "nobody/nothing"
     assert main(hub) == 2 and "--dataset nobody/nothing: could not be read" in capsys.readouterr().err
