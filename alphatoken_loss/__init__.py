@@ -6,6 +6,7 @@ from .config import AlphaTokenConfig
 from .fisher import Fisher, estimate_fisher
 from .gate import AlphaToken
 from .losses import dpo_loss, sft_loss
+from .selections import excess_loss_weights, log_ratio_weights, random_weights
 from .target import Target, target_gradient
 from .values import TokenValues
 from .weights import alphatoken_weights
@@ -33,6 +34,9 @@ __all__ = [
     "alphatoken_weights",
     "dpo_loss",
     "estimate_fisher",
+    "excess_loss_weights",
+    "log_ratio_weights",
+    "random_weights",
     "sft_loss",
     "show_tokens",
     "target_gradient",

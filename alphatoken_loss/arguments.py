@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from trl import DPOConfig, SFTConfig
 
 from .config import AlphaTokenConfig
+from .selections import check_selection
 
 
 def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tuple[str, Any, Any]:
@@ -42,6 +43,10 @@ class AlphaTokenArguments(_Settings):
     Mix it into the arguments of any trainer that [`AlphaTokenMixin`] is mixed into.
 
     Args:
+        selection (`str`, *optional*, defaults to `"alphatoken"`):
+            What chooses the tokens that are trained on: `"alphatoken"`, their values; or, for comparison, `"random"`,
+            `"excess_loss"` or `"log_ratio"` (preference pairs), see [`random_weights`], [`excess_loss_weights`] and
+            [`log_ratio_weights`], for which neither target nor Fisher is made and no row is held out.
         target_size (`int`, *optional*, defaults to 32):
             Rows of the training data that are held out as the target where no `target_dataset` is given.
         target_batch_size (`int`, *optional*):
@@ -61,6 +66,10 @@ class AlphaTokenArguments(_Settings):
             `python -m alphatoken_loss report`; 0 records nothing.
     """
 
+    selection: str = field(
+        default="alphatoken",
+        metadata={"help": "What chooses the tokens: alphatoken, random, excess_loss or log_ratio."},
+    )
     target_size: int = field(
         default=32, metadata={"help": "Training rows held out as the target where no target dataset is given."}
     )
@@ -83,6 +92,7 @@ class AlphaTokenArguments(_Settings):
             value = getattr(self, setting.name)
             if isinstance(value, str) and value.isdecimal():
                 setattr(self, setting.name, int(value))
+        check_selection(self.selection)
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")

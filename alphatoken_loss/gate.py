@@ -190,7 +190,12 @@ class AlphaToken:
 
     @contextlib.contextmanager
     def __call__(
-        self, batch: Mapping[str, Any] | Batch, *, mean_over_kept: bool = False, beta: float = 0.1
+        self,
+        batch: Mapping[str, Any] | Batch,
+        *,
+        mean_over_kept: bool = False,
+        beta: float = 0.1,
+        weights: torch.Tensor | None = None,
     ) -> Iterator[AlphaToken]:
         """Value one batch: run the model's forward on it, with grad, inside; `backward` may also come later.
 
@@ -199,11 +204,15 @@ class AlphaToken:
             mean_over_kept (`bool`): scale the kept gradient by response tokens over kept tokens, which turns a mean
                 over response tokens into Eq. 13's mean over kept ones.
             beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
+            weights (`torch.Tensor`, *optional*): `(B, T)`, aligned with the labels: keep the response tokens where it
+                is not 0 (as from `random_weights` and the like) instead of valuing; nothing is estimated.
 
         Raises:
             RuntimeError: a second forward with grad runs inside.
-            ValueError: the forward's shape is not the batch's; or the model can no longer be valued.
+            ValueError: the forward's or the weights' shape is not the batch's; or the model can no longer be valued.
         """
+        if weights is not None and self.config.rho >= 1.0:
+            raise ValueError("weights were given, but rho=1.0 switches the gate off. Make the AlphaToken with rho < 1.")
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
             yield self
             return
@@ -212,7 +221,14 @@ class AlphaToken:
         scored = self._scored()
         keep = None
         parts: Parts = {}
-        if self.target is None and self.target_batches is None:
+        if weights is not None:
+            if tuple(weights.shape) != read.shape:
+                raise ValueError(
+                    f"weights have shape {tuple(weights.shape)} and the labels {read.shape}; they must agree."
+                )
+            keep = (weights != 0).to(read.labels.device).roll(-1, 1) & read.rows
+            self._record(None, read.at_labels(keep), read)
+        elif self.target is None and self.target_batches is None:
             keep = read.rows
             if bool(read.rows.any()):
                 self._ensure_fisher(scored, read)
@@ -259,7 +275,9 @@ class AlphaToken:
         sums, self._sums = self._sums, {}
         seconds, self._seconds = self._seconds, 0.0
         tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
-        figures = {name: float(total) / tokens for name, total in sums.items()} | {"target_age": float(self._age)}
+        figures = {name: float(total) / tokens for name, total in sums.items()}
+        if "total" in sums or "kept" not in sums:  # no target has to do with weights that were given
+            figures["target_age"] = float(self._age)
         if "total" in self._steps.effect:
             figures["difference_rms"] = float(self._steps.effect["total"])
         return {**figures, "seconds": seconds}
@@ -284,17 +302,10 @@ class AlphaToken:
         self._steps.load_state_dict({name: tensor.to(scored.device) for name, tensor in state["steps"].items()})
         self._state = None
 
-    def _record(self, values: TokenValues, weights: torch.Tensor, batch: Batch) -> None:
+    def _record(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()
-        figures = {
-            "tokens": batch.rows,
-            "kept": weights,
-            "total": values.total,
-            "direct_target": values.direct_target,
-            "causal_target": values.causal_target,
-            "direct_drift": values.direct_drift,
-            "causal_drift": values.causal_drift,
-        }
+        terms = ("total", "direct_target", "causal_target", "direct_drift", "causal_drift")
+        figures = {"tokens": batch.rows, "kept": weights} | {name: getattr(values, name, None) for name in terms}
         for name, figure in figures.items():
             if figure is not None:
                 self._sums[name] = self._sums.get(name, 0.0) + figure.sum()

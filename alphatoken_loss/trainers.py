@@ -6,6 +6,8 @@ The gate sits at the last block's output, so every loss, collator and metric sta
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
@@ -26,9 +28,11 @@ from trl import DPOTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .arguments import AlphaTokenArguments
+from .config import AlphaTokenConfig
 from .fisher import Fisher, estimate_fisher
 from .gate import AlphaToken
 from .samples import SampleWriter
+from .selections import excess_loss_weights, log_ratio_weights, random_weights
 from .target import Target
 
 logger = get_logger(__name__)
@@ -59,7 +63,7 @@ class AlphaTokenMixin(_Trainer):
             adapters it is the model without them, or its adapter "ref".
 
     Attributes:
-        alphatoken ([`AlphaToken`] or `None`): what values the batches; None with `rho=1.0`.
+        alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0`.
 
     Raises:
         ValueError: the model, the data or the way of distribution rule token values out; the message says what to do.
@@ -102,6 +106,10 @@ class AlphaTokenMixin(_Trainer):
         self._alphatoken_ref = reference if reference is not None else getattr(self, "ref_model", None)
         if reference is not None:
             reference.requires_grad_(False).to(self.accelerator.device).eval()
+        selection = self.alphatoken_args.selection
+        if selection != "alphatoken":
+            self._alphatoken_by_selection(selection, config)
+            return
         if self._alphatoken_ref is None and config.stability_weight > 0 and not is_peft_model(self.model):
             raise ValueError(
                 "The model has no adapters and there is no ref_model, so there is nothing to measure drift from. Pass "
@@ -123,9 +131,12 @@ class AlphaTokenMixin(_Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.alphatoken is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, *args, **kwargs)
-        if self.alphatoken.fisher is None and self.alphatoken.config.stability_weight > 0:
+        batch, weights = self.alphatoken_batch(inputs), None
+        if self.alphatoken_args.selection != "alphatoken":
+            weights = self._selected(batch)
+        elif self.alphatoken.fisher is None and self.alphatoken.config.stability_weight > 0:
             self.alphatoken.fisher = self._estimate_fisher()
-        with self.alphatoken(self.alphatoken_batch(inputs)):
+        with self.alphatoken(batch, weights=weights):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -169,6 +180,38 @@ class AlphaTokenMixin(_Trainer):
                 "whole activations in each process, run as they are. Use one process per device "
                 "(DistributedDataParallel), or set rho=1.0 to train on every token."
             )
+
+    # Other selections
+
+    def _alphatoken_by_selection(self, selection: str, config: AlphaTokenConfig) -> None:
+        if selection == "log_ratio" and isinstance(self, SFTTrainer):
+            raise ValueError(
+                'selection="log_ratio" chooses tokens of preference pairs, and this trainer has none. Use '
+                'AlphaTokenDPOTrainer, or selection="excess_loss".'
+            )
+        if selection != "random" and self._alphatoken_ref is None and not is_peft_model(self.model):
+            raise ValueError(
+                f'selection="{selection}" compares with a reference, and the model has no adapters and there is no '
+                "ref_model. Pass ref_model."
+            )
+        # The gate of the difference estimator masks whatever adapter there is; nothing is estimated.
+        gate = dataclasses.replace(config, estimator="difference", stability_weight=0.0, num_layers=None)
+        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=gate)
+        self._micro_batch = (-1, 0)
+
+    def _selected(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """0/1 weights by `args.selection`. Random ones depend on nothing but the seed, the optimizer step, the number
+        of the micro-batch in it and the process, so that a resumed run draws those of an uninterrupted one."""
+        args = self.alphatoken_args
+        options: dict[str, Any] = {"rho": args.rho, "threshold_scope": args.threshold_scope}
+        if args.selection != "random":
+            chosen_by = {"excess_loss": excess_loss_weights, "log_ratio": log_ratio_weights}[args.selection]
+            return chosen_by(self.model, self._alphatoken_ref, batch, **options)
+        step, number = self._micro_batch
+        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
+        key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)
+        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+        return random_weights(batch, generator=torch.Generator().manual_seed(seed), **options)
 
     # Target
 
@@ -284,7 +327,7 @@ class AlphaTokenMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.alphatoken is None or not self.args.should_save:
+        if self.alphatoken is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
             return
         state = self.alphatoken.state_dict()
         target = state["target"] or Target({}, 0)
@@ -296,7 +339,7 @@ class AlphaTokenMixin(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         checkpoint = Path(resume_from_checkpoint)
-        if self.alphatoken is None:
+        if self.alphatoken is None or self.alphatoken_args.selection != "alphatoken":
             return
         if self.alphatoken.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
             self.alphatoken.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)

@@ -1,0 +1,33 @@
+"""The command line: `python -m alphatoken_loss COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+_COMMANDS = ("score", "report")  # modules of this package with an `add_parser`
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for a mistake in what was asked for, 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m alphatoken_loss", description="Token values of data sets.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        if importlib.util.find_spec(f"alphatoken_loss.{name}") is not None:
+            importlib.import_module(f"alphatoken_loss.{name}").add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
