@@ -6,12 +6,12 @@
     python benchmarks/step_cost.py --straightforward   # the method as first written down, minutes a step
 
 Each kind of step runs in turn, round after round, and the ratios of a round are what is reported (median, and the
-quartiles as spread). "+ refresh" adds what keeping the target fresh costs: an estimate from 32 validation sequences
-every fourth step of 64 sequences, at the time that one batch's "target of" took here. Peak memory is the high-water
-mark of tensors allocated during one step, beyond the model.
-Floors: for the ghost estimator, without checkpointing the K scored blocks are gone back through twice, K/L of a
-backward; with it they are run again besides, K/L of a forward and a backward. For the difference, one forward less its
-head. For the exact one, K/L of a forward with tangents, which doubles its arithmetic.
+quartiles as spread). "+ refresh" adds what keeping the target fresh costs at the default schedule: 8 of 32 validation
+sequences to a step of 64, at the time that one batch's "target of" took here. Peak memory is the high-water mark of
+tensors allocated during one step, beyond the model. Floors are arithmetic, from the forward's time in the same run: for
+the ghost estimator, without checkpointing the K scored blocks are gone back through twice, K/L of a backward; with it
+they are run again besides. For the difference, one forward less its head. For the exact one, K/L of a forward with
+tangents, which doubles its arithmetic.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from alphatoken_loss.batches import read_batch
 from alphatoken_loss.logps import token_logps
 
 Step = Callable[[], object]
+FORWARD = "forward, no grad, no head"
 VALIDATION, EFFECTIVE = 32, 64  # sequences of the target, and of a step whose target's cost is counted
 
 
@@ -114,7 +115,11 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
 
         return step
 
-    found: dict[str, Step] = {"plain": stepping(loss)}
+    def forward() -> None:
+        with torch.no_grad():
+            model.get_base_model().model(input_ids=batch["input_ids"], use_cache=False)  # type: ignore[operator]
+
+    found: dict[str, Step] = {"plain": stepping(loss), FORWARD: forward}
     if args.fused:
         read = read_batch(batch)
         found["plain, TRL's fused log-probs"] = stepping(lambda: -token_logps(model, read, fused=True).mean())
@@ -200,26 +205,25 @@ def measure(found: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
 
 
 def with_refresh(table: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
-    """Add the target's share: 32 validation sequences every fourth step of 64."""
-    share = VALIDATION / (AlphaTokenConfig().target_every * EFFECTIVE)
+    """Add the target's share at the default schedule: a quarter of 32 validation sequences to 64 of training."""
+    default = AlphaTokenConfig()
+    share = VALIDATION / (default.target_parts * default.target_every * EFFECTIVE)
     for name, row in table.items():
         target = table.get(f"target of {name}")
         if target is not None:
             row["with refresh"] = row["time ratio"] + share * target["time ratio"]
 
 
-def floors(args: argparse.Namespace, checkpointing: bool) -> dict[str, float]:
-    """What arithmetic alone allows, with a backward through frozen linears as long as a forward, heads left out."""
-    share = args.layers / args.blocks
-    step = 3.0 if checkpointing else 2.0
-    found = {
-        "difference, all": 1 + 1 / step,
-        "exact, all": 1 + 2 / step,
-        f"exact, K={args.layers}": 1 + 2 * share / step,
-    }
+def add_floors(table: dict[str, dict[str, float]], args: argparse.Namespace, checkpointing: bool) -> None:
+    """What arithmetic alone allows, from the time that a forward without grad and without the head took here."""
+    forward, share = table[FORWARD]["time ratio"], args.layers / args.blocks
+    back = 1 - (2 if checkpointing else 1) * forward  # with what head and optimizer take
+    again = forward if checkpointing else 0.0
+    found = {"difference, all": forward, "exact, all": 2 * forward, f"exact, K={args.layers}": 2 * share * forward}
     for window in (0, 32):
-        found[f"ghost, K={args.layers}, W={window}"] = 1 + (2 if checkpointing else 1) * share / step
-    return found
+        found[f"ghost, K={args.layers}, W={window}"] = share * (again + back)
+    for name in found.keys() & table.keys():
+        table[name]["floor"] = 1 + found[name]
 
 
 def plot(results: dict[str, Any], path: str) -> None:
@@ -275,9 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         model = build(args, checkpointing)
         table = measure(steps(model, args), args.rounds)
         with_refresh(table, args)
-        for name, floor in floors(args, checkpointing).items():
-            if name in table:
-                table[name]["floor"] = floor
+        add_floors(table, args, checkpointing)
         results["checkpointing" if checkpointing else "plain graph"] = table
         print(
             f"\n{'with' if checkpointing else 'without'} gradient checkpointing, K/L = {args.layers / args.blocks:.2f}"
