@@ -333,8 +333,8 @@ class AlphaToken:
             return
         held = self.target
         if not self._turn:  # the first, from all of it, is worth as much as one of those that follow
-            held = Target(held.gradients, held.tokens / len(self._target_parts))
-        part = self._target_parts[self._turn % len(self._target_parts)]
+            held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
+        part = self._target_parts[self._turn % len(self._target_parts)] if self._target_parts else []
         self._turn += 1
         self.target = held.averaged(estimate_target(self.model, scored, part), decay)
 
