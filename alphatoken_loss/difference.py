@@ -28,7 +28,7 @@ from .batches import Batch
 from .blocks import Scored, find_decoder, unwrap, without_checkpointing
 from .config import AlphaTokenConfig
 from .ghost import NonFiniteRows, accumulation_dtype
-from .replay import SECOND_FORWARD, check_batch
+from .replay import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
 from .values import TokenValues
 
 # Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
@@ -205,10 +205,7 @@ class Difference:
         caching = kwargs.get("use_cache")
         caching = getattr(self.decoder.config, "use_cache", False) if caching is None else caching
         if self.batch.packed and caching:
-            raise ValueError(
-                "The batch is packed and the model was called with a cache, which makes transformers attend across "
-                "sequence borders. Call it with use_cache=False."
-            )
+            raise ValueError(PACKED_WITH_CACHE)
 
     def _run(self, call: tuple[tuple[Any, ...], dict[str, Any]], moved: dict[str, torch.Tensor]) -> torch.Tensor:
         """The last hidden state with some parameters in the place of the entry's own."""

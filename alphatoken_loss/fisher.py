@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from .blocks import (
 )
 from .config import AlphaTokenConfig
 from .distributed import all_sum
+from .files import write_whole
 from .ghost import accumulation_dtype
 from .logps import token_logps
 from .replay import capture_without_graph, loss_gradients
@@ -119,15 +119,8 @@ class Fisher:
         for name, pair in self.others.items():
             tensors |= {f"{name}|other{part}": tensor.detach().cpu().contiguous() for part, tensor in enumerate(pair)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
         about = json.dumps({"prompts": self.prompts, "base": self.base})
-        try:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "about": about})
-            os.replace(unfinished, path)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        write_whole(path, lambda file: save_file(tensors, file, metadata={"format": _FORMAT, "about": about}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:

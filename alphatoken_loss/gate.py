@@ -154,12 +154,13 @@ class AlphaToken:
         self._known: Scored | None = None
         self._state: tuple[list[int], torch.Tensor] | None = None
         self._age = 0
-        self._target_parts = in_parts(self.target_batches or [], self.config.target_parts)
+        self._target_parts: list[list[Batch]] = []
         self._turn = 0  # of the parts
         self._sums: dict[str, torch.Tensor | float] = {}
         self._steps = Steps(self.config.difference_rms)
         self._seconds = 0.0
-        if self.config.rho < 1.0:
+        if self.config.rho < 1.0:  # else nothing is read, and nothing refused
+            self._target_parts = in_parts(self.target_batches or [], self.config.target_parts)
             scored = self._scored()
             at_decoder = self.config.estimator == "difference"
             behind = trained_behind(model, None if at_decoder else find_blocks(model))

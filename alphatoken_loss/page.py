@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
-import os
-import tempfile
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
+
+from .files import write_whole
 
 _JOINERS = "\u200c\u200d"  # emoji and several scripts are spelled with them
 
@@ -57,24 +55,6 @@ def page(title: str, body: str) -> str:
         f"<title>{html.escape(visible(title))}</title>\n<style>{PAGE_STYLE}{STYLE}</style>\n</head>\n<body>\n"
         f"{body}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file, which then takes the place of `path` at once; or leave no trace."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    unfinished = Path(name)
-    try:
-        write(unfinished)
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)  # temporary files are for their owner alone
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
-    return path
 
 
 def save_text(path: str | Path, text: str) -> Path:

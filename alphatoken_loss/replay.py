@@ -290,6 +290,10 @@ def _look_away(
     """A visitor for walks that only want gradients."""
 
 
+PACKED_WITH_CACHE = (
+    "The batch is packed and the model was called with a cache, which makes transformers attend across sequence "
+    "borders. Call it with use_cache=False."
+)
 SECOND_FORWARD = (
     "A second forward with grad ran in one AlphaToken context, which values one batch by one forward. Open a context "
     "for each forward; a reference belongs under torch.no_grad()."
@@ -336,10 +340,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             call = BlockCall(args, kwargs)
             check_batch(capture.batch, *call.hidden.shape[:2])
             if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-                raise ValueError(
-                    "The batch is packed and the model was called with a cache, which makes transformers attend across "
-                    "sequence borders. Call it with use_cache=False."
-                )
+                raise ValueError(PACKED_WITH_CACHE)
             if index == 0:
                 capture.seen = True
                 capture.remember_autocast(call.hidden.device.type)

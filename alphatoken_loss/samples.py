@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .batches import IGNORE, Batch, read_batch
+from .files import write_whole
 from .gate import AlphaToken
-from .page import write_whole
 from .values import TokenValues
 
 FOLDER = "_alphatoken_samples"  # Trainer.push_to_hub leaves out what begins with "_"; samples hold training data
