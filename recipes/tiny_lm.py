@@ -101,10 +101,11 @@ def pieces(tokenizer, documents: list[str], count: int, length: int) -> torch.Te
     return token_stream(tokenizer, documents)[: count * length].view(-1, length)
 
 
-def pretrain(corpus: Corpus, settings: Pretraining) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train tokenizer and model from scratch: Muon on the matrices, AdamW on the embedding and the norms."""
-    tokenizer = train_tokenizer(corpus.prose + corpus.code[:30], settings.vocab_size)
-    prose, code = token_stream(tokenizer, corpus.prose), token_stream(tokenizer, corpus.code)
+def pretrain(tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretraining) -> LlamaForCausalLM:
+    """Train a Llama from scratch: Muon on the matrices, AdamW on the embedding and the norms.
+
+    `streams` are rows of token ids, each with the number of sequences that a batch takes from it.
+    """
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
@@ -131,10 +132,10 @@ def pretrain(corpus: Corpus, settings: Pretraining) -> tuple[LlamaForCausalLM, P
     for step in progress:
         decay = min((step + 1) / settings.warmup_steps, 1.0) * (1 - 0.95 * step / settings.steps)
         rows = []
-        for i in range(settings.batch_size):
-            stream = code if i < settings.code_sequences else prose
-            start = torch.randint(len(stream) - settings.seq_len, ())
-            rows.append(stream[start + offsets])
+        for stream, count in streams:
+            for _ in range(count):
+                start = torch.randint(len(stream) - settings.seq_len, ())
+                rows.append(stream[start + offsets])
         batch = torch.stack(rows)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
@@ -146,7 +147,7 @@ def pretrain(corpus: Corpus, settings: Pretraining) -> tuple[LlamaForCausalLM, P
             optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.2f}")
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def cache_root() -> Path:
@@ -155,17 +156,29 @@ def cache_root() -> Path:
 
 
 def tiny_lm(corpus: Corpus, *, cache_dir: Path | None = None, settings: Pretraining | None = None) -> Path:
-    """Return the folder of the small LM and its tokenizer, training them where they are not cached yet.
-
-    The folder's name is a digest of text and settings, and it appears under that name only when complete.
-    """
+    """Return the folder of the small LM and its tokenizer, training them where they are not cached yet."""
     settings = settings or Pretraining()
-    what = json.dumps([asdict(settings), corpus.prose, corpus.code])
-    folder = (cache_dir or cache_root()) / f"tiny-lm-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+
+    def make():
+        tokenizer = train_tokenizer(corpus.prose + corpus.code[:30], settings.vocab_size)
+        prose, code = token_stream(tokenizer, corpus.prose), token_stream(tokenizer, corpus.code)
+        counts = settings.code_sequences, settings.batch_size - settings.code_sequences
+        return pretrain(tokenizer, [(code, counts[0]), (prose, counts[1])], settings), tokenizer
+
+    return cached("tiny-lm", [asdict(settings), corpus.prose, corpus.code], make, cache_dir)
+
+
+def cached(name: str, what, make, cache_dir: Path | None = None) -> Path:
+    """Return the folder of a model and tokenizer, `make()` where they are not cached yet.
+
+    The folder's name is a digest of `what` makes them, and it appears under that name only when complete.
+    """
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    folder = (cache_dir or cache_root()) / f"{name}-{digest}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = pretrain(corpus, settings)
+    model, tokenizer = make()
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(unfinished)

@@ -1,0 +1,189 @@
+"""Does it adapt better and forget less? Token selections side by side, on a laptop, offline.
+
+    python benchmarks/tradeoff.py --quick      # five selections, one seed: under five minutes once the base is cached
+    python benchmarks/tradeoff.py              # the full table: hours on two cores; goes on where it stopped
+    python benchmarks/tradeoff.py --report     # only the tables and the plot, of the runs there are
+
+A Llama of 2.2M parameters, trained here on Python, English prose and little tasks (about ten minutes, cached), is tuned
+by LoRA to continue C++ code, from answers with boilerplate, a junk tail and corrupted tokens; 32 clean examples from
+other files say what the target is. Measured along the way: the loss on clean C++ of yet other files (target), the loss
+on held-out Python and prose and on the little tasks (retention), tokens kept by kind, and time. See tradeoff_data.py
+for the text, tradeoff_runs.py for a run; all settings are below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from tradeoff_data import Pretraining, make_base, read_texts
+from tradeoff_report import write_report
+from tradeoff_runs import Plan, Setting, make_fishers, run
+
+from alphatoken_loss import AlphaTokenConfig
+
+BASES = {
+    "small": Pretraining(
+        hidden_size=192, intermediate_size=384, num_layers=6, steps=1000, batch_size=16, code_sequences=5
+    ),
+    # About 60M parameters, for a GPU.
+    "medium": Pretraining(
+        vocab_size=4096,
+        hidden_size=640,
+        intermediate_size=1792,
+        num_layers=12,
+        steps=4000,
+        batch_size=48,
+        code_sequences=15,
+        seq_len=256,
+        learning_rate=3e-3,
+    ),
+}
+PLAN = Plan()
+RATES = {"sft": (3e-3, 6e-4), "dpo": (1e-3, 3e-4)}  # hot and mild
+SEEDS = 5
+
+
+def values(name: str, **options: object) -> Setting:
+    """AlphaToken with these settings; further fields of `Setting` as in `values("...", setting={"kl": 0.3})`."""
+    more: dict[str, object] = options.pop("setting", {})  # type: ignore[assignment]
+    return Setting(name, "values", AlphaTokenConfig(**options), **more)  # type: ignore[arg-type]
+
+
+def supervised() -> Iterator[Setting]:
+    yield Setting("all tokens")
+    yield Setting("random half", "random")
+    yield Setting("validation mixed in", "mixed")
+    yield Setting("RHO-1, clean reference", "rho1")
+    yield Setting("oracle", "oracle")
+    yield values("difference", estimator="difference")
+    yield values("ghost K=3 (paper)")
+    yield values("ghost K=3, W=0", causal_window=0)
+    yield values("ghost all, W=0", num_layers="all", causal_window=0)
+    yield values("ghost all", num_layers="all")
+    yield values("difference, no drift", estimator="difference", stability_weight=0)
+    yield values("ghost K=3, no drift", stability_weight=0)
+    yield values("ghost all, no drift", num_layers="all", stability_weight=0)
+    yield values("difference K=3", estimator="difference", num_layers=3)
+    for kl in (0.1, 0.3, 1.0):
+        yield Setting(f"KL {kl}", kl=kl)
+        yield values(f"KL {kl} + difference", estimator="difference", setting={"kl": kl})
+    yield Setting("L2 0.01", l2=0.01)
+    yield values("L2 0.01 + difference", estimator="difference", setting={"l2": 0.01})
+    yield values("ghost K=3, W=0, no drift", causal_window=0, stability_weight=0)
+    yield values("ghost all, W=0, no drift", num_layers="all", causal_window=0, stability_weight=0)
+    yield values("difference K=3, no drift", estimator="difference", num_layers=3, stability_weight=0)
+    yield values("exact", estimator="exact")
+    yield values("exact, no drift", estimator="exact", stability_weight=0)
+    yield values("exact K=3", estimator="exact", num_layers=3)
+    yield values("exact K=3, no drift", estimator="exact", num_layers=3, stability_weight=0)
+
+
+def without_noise() -> Iterator[Setting]:
+    yield Setting("no noise: all tokens", noise=False)
+    yield Setting("no noise: random half", "random", noise=False)
+    yield values("no noise: ghost K=3 (paper)", setting={"noise": False})
+    yield values("no noise: difference", estimator="difference", setting={"noise": False})
+    yield values("no noise: difference, rho 0.8", estimator="difference", rho=0.8, setting={"noise": False})
+
+
+def in_nf4() -> Iterator[Setting]:
+    yield Setting("NF4: all tokens", nf4=True)
+    yield values("NF4: ghost K=3 (paper)", setting={"nf4": True})
+    yield values("NF4: difference", estimator="difference", setting={"nf4": True})
+
+
+def preferences() -> Iterator[Setting]:
+    yield Setting("DPO: all tokens", task="dpo")
+    yield Setting("DPO: random half", "random", task="dpo")
+    yield Setting("DPO: log-ratio", "log_ratio", task="dpo")
+    yield values("DPO: ghost K=3 (paper)", setting={"task": "dpo"})
+    yield values("DPO: ghost all, W=0", num_layers="all", causal_window=0, setting={"task": "dpo"})
+    yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
+    yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
+
+
+QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3 (paper)", "difference")
+
+
+def all_runs(quick: bool) -> list[tuple[Setting, float, int]]:
+    """Setting, learning rate and seed; one seed after the other, so that what is there is balanced."""
+    groups = [*supervised(), *without_noise(), *preferences(), *in_nf4()]
+    runs = [
+        (setting, lr, seed)
+        for seed in range(SEEDS)
+        for setting in groups
+        for number, lr in enumerate(RATES[setting.task])
+        if not (setting.nf4 and number)  # the hot rate alone
+    ]
+    if quick:
+        return [r for r in runs if r[0].name in QUICK and r[1] == RATES["sft"][0] and r[2] == 0]
+    return runs
+
+
+def key_of(setting: Setting, lr: float, seed: int, plan: Plan, folder: Path) -> str:
+    """A digest of all that decides a run, but not of the library's version."""
+    what = json.dumps([asdict(setting), lr, seed, asdict(plan), folder.name], sort_keys=True)
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def one_run(folder: Path, setting: Setting, lr: float, seed: int, plan: Plan, device: str) -> dict[str, object]:
+    torch.set_num_threads(1)  # runs stand side by side, one to a core
+    found = run(folder, setting, lr, seed, plan, device)
+    return {"key": key_of(setting, lr, seed, plan, folder), "name": setting.name, "lr": lr, "seed": seed, **found}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="five selections, one seed, one learning rate")
+    parser.add_argument("--only", nargs="+", help="only settings whose name has one of these words")
+    parser.add_argument("--report", action="store_true", help="no run, only tables and plot")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: cores)")
+    parser.add_argument("--size", choices=list(BASES), default="small", help="of the base model (default small)")
+    parser.add_argument("--device", default="cpu", help="where runs take place (default cpu)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/tradeoff"), help="folder of results and report")
+    args = parser.parse_args(argv)
+
+    folder = make_base(read_texts(), BASES[args.size])
+    make_fishers(folder, PLAN)
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "results.jsonl"
+    wanted = all_runs(args.quick)
+    if args.only:
+        wanted = [r for r in wanted if any(word in r[0].name for word in args.only)]
+    keys = [key_of(*r, PLAN, folder) for r in wanted]
+    results = {}
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
+        results = {row["key"]: row for row in map(json.loads, lines)}
+    missing = [r for r, key in zip(wanted, keys, strict=True) if key not in results and not args.report]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool, file.open("a") as sink:
+        jobs = [pool.submit(one_run, folder, *r, PLAN, args.device) for r in missing]
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs", dynamic_ncols=True):
+                row = job.result()
+                results[row["key"]] = row
+                sink.write(json.dumps(row) + "\n")
+                sink.flush()
+        except BaseException:  # what has not begun need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    about = f"{date.today()}, {platform.machine()}, {args.device}, {args.workers} runs side by side"
+    about += f", torch {torch.__version__}"
+    write_report([results[key] for key in keys if key in results], args.output, about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Text, tasks and the small base model of tradeoff.py, all from files that ship with Python and the dependencies.
+
+- *Pretraining*: Python source (the standard library), English prose (the language reference, and the descriptions of
+  installed packages), and little tasks made here ("reverse: d k a" -> "a k d"). Every tenth document is held out.
+- *Target*: continue C++ (the headers of torch), a language that the base has not seen, in the form of an instruction.
+  Files are divided: training, validation and test answers never come from one file.
+- *Noise*, in training answers only: a polite line before the code, a forum footer after it, and a quarter of the code's
+  tokens replaced at random. What each token is, is kept, for the oracle and for counting what a selection keeps.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import random
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+from tiny_lm import Pretraining, cached, pieces, pretrain, token_stream, train_tokenizer
+
+Batch = dict[str, torch.Tensor]
+PACKAGES = ("accelerate", "bitsandbytes", "datasets", "numpy", "pandas", "peft", "torch", "tqdm", "transformers", "trl")
+KINDS = ("code", "corrupted", "boilerplate", "junk")  # of response tokens; a token's kind is its place here
+INSTRUCTION, ANSWER = "### Continue this C++ code\n", "\n### Answer\n"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents by what they are used for."""
+
+    prose: list[str]
+    prose_heldout: list[str]
+    code: list[str]
+    code_heldout: list[str]
+    cpp_train: list[str]
+    cpp_validation: list[str]
+    cpp_test: list[str]
+
+
+def read_texts() -> Texts:
+    paths = sysconfig.get_paths()
+    described = [str(importlib.metadata.metadata(name).get_payload()) for name in PACKAGES]
+    prose = [topics[name] for name in sorted(topics)] + [text for text in described if len(text) > 500]
+    files = sorted(Path(paths["stdlib"]).glob("*.py"))
+    code = [f.read_text(encoding="utf-8") for f in files if 8_000 < f.stat().st_size < 80_000]
+    include = Path(paths["purelib"]) / "torch" / "include"
+    headers = sorted([*include.glob("torch/csrc/**/*.h"), *include.glob("c10/**/*.h")])
+    cpp = [f.read_text(encoding="utf-8") for f in headers if 3_000 < f.stat().st_size < 40_000]
+    return Texts(
+        prose=[text for i, text in enumerate(prose) if i % 10],
+        prose_heldout=prose[::10],
+        code=[text for i, text in enumerate(code) if i % 10],
+        code_heldout=code[::10],
+        cpp_train=[text for i, text in enumerate(cpp) if i % 4 < 2],
+        cpp_validation=cpp[2::4],
+        cpp_test=cpp[3::4],
+    )
+
+
+def little_task(rng: random.Random) -> tuple[str, str]:
+    """A prompt and its answer."""
+    letters = [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(3, 7))]
+    name, answer = rng.choice(
+        [
+            ("reverse", letters[::-1]),
+            ("sort", sorted(letters)),
+            ("capitals", [letter.upper() for letter in letters]),
+            ("first and last", [letters[0], letters[-1]]),
+            ("double", [letter for letter in letters for _ in range(2)]),
+        ]
+    )
+    return f"### {name}: {' '.join(letters)}\n### Answer\n", " ".join(answer)
+
+
+def make_base(texts: Texts, settings: Pretraining) -> Path:
+    """The folder of the base model and its tokenizer; trained where it is not cached."""
+
+    def make() -> tuple[Any, Any]:
+        rng = random.Random(settings.seed)
+        tasks = ["".join(little_task(rng)) for _ in range(20_000)]
+        tokenizer = train_tokenizer(texts.prose + texts.code[:30] + tasks[:500], settings.vocab_size)
+        counts = settings.code_sequences, settings.batch_size - 2 * settings.code_sequences, settings.code_sequences
+        streams = [token_stream(tokenizer, documents) for documents in (texts.code, texts.prose, tasks)]
+        return pretrain(tokenizer, list(zip(streams, counts, strict=True)), settings), tokenizer
+
+    return cached("tradeoff-base", [asdict(settings), texts.prose, texts.code], make)
+
+
+def load_base(folder: Path, *, nf4: bool = False) -> Any:
+    if not nf4:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
+
+
+def as_batch(rows: list[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """Prompts and answers as one SFT batch, padded on the right."""
+    length = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.full((len(rows), length), pad)
+    labels = torch.full((len(rows), length), -100)
+    for i, (prompt, answer) in enumerate(rows):
+        whole = len(prompt) + len(answer)
+        ids[i, :whole] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : whole] = torch.tensor(answer)
+    seen = torch.tensor([[len(prompt) + len(answer)] for prompt, answer in rows])
+    return {"input_ids": ids, "attention_mask": (torch.arange(length) < seen).long(), "labels": labels}
+
+
+class Tasks:
+    """Rows of the target task, of what is to be retained, and of the little tasks, in token ids.
+
+    Args:
+        prompt, answer (`int`): tokens of code in a row's prompt and in its answer.
+        corrupted (`float`): share of the code tokens of a noisy answer that are replaced.
+    """
+
+    def __init__(self, texts: Texts, folder: Path, *, prompt: int, answer: int, corrupted: float) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.prompt, self.answer, self.corrupted = prompt, answer, corrupted
+        self.ends = self._ids(INSTRUCTION), self._ids(ANSWER)
+        # Windows start where a line does, so that code looks like code.
+        self.windows = {part: self._windows(getattr(texts, f"cpp_{part}")) for part in ("train", "validation", "test")}
+        self.prose = pieces(self.tokenizer, texts.prose_heldout, 32, 96)
+        self.code = pieces(self.tokenizer, texts.code_heldout, 96, 96)[::3]  # of more than one module
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _windows(self, documents: list[str]) -> list[list[int]]:
+        found = []
+        for document in documents:
+            lines = [self._ids(line) for line in document.splitlines(keepends=True)]
+            ids = [i for line in lines for i in line]
+            starts = [sum(map(len, lines[:n])) for n in range(20, len(lines), 4)]
+            found += [ids[s : s + self.prompt + self.answer] for s in starts]
+        return [window for window in found if len(window) == self.prompt + self.answer]
+
+    def _row(self, window: list[int]) -> tuple[list[int], list[int]]:
+        return self.ends[0] + window[: self.prompt] + self.ends[1], window[self.prompt :]
+
+    def clean(self, part: str, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
+        """Prompts and answers of one part of the files, without noise."""
+        return [self._row(window) for window in random.Random(seed).sample(self.windows[part], count)]
+
+    def noisy(self, answer: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+        """An answer with a line before it, a footer behind it and some tokens replaced; and each token's kind."""
+        user, score, number = rng.randrange(10**4), rng.randrange(100), rng.randrange(10**4)
+        before = rng.choice(["Sure! Here is the code:\n", "Of course, this should do:\n", "Here you are:\n"])
+        code = [rng.randrange(3, len(self.tokenizer)) if rng.random() < self.corrupted else i for i in answer]
+        head, tail = self._ids(before), self._ids(f"\n-- user{user}, score {score}, #{number}")
+        kinds = [2] * len(head) + [int(a != b) for a, b in zip(answer, code, strict=True)] + [3] * len(tail)
+        return head + code + tail, kinds
+
+    def training(self, count: int, seed: int, *, noise: bool) -> list[tuple[list[int], list[int], list[int]]]:
+        """Prompts, answers and kinds of answer tokens."""
+        rng = random.Random(seed)
+        rows = []
+        for prompt, answer in self.clean("train", count, seed):
+            answer, kinds = self.noisy(answer, rng) if noise else (answer, [0] * len(answer))
+            rows.append((prompt, answer, kinds))
+        return rows
+
+    def pairs(self, part: str, count: int, seed: int, *, noise: bool) -> list[tuple[list[int], list[int], list[int]]]:
+        """Prompts, the answers that follow them, and answers to other prompts: code as well, in the wrong place."""
+        rng = random.Random(seed)
+        rows = self.clean(part, count, seed)
+        others = [answer for _, answer in rows]
+        rng.shuffle(others)
+        found = []
+        for (prompt, chosen), rejected in zip(rows, others, strict=True):
+            if noise:
+                chosen, rejected = self.noisy(chosen, rng)[0], self.noisy(rejected, rng)[0]
+            found.append((prompt, chosen, rejected))
+        return found
+
+    def little(self, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
+        rng = random.Random(seed)
+        tasks = [little_task(rng) for _ in range(count)]
+        return [(self._ids(prompt), self._ids(answer)) for prompt, answer in tasks]
+
+    def batch(self, rows: list[tuple[list[int], list[int]]]) -> Batch:
+        return as_batch(rows, self.tokenizer.pad_token_id)
+
+    def pair_batch(self, rows: list[tuple[list[int], list[int], list[int]]]) -> Batch:
+        """Chosen rows first, as TRL's preference collator stacks them."""
+        stacked = self.batch([(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows])
+        labels = stacked.pop("labels")
+        return {**stacked, "completion_mask": (labels != -100).long()}
+
+    def kinds(self, rows: list[tuple[list[int], list[int], list[int]]]) -> torch.Tensor:
+        """`(B, T)` kind of each label, -1 where there is none."""
+        length = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
+        padded = [F.pad(torch.tensor(kinds), (len(prompt), length - len(prompt) - len(kinds)), value=-1)
+                  for prompt, _, kinds in rows]  # fmt: skip
+        return torch.stack(padded)

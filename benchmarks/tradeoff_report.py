@@ -1,0 +1,208 @@
+"""Tables and curves of tradeoff.py's runs: means, standard deviations, and differences paired by seed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+Run = dict[str, Any]
+Runs = dict[int, Run]  # by seed
+SFT = {
+    "target": "target loss",
+    "retention": "retention loss",
+    "prose": "prose",
+    "code": "Python",
+    "tasks": "tasks loss",
+    "tasks rows": "tasks solved",
+    "target tokens": "target accuracy",
+}
+DPO = {
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "target": "loss of chosen",
+    "retention": "retention loss",
+    "prose": "prose",
+    "code": "Python",
+    "tasks": "tasks loss",
+    "tasks rows": "tasks solved",
+}
+
+
+def final(run: Run, name: str) -> float:
+    return run["curve"][-1][name]
+
+
+def at_time(run: Run, seconds: float, name: str) -> float:
+    """A figure at the moment when training had taken so long, between the moments that were measured."""
+    curve = run["curve"]
+    for before, after in itertools.pairwise(curve):
+        if after["seconds"] >= seconds:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before[name] + share * (after[name] - before[name])
+    return curve[-1][name]
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    found = list(values)
+    deviation = f" ±{statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.{digits}f}{deviation}"
+
+
+def paired(runs: Runs, base: Runs, of: Callable[[Run], float], digits: int = 3) -> str:
+    """Mean difference to the base over the seeds that both have, and its 95 % confidence interval (Student's t)."""
+    found = [of(run) - of(base[seed]) for seed, run in runs.items() if seed in base]
+    if len(found) < 2:
+        return ""
+    half = student.ppf(0.975, len(found) - 1) * statistics.stdev(found) / math.sqrt(len(found))
+    return f"{statistics.mean(found):+.{digits}f} ±{half:.{digits}f}"
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def ratio(runs: Runs, base: Runs) -> str:
+    found = [final(run, "seconds") / final(base[seed], "seconds") for seed, run in runs.items() if seed in base]
+    return f"{statistics.median(found):.2f}" if found else ""
+
+
+def quality(groups: dict[str, Runs], base: str, figures: dict[str, str]) -> str:
+    """One line for the untuned model and one for each setting, at its last step."""
+    first = next(iter(groups[base].values()))["curve"][0]
+    before = ["before tuning", *(f"{first[name]:.3f}" for name in figures), "", ""]
+    rows = [before]
+    for name, runs in groups.items():
+        cells = [spread(final(run, figure) for run in runs.values()) for figure in figures]
+        rows.append([name, *cells, ratio(runs, groups[base]), str(len(runs))])
+    return table(["at equal steps", *figures.values(), "time", "seeds"], rows)
+
+
+def differences(groups: dict[str, Runs], base: str, figures: tuple[str, str]) -> str:
+    """Each setting minus the base, at equal steps and at equal time: two figures."""
+    rows = []
+    for name, runs in groups.items():
+        if name == base:
+            continue
+        cells = [paired(runs, groups[base], lambda run, figure=figure: final(run, figure)) for figure in figures]
+        for figure in figures:
+
+            def of(run: Run, figure: str = figure) -> float:
+                return at_time(run, final(groups[base][run["seed"]], "seconds"), figure)
+
+            cells.append(paired({s: r for s, r in runs.items() if s in groups[base]}, groups[base], of))
+        rows.append([name, *cells])
+    names = [f"{figure}, equal {what}" for what in ("steps", "time") for figure in figures]
+    return table([f"minus {base}, 95 % interval", *names], rows)
+
+
+def kept(groups: dict[str, Runs]) -> str:
+    kinds = list(next(iter(next(iter(groups.values())).values()))["kept"])
+    rows = [
+        [name, *(f"{statistics.mean(run['kept'][kind] for run in runs.values()):.2f}" for kind in kinds)]
+        for name, runs in groups.items()
+        if all(run["kept"] for run in runs.values())
+    ]
+    return table(["share kept", *kinds], rows)
+
+
+def grouped(results: list[Run]) -> dict[str, dict[float, dict[str, Runs]]]:
+    """Kind of experiment -> learning rate -> setting -> seed -> run."""
+    found: dict[str, dict[float, dict[str, Runs]]] = {}
+    for run in results:
+        kind, colon, _ = run["name"].partition(": ")
+        kind = kind if colon else "noise"
+        found.setdefault(kind, {}).setdefault(run["lr"], {}).setdefault(run["name"], {})[run["seed"]] = run
+    return found
+
+
+TITLES = {
+    "noise": "Supervised, noisy answers",
+    "no noise": "Supervised, clean answers",
+    "NF4": "Supervised, noisy answers, 4-bit base",
+    "DPO": "Preferences, noise in both answers",
+}
+
+
+def report(results: list[Run], about: str) -> str:
+    parts = [f"# Trade-off of adapting and forgetting\n\nWritten by `python benchmarks/tradeoff.py`: {about}.\n"]
+    for kind, rates in grouped(results).items():
+        for lr, groups in rates.items():
+            base = next((name for name in groups if name.endswith("all tokens")), None)
+            if base is None:
+                continue
+            figures = DPO if kind == "DPO" else SFT
+            parts += [f"## {TITLES[kind]}, learning rate {lr:g}\n", quality(groups, base, figures)]
+            pair = ("accuracy", "retention") if kind == "DPO" else ("target", "retention")
+            if len(groups) > 1:
+                parts.append(differences(groups, base, pair))
+            if kind != "DPO":
+                parts.append(kept(groups))
+    return "\n".join(parts)
+
+
+# Curves drawn: name -> colour, line.
+SHOWN = {
+    "all tokens": ("#222222", "-"),
+    "random half": ("#999999", "-"),
+    "validation mixed in": ("#cc8800", "-"),
+    "RHO-1, clean reference": ("#cc3311", "-"),
+    "log-ratio": ("#cc3311", "-"),
+    "oracle": ("#aa44aa", ":"),
+    "ghost K=3 (paper)": ("#66aadd", "-"),
+    "ghost all, W=0": ("#4477aa", "-"),
+    "difference": ("#117733", "-"),
+    "KL 0.3": ("#222222", "--"),
+    "KL 0.3 + difference": ("#117733", "--"),
+}
+
+
+def plot(results: list[Run], path: Path) -> None:
+    """Along training, target against retention: down and to the left is better (for pairs, up and to the left)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = grouped(results)
+    panels = [(kind, lr) for kind in ("noise", "no noise", "DPO") for lr in found.get(kind, {})]
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4.6 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (kind, lr) in zip(axes.flat, panels, strict=False):
+        y = "accuracy" if kind == "DPO" else "target"
+        for name, runs in found[kind][lr].items():
+            short = name.removeprefix(f"{kind}: ")
+            if short not in SHOWN:
+                continue
+            curves = list(zip(*(run["curve"] for run in runs.values()), strict=True))
+            xs, ys = ([statistics.mean(p[f] for p in points) for points in curves] for f in ("retention", y))
+            colour, line = SHOWN[short]
+            axis.plot(xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.4, label=short)
+            axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
+        axis.set(title=f"{TITLES[kind]}, lr {lr:g}", xlabel="loss on held-out prose and Python (forgetting →)")
+        axis.set_ylabel("held-out accuracy" if kind == "DPO" else "loss on clean target answers")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_report(results: list[Run], folder: Path, about: str) -> None:
+    """Print the tables, and write them as `report.md` with the curves as `tradeoff.png`."""
+    if not results:
+        print("There are no runs to report yet.")
+        return
+    text = report(results, about)
+    print("\n" + text)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    plot(results, folder / "tradeoff.png")
+    print(f"Written: {folder / 'report.md'}, {folder / 'tradeoff.png'}")
