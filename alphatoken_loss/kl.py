@@ -24,7 +24,7 @@ from .blocks import causal_lm, find_decoder, learns_prompts, reference_mode, unw
 from .ghost import accumulation_dtype
 from .replay import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, unhooked
 
-_ROWS = 256  # whose logits live at a time
+_ROWS, _LOGITS = 256, 2**25  # of which logits live at a time, and at most how many logits
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -173,7 +173,7 @@ class Penalty:
         with without_noise(_head(self.model), _head(self.ref_model or self.model)):
             self.total, gradient, of_head = self._in_chunks(own, wanted, trained)
         total = self.total
-        if hidden.requires_grad:
+        if hidden.requires_grad or (trained and torch.is_grad_enabled()):
             before, gate = gated or (hidden, hidden)
             if gate is not hidden:
                 whole = torch.zeros_like(hidden).flatten(0, 1).index_copy_(0, here, gradient).view_as(hidden)
@@ -192,17 +192,19 @@ class Penalty:
         gradient = torch.empty_like(own)
         of_head = [torch.zeros_like(p, dtype=accumulation_dtype(p)) for p in trained]
         with_grad = torch.is_grad_enabled()
-        for start in range(0, own.shape[0], _ROWS):
-            chunk = own[start : start + _ROWS].requires_grad_(with_grad)
+        size = min(_ROWS, max(1, _LOGITS // causal_lm(self.model).config.get_text_config().vocab_size))  # type: ignore[union-attr, operator]
+        for start in range(0, own.shape[0], size):
+            here = slice(start, start + size)
+            chunk = own[here].requires_grad_(with_grad)
             logits = logits_of_hidden(self.model, chunk)
             with torch.no_grad():
-                reference = self._reference_logits(wanted[start : start + _ROWS]).to(logits.device)
+                reference = self._reference_logits(wanted[here]).to(logits.device)
                 _check_vocabulary(logits, reference)
-                kl, error = _kl(logits.detach().to(dtype), reference.to(dtype))
+                kl, error = _kl(logits.detach(), reference, dtype)
                 total += kl.to(total.device)
             if with_grad:
                 found = torch.autograd.grad(logits, [chunk, *trained], error.to(logits.dtype))
-                gradient[start : start + _ROWS] = found[0]
+                gradient[here] = found[0]
                 for whole, part in zip(of_head, found[1:], strict=True):
                     whole += part
         return total, gradient, [g.to(p.dtype) for g, p in zip(of_head, trained, strict=True)]
@@ -241,7 +243,8 @@ def _in_whole(index: torch.Tensor, shape: torch.Size, hidden: torch.Tensor) -> t
 def _last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
     """`(B, T, hidden)`, with any virtual tokens before it."""
     decoder = find_decoder(model)
-    inputs = {**batch.to(causal_lm(model).get_input_embeddings().weight.device).inputs, "use_cache": False}  # type: ignore[operator]
+    device = causal_lm(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    inputs = {**batch.to(device).inputs, "use_cache": False, "return_dict": True}
     if not learns_prompts(model):
         return decoder(**inputs).last_hidden_state
     kept: list[torch.Tensor] = []
@@ -261,9 +264,9 @@ def _check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
         )
 
 
-def _kl(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _kl(logits: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(reference || policy) summed over rows, and its gradient at the policy's logits, both `(N, vocabulary)`."""
-    logp, wanted = logits.log_softmax(-1), reference.log_softmax(-1)
+    logp, wanted = logits.log_softmax(-1, dtype), reference.log_softmax(-1, dtype)
     p = wanted.exp()
     # A token that the reference rules out (-inf) adds nothing.
     total = wanted.sub_(logp).mul_(p).masked_fill_(p == 0, 0).sum()

@@ -9,15 +9,25 @@ import functools
 import pytest
 import reference
 import torch
+import tuning
 from batches import response, sft_batch
 from checks import TOL64, TOL_NF4, assert_close, assert_same_grads, error, grads_of
 from models import FAMILIES, ROTARY, base_model, lora_model, nf4_lora_model
 from peft import PromptTuningConfig, get_peft_model
 from state import differences, snapshot
-from test_gate import CHECKPOINTING, checkpointed, gate_for
+from test_gate import CHECKPOINTING, checkpointed, gate_for, steady
+from test_trainers import feature, make, offload_on_a_cpu, own_loss
 from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, GraniteConfig, RecurrentGemmaConfig
+from trl import SFTTrainer
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, AlphaTokenSFTConfig, random_weights, sft_loss
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    AlphaTokenSFTConfig,
+    AlphaTokenSFTTrainer,
+    random_weights,
+    sft_loss,
+)
 from alphatoken_loss.kl import logits_of_hidden
 
 COEF = 0.3
@@ -85,6 +95,30 @@ def test_past_the_gate(estimator, kind, how, monkeypatch):
     loss = sft_loss(model, batch, alphatoken, kl_coef=COEF)
     loss.backward()
     assert torch.equal(alphatoken.weights, weights)
+    assert_close(loss.detach(), value, TOL64)
+    assert_same_grads(grads_of(model), grads, TOL64)
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "difference"])
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt2", "gpt_neox"])
+def test_families(family, estimator):
+    with steady(family):
+        model, batch = lora_model(family, seed=1), sft_batch("right", seed=1)
+        alphatoken = gate_for(model, family, estimator=estimator)
+        loss = sft_loss(model, batch, alphatoken, kl_coef=COEF)
+        loss.backward()
+        value, _, grads = penalised(model, batch, mask=alphatoken.weights.bool())
+    assert_close(loss.detach(), value, TOL64)
+    assert_same_grads(grads_of(model), grads, TOL64)
+
+
+def test_a_head_that_is_all_that_is_trained():
+    model, reference_model, batch = base_model("llama"), base_model("llama", seed=1), sft_batch("packed")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    loss = sft_loss(model, batch, kl_coef=COEF, ref_model=reference_model)
+    loss.backward()
+    value, _, grads = penalised(model, batch, ref_model=reference_model)
     assert_close(loss.detach(), value, TOL64)
     assert_same_grads(grads_of(model), grads, TOL64)
 
@@ -280,6 +314,115 @@ def test_logits_are_the_models_own(name):
         batch = sft_batch("none")
         hidden = model.get_decoder()(batch["input_ids"], use_cache=False).last_hidden_state
         assert_close(logits_of_hidden(model, hidden), reference.logits_of(model, batch), 1e-12)
+
+
+# ------------------------------------------------------------------------------------- the trainer
+
+
+def plain_formula(masks):
+    """TRL's trainer with the mask written into its loss, and the KL on whole logits of a forward of its own."""
+
+    class Plain(tuning.masked(SFTTrainer, masks)):
+        reference = None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "position_ids", "labels") if k in inputs}
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            if not torch.is_grad_enabled():
+                return loss
+            off = self.model.disable_adapter() if self.reference is None else contextlib.nullcontext()
+            with torch.no_grad(), off:
+                wanted = reference.logits_of(self.reference or self.model, batch).float().log_softmax(-1)
+            logp = reference.logits_of(self.model, batch).float().log_softmax(-1)
+            kl = (wanted.exp() * (wanted - logp)).sum(-1)[response(batch).roll(-1, 1)].sum()
+            return loss + COEF * kl / num_items_in_batch
+
+    return Plain
+
+
+TRAINED = {
+    "ghost": feature(gradient_accumulation_steps=2),
+    "difference": feature(estimator="difference"),
+    "exact": feature(estimator="exact"),
+    "random": feature(selection="random", gradient_accumulation_steps=2),
+    "alone": feature(rho=1.0, gradient_accumulation_steps=2),
+    "alone_reentrant": feature(rho=1.0, gradient_checkpointing_kwargs={"use_reentrant": True}),
+    "alone_offloading": feature(rho=1.0, activation_offloading=True),
+    "dora": feature(rho=1.0, peft=lambda: tuning.lora(use_dora=True)),
+    "reentrant": feature(gradient_checkpointing_kwargs={"use_reentrant": True}),
+    "offloading": feature(activation_offloading=True),
+    "offloading_only": feature(activation_offloading=True, gradient_checkpointing=False),
+    "packing": feature(packing=True, max_length=40),
+    "padding_free": feature(padding_free=True, max_length=None),
+    "smoothing": feature(label_smoothing_factor=0.1),
+    "func": feature(options=lambda: {"compute_loss_func": own_loss}),
+    "bf16": feature(bf16=True),
+    "nf4": feature(model=tuning.nf4),
+    "full": feature(model=tuning.partly_trained, peft=None, options=lambda: {"ref_model": tuning.base()}),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_takes_the_steps_of_the_formula(name, tmp_path, monkeypatch):
+    case, masks = TRAINED[name], []
+    separate = tuning.base() if name == "full" else None
+    if "offloading" in name:
+        offload_on_a_cpu(monkeypatch)
+
+    class Recording(AlphaTokenSFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            labels = inputs["labels"].clone()
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            kept = torch.ones(labels.shape) if self.alphatoken.weights is None else self.alphatoken.weights
+            masks.append(kept + (labels == -100))
+            return loss
+
+    trainer = make("sft", Recording, case, tmp_path, kl_coef=COEF)
+    start = dict(tuning.trained(trainer.model))
+    trainer.train()
+    other = make("sft", plain_formula(masks), case, tmp_path, ours=False)
+    other.reference = separate
+    other.train()
+    moved = max(float((p - start[key]).abs().max()) for key, p in tuning.trained(other.model))
+    tol = {"bf16": 0.05, "nf4": 0.02}.get(name, 1e-4)
+    for (key, after), (_, expected) in zip(tuning.trained(trainer.model), tuning.trained(other.model), strict=True):
+        assert float((after - expected).abs().max()) < tol * moved, key
+    logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (trainer, other)]
+    assert logs[0] == pytest.approx(logs[1], rel=tol)
+    assert trainer.state.log_history[-2]["alphatoken/kl"] > 0
+    if name not in ("func", "nf4"):  # the one asks for a count; README, Troubleshooting has the other
+        rows = tuning.sft_data(count=4, first=30)
+        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(other.evaluate(rows)["eval_loss"], rel=tol)
+
+
+@pytest.mark.parametrize("how", [{"rho": 1.0}, {"threshold_scope": "sequence", "stability_weight": 0.0}])
+@pytest.mark.filterwarnings("ignore")
+def test_1_x_8_equals_8_x_1(how, tmp_path):
+    changes, figures = [], []
+    for size in (1, 8):
+        case = feature(
+            **how, kl_coef=2.0, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=2,
+            target_batch_size=4, model=tuning.with_adapter, peft=None, learning_rate=0.1,
+        )  # fmt: skip
+        trainer = make("sft", AlphaTokenSFTTrainer, case, tmp_path)
+        before = dict(tuning.trained(trainer.model))
+        trainer.train()
+        changes.append({name: p - before[name] for name, p in tuning.trained(trainer.model)})
+        figures.append([log["alphatoken/kl"] for log in trainer.state.log_history if "loss" in log])
+    moved = max(float(change.abs().max()) for change in changes[1].values())
+    for name, change in changes[1].items():
+        assert float((changes[0][name] - change).abs().max()) < 1e-4 * moved, name
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4) and figures[0][0] > 0.01
+
+
+def test_trainers_without_it_say_so(tmp_path):
+    with pytest.raises(ValueError, match=r"AlphaTokenDPOTrainer is no SFTTrainer.*kl_coef=0"):
+        make("dpo", tuning.TRAINERS["dpo"][0], feature(), tmp_path, kl_coef=COEF)
+    with pytest.raises(ValueError, match=r"kl_coef is 0.3, but the model has no adapters.*ref_model"):
+        make("sft", AlphaTokenSFTTrainer, feature(rho=1.0, peft=None), tmp_path, kl_coef=COEF)
+    with pytest.raises(ValueError, match=r"torch_compile=True.*without kl_coef"):
+        make("sft", AlphaTokenSFTTrainer, feature(rho=1.0, torch_compile=True), tmp_path, kl_coef=COEF)
 
 
 # ------------------------------------------------------------------------------ mistakes and state
