@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from trl import DPOConfig, SFTConfig
 
 from .config import AlphaTokenConfig
+from .kl import check_kl_coef
 from .selections import check_selection
 
 
@@ -47,6 +48,9 @@ class AlphaTokenArguments(_Settings):
             What chooses the tokens that are trained on: `"alphatoken"`, their values; or, for comparison, `"random"`,
             `"excess_loss"` or `"log_ratio"` (preference pairs), see [`random_weights`], [`excess_loss_weights`] and
             [`log_ratio_weights`], for which neither target nor Fisher is made and no row is held out.
+        kl_coef (`float`, *optional*, defaults to 0.0):
+            Weight of a KL to the reference over all response tokens, kept or not, beside the loss of SFT training
+            steps, divided by what that loss is divided by. Also with `rho=1.0`. Other trainers have no such penalty.
         target_size (`int`, *optional*, defaults to 32):
             Rows of the training data that are held out as the target where no `target_dataset` is given.
         target_batch_size (`int`, *optional*):
@@ -69,6 +73,9 @@ class AlphaTokenArguments(_Settings):
     selection: str = field(
         default="alphatoken",
         metadata={"help": "What chooses the tokens: alphatoken, random, excess_loss or log_ratio."},
+    )
+    kl_coef: float = field(
+        default=0.0, metadata={"help": "Weight of a KL to the reference over all response tokens; SFT only."}
     )
     target_size: int = field(
         default=32, metadata={"help": "Training rows held out as the target where no target dataset is given."}
@@ -93,6 +100,7 @@ class AlphaTokenArguments(_Settings):
             if isinstance(value, str) and value.isdecimal():
                 setattr(self, setting.name, int(value))
         check_selection(self.selection)
+        check_kl_coef(self.kl_coef)
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")

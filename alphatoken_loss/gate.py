@@ -25,6 +25,7 @@ from .difference import Difference, Steps
 from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, NonFiniteRows
+from .kl import Penalty, check_kl_coef
 from .replay import saved_tensors_hooked
 from .target import Target, estimate_target, in_parts
 from .values import TokenValues
@@ -120,6 +121,8 @@ class AlphaToken:
     Attributes:
         weights (`torch.Tensor`): `(B, T)` float32 0/1 weights of the batch valued last, aligned with its labels.
         values (`TokenValues`): its values, in units of the loss that was sent backward.
+        kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) of the last context's batch, a scalar with
+            graph, once its forward has run; to be added to the loss.
 
     Example:
         >>> alphatoken = AlphaToken(model, target=validation_batches, fisher=fisher)
@@ -159,6 +162,8 @@ class AlphaToken:
         self._sums: dict[str, torch.Tensor | float] = {}
         self._steps = Steps(self.config.difference_rms)
         self._seconds = 0.0
+        self._penalty: Penalty | None = None
+        self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
         if self.config.rho < 1.0:  # else nothing is read, and nothing refused
             self._target_parts = in_parts(self.target_batches or [], self.config.target_parts)
             scored = self._scored()
@@ -179,6 +184,10 @@ class AlphaToken:
                 self._drift_fisher.check_base(model)
 
     @property
+    def kl(self) -> torch.Tensor | None:
+        return None if self._penalty is None else self._penalty.kl
+
+    @property
     def _drift_fisher(self) -> Fisher | None:
         return self.fisher if self.config.stability_weight > 0 else None
 
@@ -197,6 +206,9 @@ class AlphaToken:
         mean_over_kept: bool = False,
         beta: float = 0.1,
         weights: torch.Tensor | None = None,
+        kl_coef: float = 0.0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        ref_model: nn.Module | None = None,
     ) -> Iterator[AlphaToken]:
         """Value one batch: run the model's forward on it, with grad, inside; `backward` may also come later.
 
@@ -207,15 +219,48 @@ class AlphaToken:
             beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
             weights (`torch.Tensor`, *optional*): `(B, T)`, aligned with the labels: keep the response tokens where it
                 is not 0 (as from `random_weights` and the like) instead of valuing; nothing is estimated.
+            kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not, that `kl` then
+                holds. It is neither masked nor part of the values. Also with rho=1.0.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the summed KL is divided by; by default the
+                batch's response tokens.
+            ref_model (`nn.Module`, *optional*): the reference of the KL, by default the one of this object.
 
         Raises:
             RuntimeError: a second forward with grad runs inside.
             ValueError: the forward's or the weights' shape is not the batch's; or the model can no longer be valued.
         """
+        check_kl_coef(kl_coef)
         if weights is not None and self.config.rho >= 1.0:
             raise ValueError("weights were given, but rho=1.0 switches the gate off. Make the AlphaToken with rho < 1.")
+        self._penalty = penalty = None
+        if kl_coef > 0:
+            reference = self.ref_model if ref_model is None else ref_model
+            options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ref_model": reference}
+            penalty = Penalty(self.model, read_batch(batch), kl_coef=kl_coef, **options)
+        masking = self._masking(batch, mean_over_kept, beta, weights, penalty)
+        with masking, contextlib.nullcontext() if penalty is None else penalty.watching():
+            self._penalty = penalty
+            try:
+                yield self
+            except BaseException:
+                self._penalty = None  # nothing holds the graph of a step that failed
+                raise
+        if penalty is not None and penalty.total is not None:
+            for i, figure in enumerate((penalty.total, penalty.batch.rows.sum())):
+                self._divergence[i] = self._divergence[i] + figure
+
+    @contextlib.contextmanager
+    def _masking(
+        self,
+        batch: Mapping[str, Any] | Batch,
+        mean_over_kept: bool,
+        beta: float,
+        weights: torch.Tensor | None,
+        penalty: Penalty | None,
+    ) -> Iterator[None]:
+        """The gate around one forward; a penalty goes round it."""
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
-            yield self
+            yield
             return
         started = time.perf_counter()
         read = read_batch(batch)
@@ -257,22 +302,26 @@ class AlphaToken:
         del parts  # the estimator lets go of them as soon as it can
         step = _Step(self, read, estimator, keep, mean_over_kept)
         self._seconds += time.perf_counter() - started
-        with estimator.watching(step.gate, training=True):
-            yield self
+        gate = step.gate if penalty is None else penalty.around(step.gate)
+        with estimator.watching(gate, training=True):
+            yield
         if not estimator.seen:
             warnings.warn(
                 "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the "
                 "forward inside it, on the model that the AlphaToken was made for.",
-                stacklevel=3,
+                stacklevel=5,
             )
 
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
         `total` and, for the ghost estimator, of its four terms, in units of the loss; `target_age` in optimizer steps;
-        for the difference estimator `difference_rms`, the effect of the last nudge; and the `seconds` spent valuing,
-        target estimates included (on CUDA, which runs on its own, only what the host waited for)."""
+        for the difference estimator `difference_rms`, the effect of the last nudge; with `kl_coef`, `kl`, the mean KL
+        to the reference in nats; and the `seconds` spent valuing, target estimates included (on CUDA, which runs on its
+        own, only what the host waited for)."""
+        (divergence, compared), self._divergence = self._divergence, [0.0, 0.0]
+        kl = {"kl": float(divergence) / float(compared)} if compared else {}
         if self.config.rho >= 1.0:
-            return {"kept": 1.0}
+            return {"kept": 1.0, **kl}
         sums, self._sums = self._sums, {}
         seconds, self._seconds = self._seconds, 0.0
         tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
@@ -281,7 +330,7 @@ class AlphaToken:
             figures["target_age"] = float(self._age)
         if "total" in self._steps.effect:
             figures["difference_rms"] = float(self._steps.effect["total"])
-        return {**figures, "seconds": seconds}
+        return {**figures, **kl, "seconds": seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs for the masks of an uninterrupted one: the target that was estimated from batches,

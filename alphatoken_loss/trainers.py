@@ -1,7 +1,8 @@
 """TRL's trainers with token values inside.
 
 The gate sits at the last block's output, so every loss, collator and metric stays TRL's own: `compute_loss` runs in an
-`AlphaToken` context, and that is all that training changes. Evaluation, prediction and `rho=1.0` are TRL's untouched.
+`AlphaToken` context, and that is all that training changes, but for the KL that `kl_coef` adds to the loss of SFT.
+Evaluation, prediction and `rho=1.0` are TRL's untouched.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class AlphaTokenMixin(_Trainer):
             adapters it is the model without them, or its adapter "ref".
 
     Attributes:
-        alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0`.
+        alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0` and no `kl_coef`.
 
     Raises:
         ValueError: the model, the data or the way of distribution rule token values out; the message says what to do.
@@ -99,13 +100,27 @@ class AlphaTokenMixin(_Trainer):
             )
         else:
             self.alphatoken_args = AlphaTokenArguments()
-        config = self.alphatoken_args.alphatoken_config
-        if config.rho >= 1.0:
+        config, kl_coef = self.alphatoken_args.alphatoken_config, self.alphatoken_args.kl_coef
+        if kl_coef > 0 and not isinstance(self, SFTTrainer):
+            raise ValueError(
+                f"kl_coef is {kl_coef}, but {type(self).__name__} is no SFTTrainer, and only there is a KL to the "
+                "reference offered (AlphaTokenSFTTrainer). Set kl_coef=0; in a loop of your own, add the `kl` of "
+                "`with alphatoken(batch, kl_coef=...) as step:` to the loss."
+            )
+        if config.rho >= 1.0 and not kl_coef:
             return
         self._refuse_what_is_not_modelled()
         self._alphatoken_ref = reference if reference is not None else getattr(self, "ref_model", None)
         if reference is not None:
             reference.requires_grad_(False).to(self.accelerator.device).eval()
+        if kl_coef and self._alphatoken_ref is None and not is_peft_model(self.model):
+            raise ValueError(
+                f"kl_coef is {kl_coef}, but the model has no adapters and there is no ref_model, so there is no "
+                "reference. Pass the model that training starts from as ref_model, or use a peft_config."
+            )
+        if config.rho >= 1.0:
+            self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config)
+            return
         selection = self.alphatoken_args.selection
         if selection != "alphatoken":
             self._alphatoken_by_selection(selection, config)
@@ -132,24 +147,37 @@ class AlphaTokenMixin(_Trainer):
         if self.alphatoken is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, *args, **kwargs)
         batch, weights = self.alphatoken_batch(inputs), None
-        if self.alphatoken_args.selection != "alphatoken":
+        if self._gate is not None and self.alphatoken_args.selection != "alphatoken":
             weights = self._selected(batch)
-        elif self.alphatoken.fisher is None and self.alphatoken.config.stability_weight > 0:
-            self.alphatoken.fisher = self._estimate_fisher()
-        with self.alphatoken(batch, weights=weights):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        elif self._gate is not None and self._gate.fisher is None and self._gate.config.stability_weight > 0:
+            self._gate.fisher = self._estimate_fisher()
+        count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
+        with self.alphatoken(batch, weights=weights, **kl) as step:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        if step.kl is None:
+            return found
+        shared = self.args.average_tokens_across_devices and count is not None  # then gradients are averaged over ranks
+        penalty = step.kl * (self.accelerator.num_processes if shared else 1)
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
+
+    @property
+    def _gate(self) -> AlphaToken | None:
+        """What masks, rather than only holding to the reference."""
+        return None if self.alphatoken is None or self.alphatoken.config.rho >= 1.0 else self.alphatoken
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         every = self.alphatoken_args.sample_every
-        if self.alphatoken is None or not every or not self.is_world_process_zero():
+        gate = self._gate
+        if gate is None or not every or not self.is_world_process_zero():
             return super().training_step(model, inputs, *args, **kwargs)
-        step, before = self.state.global_step, self.alphatoken.weights
+        step, before = self.state.global_step, gate.weights
         if self._samples is None or step < self._samples.last:  # the run begins
             self._samples = SampleWriter(self.args.output_dir, every=every, step=step)
         batch = dict(inputs)  # a loss may take its labels out
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.alphatoken.weights is not before:
-            self._samples.add(step, self.alphatoken_batch(batch), self.alphatoken)
+        if gate.weights is not before:
+            self._samples.add(step, self.alphatoken_batch(batch), gate)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -176,9 +204,9 @@ class AlphaTokenMixin(_Trainer):
         }
         for what in (what for what, used in refused.items() if used):
             raise ValueError(
-                f"Training uses {what}, under which token values cannot be taken: they need whole blocks and their "
-                "whole activations in each process, run as they are. Use one process per device "
-                "(DistributedDataParallel), or set rho=1.0 to train on every token."
+                f"Training uses {what}, under which neither token values nor a KL can be taken: they need whole blocks "
+                "and their whole activations in each process, run as they are. Use one process per device "
+                "(DistributedDataParallel), or set rho=1.0, without kl_coef, to train on every token."
             )
 
     # Other selections
@@ -327,9 +355,9 @@ class AlphaTokenMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.alphatoken is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
+        if self._gate is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
             return
-        state = self.alphatoken.state_dict()
+        state = self._gate.state_dict()
         target = state["target"] or Target({}, 0)
         about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
         tensors = {name: gradient.cpu().contiguous() for name, gradient in target.gradients.items()}
@@ -338,11 +366,11 @@ class AlphaTokenMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        checkpoint = Path(resume_from_checkpoint)
-        if self.alphatoken is None or self.alphatoken_args.selection != "alphatoken":
+        checkpoint, gate = Path(resume_from_checkpoint), self._gate
+        if gate is None or self.alphatoken_args.selection != "alphatoken":
             return
-        if self.alphatoken.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
-            self.alphatoken.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
+        if gate.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
+            gate.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
         if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
             return
@@ -352,7 +380,7 @@ class AlphaTokenMixin(_Trainer):
         gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
         target = Target(gradients, about["tokens"]) if gradients else None
         steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}
-        self.alphatoken.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})
+        gate.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})
 
 
 class AlphaTokenSFTTrainer(AlphaTokenMixin, SFTTrainer):

@@ -18,13 +18,14 @@ from alphatoken_loss import Fisher
 
 STEPS = 3
 RANKS = 2
+PENALTY = {"sft": {"kl_coef": 1.0}, "dpo": {}}
 
 
-def run(kind: str, folder: Path, *, size: int, fisher: Fisher | None) -> dict[str, object]:
+def run(kind: str, folder: Path, *, size: int, fisher: Fisher | None, **more: object) -> dict[str, object]:
     """Train on the same global batches, whatever the number of processes; count what was held out and logged."""
     args = arguments(
         kind, folder, per_device_train_batch_size=size, max_steps=STEPS, threshold_scope="sequence", target_size=8,
-        gradient_checkpointing=False, target_batch_size=4,
+        gradient_checkpointing=False, target_batch_size=4, **more,
     )  # fmt: skip
     data: Dataset = (sft_data if kind == "sft" else dpo_data)(count=24)
     trainer = tuning.TRAINERS[kind][0](
@@ -40,6 +41,7 @@ def run(kind: str, folder: Path, *, size: int, fisher: Fisher | None) -> dict[st
         "prompts": fisher.prompts,
         "share": sum(len(batch["input_ids"]) for batch in trainer.alphatoken.target_batches),
         "kept": [log.get("alphatoken/kept") for log in logs],
+        "kl": [log.get("alphatoken/kl") for log in logs],
         "losses": [log["loss"] for log in logs],
     }
 
@@ -50,7 +52,7 @@ def work(rank: int, port: int, folder: str, fisher: Fisher) -> None:
     torch.set_num_threads(1)
     for kind in ("sft", "dpo"):
         result = {
-            "given": run(kind, Path(folder) / kind, size=2, fisher=fisher),
+            "given": run(kind, Path(folder) / kind, size=2, fisher=fisher, **PENALTY[kind]),
             "estimated": run(kind, Path(folder) / kind, size=2, fisher=None),
         }
         torch.save(result, f"{folder}/{kind}-{rank}.pt")
@@ -74,7 +76,7 @@ def results(tmp_path_factory):
         port = free.getsockname()[1]
     mp.start_processes(work, args=(port, str(folder), given), nprocs=RANKS, start_method="spawn")
     ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(RANKS)] for kind in ("sft", "dpo")}
-    alone = {kind: run(kind, folder / "alone", size=4, fisher=given) for kind in ("sft", "dpo")}
+    alone = {kind: run(kind, folder / "alone", size=4, fisher=given, **PENALTY[kind]) for kind in ("sft", "dpo")}
     return ranks, alone
 
 
@@ -107,5 +109,7 @@ def test_an_even_split_is_one_process(results, kind):
     for name, tensor in alone["parameters"].items():
         assert error(ranks["parameters"][name], tensor) < 1e-5, name
     assert ranks["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    if kind == "sft":  # the mean of the ranks' means, whose numbers of tokens are not quite the same
+        assert ranks["kl"] == pytest.approx(alone["kl"], rel=0.2) and alone["kl"][-1] > 0.01
     assert ranks["kept"] == pytest.approx(alone["kept"], abs=0.05)
     assert len(set(alone["losses"])) == STEPS
