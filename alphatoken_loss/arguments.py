@@ -51,6 +51,8 @@ class AlphaTokenArguments(_Settings):
         kl_coef (`float`, *optional*, defaults to 0.0):
             Weight of a KL to the reference over all response tokens, kept or not, beside the loss of SFT training
             steps, divided by what that loss is divided by. Also with `rho=1.0`. Other trainers have no such penalty.
+        precondition (`bool`, *optional*, defaults to `False`):
+            Value tokens by the step that the trainer's Adam will take rather than by one along the gradient.
         target_size (`int`, *optional*, defaults to 32):
             Rows of the training data that are held out as the target where no `target_dataset` is given.
         target_batch_size (`int`, *optional*):
@@ -76,6 +78,9 @@ class AlphaTokenArguments(_Settings):
     )
     kl_coef: float = field(
         default=0.0, metadata={"help": "Weight of a KL to the reference over all response tokens; SFT only."}
+    )
+    precondition: bool = field(
+        default=False, metadata={"help": "Value tokens by the step that Adam will take, not by one along the gradient."}
     )
     target_size: int = field(
         default=32, metadata={"help": "Training rows held out as the target where no target dataset is given."}

@@ -29,6 +29,9 @@ class AlphaTokenConfig:
             Size of the nudge, by its effect: root mean square change of the last hidden state, relative to its own
             root mean square, over response positions. By default the square root of the unit roundoff of the coarsest
             precision in use, where rounding and curvature balance: 2.4e-4 in float32, 0.063 in bf16.
+        threshold (`str`, *optional*, defaults to `"quantile"`):
+            `"quantile"` keeps the top `rho` share; `"zero"` keeps every token of positive value, however many these
+            are, and reads `rho` no further than that it is below 1.
         threshold_scope (`str`, *optional*, defaults to `"batch"`):
             Over what the (1 - rho) quantile is taken: `"batch"`, the response tokens of the micro-batch (of each
             branch, for pairs), or `"sequence"`, those of each sequence.
@@ -53,6 +56,7 @@ class AlphaTokenConfig:
     causal_window: int = 32
     estimator: Literal["ghost", "difference", "exact"] = "ghost"
     difference_rms: float | None = None
+    threshold: Literal["quantile", "zero"] = "quantile"
     threshold_scope: Literal["batch", "sequence"] = "batch"
     target_every: int = 1
     target_parts: int = 4
@@ -86,6 +90,7 @@ class AlphaTokenConfig:
                 f"difference_rms is {self.difference_rms!r}; it is the relative change that the nudge makes to the "
                 "last hidden state and must be in (0, 1]. Use None for the default of the compute precision."
             )
+        _check_choice("threshold", self.threshold, ("quantile", "zero"))
         _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
         _check_choice("fisher", self.fisher, ("factored", "dense"))
 

@@ -29,7 +29,7 @@ from .kl import Penalty, check_kl_coef
 from .replay import saved_tensors_hooked
 from .target import Target, estimate_target, in_parts
 from .values import TokenValues
-from .weights import Parts, alphatoken_weights, directions, estimator_of, select
+from .weights import Parts, alphatoken_weights, check_target, directions, estimator_of, select
 
 
 class _Gate(torch.autograd.Function):
@@ -114,6 +114,9 @@ class AlphaToken:
         fisher (`Fisher`, *optional*): from `estimate_fisher`. By default estimated at the first step from the target
             batches (or the first batch), with labels drawn from the reference's own predictions.
         config (`AlphaTokenConfig`, *optional*).
+        optimizer (`torch.optim.Optimizer`, *optional*): the Adam that takes the steps: tokens are then valued by the
+            step that it will take, whose scale differs by parameter, rather than by one along the gradient. Needs a
+            target.
 
     Raises:
         ValueError: the model cannot be valued; the message says why and what to do.
@@ -141,11 +144,14 @@ class AlphaToken:
         target: Target | Iterable[Mapping[str, Any]] | None = None,
         fisher: Fisher | None = None,
         config: AlphaTokenConfig | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
+        check_target(target, optimizer)
         self.model = model
         self.ref_model = ref_model
         self.config = config or AlphaTokenConfig()
         self.fisher = fisher
+        self.optimizer = optimizer
         self.target = target if isinstance(target, Target) else None
         self.target_batches: list[Mapping[str, Any]] | None = None
         if target is not None and not isinstance(target, Target):
@@ -292,7 +298,7 @@ class AlphaToken:
         else:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
-            parts = directions(scored, self.target, self._drift_fisher, self.ref_model)
+            parts = directions(scored, self.target, self._drift_fisher, self.ref_model, self.optimizer)
         blocks = scored.blocks if self.config.estimator != "difference" else []
         once = saved_tensors_hooked() or any([checkpointed(block) or draws_noise(block) for block in blocks])
         in_graph = keep is None and not once  # else the graph is not walked a second time, blocks are replayed

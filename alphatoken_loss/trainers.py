@@ -151,6 +151,8 @@ class AlphaTokenMixin(_Trainer):
             weights = self._selected(batch)
         elif self._gate is not None and self._gate.fisher is None and self._gate.config.stability_weight > 0:
             self._gate.fisher = self._estimate_fisher()
+        if self._gate is not None and self.alphatoken_args.precondition:
+            self._gate.optimizer = self.optimizer
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
         with self.alphatoken(batch, weights=weights, **kl) as step:

@@ -18,6 +18,7 @@ from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, Others, accumulation_dtype
 from .logps import token_logps
+from .precondition import preconditioned
 from .preference import LOSSES, check_loss, pair_logps, reference_logps
 from .replay import loss_gradients, rows_without_graph
 from .selection import keep_mask
@@ -37,6 +38,7 @@ def alphatoken_weights(
     target: TargetLike = None,
     fisher: Fisher | None = None,
     config: AlphaTokenConfig | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     beta: float = 0.1,
     return_values: Literal[False] = False,
 ) -> torch.Tensor: ...
@@ -51,6 +53,7 @@ def alphatoken_weights(
     target: TargetLike = None,
     fisher: Fisher | None = None,
     config: AlphaTokenConfig | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     beta: float = 0.1,
     return_values: Literal[True],
 ) -> tuple[torch.Tensor, TokenValues]: ...
@@ -64,6 +67,7 @@ def alphatoken_weights(
     target: TargetLike = None,
     fisher: Fisher | None = None,
     config: AlphaTokenConfig | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     beta: float = 0.1,
     return_values: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, TokenValues]:
@@ -83,6 +87,8 @@ def alphatoken_weights(
         fisher (`Fisher`, *optional*): the reference's Fisher. By default estimated on this one batch, from labels
             drawn from the reference's own predictions.
         config (`AlphaTokenConfig`, *optional*).
+        optimizer (`torch.optim.Optimizer`, *optional*): the Adam in training, for values of the step that it takes
+            rather than of a step along the gradient (precondition.py). Needs a target.
         beta (`float`): of the DPO loss whose errors value pairs, +omega d on chosen and -omega d on rejected answers.
         return_values (`bool`): return `(weights, TokenValues)`.
 
@@ -115,9 +121,10 @@ def alphatoken_weights(
     if target is not None and not isinstance(target, Target):
         target = estimate_target(model, scored, target)
     if target is None:
+        check_target(target, optimizer)
         Others.of(read)  # an error before the work
     loss_sum = _LossSum(model, ref_model, read, beta)
-    parts = directions(scored, target, fisher, ref_model)
+    parts = directions(scored, target, fisher, ref_model, optimizer)
     if target is None and config.estimator != "ghost":
         values = _against_others(model, scored, read, config, parts, loss_sum, apart=return_values)
     else:
@@ -165,21 +172,42 @@ def _against_others(
 def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
     """`(B, T)` bool at the labels: the tokens that are kept."""
     groups = batch.groups(config.threshold_scope).roll(1, 1)  # no row stands in the last column
+    if config.threshold == "zero":
+        return (groups >= 0) & (values.total > 0)
     return keep_mask(values.total, groups, rho=config.rho)
 
 
-def directions(scored: Scored, target: Target | None, fisher: Fisher | None, ref_model: nn.Module | None) -> Parts:
-    """Part of the value, "target" and "drift", whichever there are -> parameter name -> its gradient."""
+def check_target(target: object, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise ValueError for an optimizer without a target."""
+    if target is None and optimizer is not None:
+        raise ValueError(
+            "An optimizer was given without a target. The other sequences of a batch, which stand in for one, are not "
+            "preconditioned: pass target, or no optimizer."
+        )
+
+
+def directions(
+    scored: Scored,
+    target: Target | None,
+    fisher: Fisher | None,
+    ref_model: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Parts:
+    """Part of the value, "target" and "drift", whichever there are -> parameter name -> its gradient, as the optimizer
+    will scale it where one is given."""
     parts: Parts = {}
     if target is not None:
         target.check(scored)
         parts["target"] = target.gradients
     if fisher is not None:
         parts["drift"] = fisher.drift(scored, ref_model)
-    return {
+    parts = {
         name: {n: part[n].to(p.device, accumulation_dtype(p)) for n, p in scored.parameters.items()}
         for name, part in parts.items()
     }
+    if optimizer is not None:
+        parts.update(preconditioned(parts, scored.parameters, optimizer))
+    return parts
 
 
 def estimator_of(

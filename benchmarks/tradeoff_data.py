@@ -130,8 +130,8 @@ class Tasks:
         self.ends = self._ids(INSTRUCTION), self._ids(ANSWER)
         # Windows start where a line does, so that code looks like code.
         self.windows = {part: self._windows(getattr(texts, f"cpp_{part}")) for part in ("train", "validation", "test")}
-        self.prose = pieces(self.tokenizer, texts.prose_heldout, 32, 96)
-        self.code = pieces(self.tokenizer, texts.code_heldout, 96, 96)[::3]  # of more than one module
+        self.prose = pieces(self.tokenizer, texts.prose_heldout, 72, 96)[::3]  # of more than one document
+        self.code = pieces(self.tokenizer, texts.code_heldout, 72, 96)[::3]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
