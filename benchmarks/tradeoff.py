@@ -125,8 +125,8 @@ def preferences() -> Iterator[Setting]:
     yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
 
 
-# At the mild rate these; the others, and the 4-bit base, at the hot one alone.
-MILD = (
+# What the other settings are compared with, first in line and at the mild rate too; of clean answers and pairs MILD is.
+MAIN = (
     "all tokens",
     "random half",
     "validation mixed in",
@@ -144,22 +144,23 @@ MILD = (
     "L2 0.001",
     "L2 0.001 + difference",
 )
+MILD = ("all tokens", "difference", "difference, Adam's step")
 QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3 (paper)", "difference")
 
 
 def all_runs(quick: bool) -> list[tuple[Setting, float, int]]:
     """Setting, learning rate and seed; one seed after the other, so that what is there is balanced."""
-    groups = [*supervised(), *without_noise(), *preferences(), *in_nf4()]
-    runs = [
-        (setting, lr, seed)
-        for seed in range(SEEDS)
-        for setting in groups
-        for number, lr in enumerate(RATES[setting.task])
-        if number == 0 or (setting.name.rpartition(": ")[2] in MILD and not setting.nf4)
-    ]
+    main = [setting for setting in supervised() if setting.name in MAIN]
+    rest = [setting for setting in supervised() if setting.name not in MAIN]
+    hot, mild = RATES["sft"]
     if quick:
-        return [r for r in runs if r[0].name in QUICK and r[1] == RATES["sft"][0] and r[2] == 0]
-    return runs
+        return [(setting, hot, 0) for setting in main if setting.name in QUICK]
+    first = [(setting, lr) for setting in main for lr in (hot, mild)]
+    for setting in (*without_noise(), *preferences()):
+        rates = RATES[setting.task]
+        first += [(setting, lr) for lr in (rates if setting.name.partition(": ")[2] in MILD else rates[:1])]
+    second = [(setting, hot) for setting in (*rest, *in_nf4())]
+    return [(*one, seed) for group in (first, second) for seed in range(SEEDS) for one in group]
 
 
 def key_of(setting: Setting, lr: float, seed: int, plan: Plan, folder: Path) -> str:
