@@ -33,14 +33,14 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from llamas import RANK, SIZES, build, config_of, optimizer_of
+from arithmetic import budget
+from llamas import SIZES, build, optimizer_of
 from step_cost import EFFECTIVE, VALIDATION, batch_of, peak_bytes, uniform_fisher
 from torch import nn
-from transformers import LlamaConfig
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, dpo_loss, target_gradient
 from alphatoken_loss.batches import read_batch
-from alphatoken_loss.logps import _CHUNK_LOGITS, _trls_head, token_logps
+from alphatoken_loss.logps import _trls_head, token_logps
 from alphatoken_loss.preference import reference_logps
 
 Step = Callable[[], object]
@@ -197,55 +197,6 @@ def markdown(title: str, table: dict[str, Row]) -> str:
         figures = [f"{row[key]:.3f}" if key in row else "" for key in COLUMNS]
         goal = GOALS.get(name, "every row within 12 GiB" if (name, title[:6]) == ("plain", "8b dpo") else "")
         lines.append(f"| {name} | {' | '.join(figures)} | {row.get('error', goal)} |")
-    return "\n".join(lines)
-
-
-def kept_of_block(config: LlamaConfig, tokens: int) -> int:
-    """Bytes that autograd keeps of one block, without what is as narrow as the rank: the tests count them."""
-    kv = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    norms, inputs = 8 * config.hidden_size, 12 * config.hidden_size + 2 * config.intermediate_size  # float32; bf16
-    attention, mlp = 4 * config.hidden_size + 4 * kv, 6 * config.intermediate_size
-    return tokens * (norms + inputs + attention + mlp)
-
-
-def budget(size: str, task: str) -> str:
-    """Bytes by arithmetic, as a table: not a measurement. What cannot live at a time is not added."""
-    config, tokens = config_of(size), 2048
-    hidden, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    vocabulary, kv = config.vocab_size, config.num_key_value_heads * hidden // config.num_attention_heads
-    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
-    weights = blocks * sum(out * into for out, into in shapes)
-    lora = blocks * sum(RANK * (out + into) for out, into in shapes)
-    tables = 1 if config.tie_word_embeddings else 2
-    chunk = max(1, _CHUNK_LOGITS // vocabulary)
-    head = 16 * chunk * vocabulary + 2 * lora  # logits 2 + 4, log-softmax 4, gradients 4 + 2; autocast's adapter copies
-    block = kept_of_block(config, tokens)
-    passing = 2 * inner * hidden + 8 * tokens * inner  # one dequantised weight, two float32 states of the MLP
-    states, gradients = 2 * tokens * hidden * blocks, 4 * lora
-    plain = {
-        "NF4 weights, 4 bits": weights / 2,
-        "their constants, 8 bits to 64 and 32 bits to 64 x 256 weights": weights / 64 + 4 * weights / (64 * 256),
-        "embeddings, head and norms, bf16": 2 * hidden * (tables * vocabulary + 2 * blocks + 1),
-        "adapters, float32": 4 * lora,
-        "optimizer, two 8-bit moments (paged: not the allocator's)": 2 * lora + 8 * lora / 256,
-        f"the larger of checkpoints, a bf16 state a block ({states / GIB:.3f}), and adapter gradients, float32 "
-        f"({gradients / GIB:.3f}): one goes as the other comes": max(states, gradients),
-        f"the larger of the head, {chunk} rows of logits and the adapters' bf16 copies ({head / GIB:.3f}), and one "
-        f"block's activations with what passes ({(block + passing) / GIB:.3f})": max(head, block + passing),
-    }
-    scored = 3 * lora / blocks
-    gates = {
-        "ghost, K=3, adds at most: target, its and the drift's direction in three blocks; float32 copies of one "
-        "linear's input and error; two states": 12 * scored + 4 * tokens * (inner + hidden) + 4 * tokens * hidden,
-        "difference, all, adds at most: target, factored Fisher; two states (the direction and the nudged copy are "
-        "gone before checkpoints are made)": 4 * lora + 4 * lora / RANK + 4 * tokens * hidden,
-    }
-    total = sum(plain.values())
-    shape = "a pair of 1,024 tokens each" if task == "dpo" else "1 x 2,048 tokens"
-    lines = [f"| {size} {task}, {shape}: **arithmetic, not a measurement** | GiB |", "|---|---|"]
-    lines += [f"| {what} | {number / GIB:.3f} |" for what, number in plain.items()]
-    lines += [f"| **plain step** | **{total / GIB:.3f}** |"]
-    lines += [f"| {what}: ratio {1 + number / total:.3f} | {number / GIB:.3f} |" for what, number in gates.items()]
     return "\n".join(lines)
 
 

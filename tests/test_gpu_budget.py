@@ -16,6 +16,8 @@ from checks import assert_close
 from peft.tuners import lora
 from transformers import LlamaForCausalLM
 
+from alphatoken_loss import logps
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BARE = """
 import runpy, sys
@@ -30,10 +32,11 @@ runpy.run_path({folder!r} + "/gpu_budget.py", run_name="__main__")
 def scripts():
     sys.path.insert(0, str(BENCHMARKS))
     try:
+        import arithmetic
         import gpu_budget
         import llamas
 
-        yield gpu_budget, llamas
+        yield gpu_budget, llamas, arithmetic
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -68,9 +71,8 @@ def test_all_rows_without_trl_and_datasets(tmp_path):
 
 def test_out_of_memory_is_a_row(scripts, monkeypatch):
     """Of one kind of step, early and late, and of the plain one; the others go on."""
-    gpu_budget, llamas = scripts
+    gpu_budget, llamas, _ = scripts
     model = llamas.build("tiny", torch.device("cpu"))
-    steps = gpu_budget.Bench.step
     monkeypatch.setattr(gpu_budget, "peak_bytes", lambda step: (step(), 1)[1])
     for failing, after in (("ghost", 0), ("ghost", 3), ("plain", 0)):
         calls = []
@@ -80,7 +82,6 @@ def test_out_of_memory_is_a_row(scripts, monkeypatch):
                 calls.append(0)
                 if len(calls) > after:
                     raise torch.OutOfMemoryError
-            steps(self, gate)
 
         monkeypatch.setattr(gpu_budget.Bench, "step", step)
         bench = gpu_budget.Bench(model, "tiny", "dpo", "adapters", torch.device("cpu"))
@@ -115,7 +116,7 @@ def test_shapes_are_llamas(size, parameters, scripts):
 
 def test_the_model_is_what_its_weights_make(scripts):
     """Rotary frequencies, quantisation, dtypes, ties: beside a float32 model of the dequantised weights."""
-    _, llamas = scripts
+    _, llamas, _ = scripts
     llamas.SIZES["tied"] = (*llamas.SIZES["tiny"][:6], True, 32.0)
     for size in ("tiny", "tied"):
         model = llamas.build(size, torch.device("cpu"))
@@ -145,7 +146,7 @@ def test_the_model_is_what_its_weights_make(scripts):
 
 
 def test_what_a_block_keeps(scripts):
-    gpu_budget, llamas = scripts
+    _, llamas, arithmetic = scripts
     llamas.SIZES["wide"] = (512, 1, 1792, 8, 2, 64, False, 8.0)
     model = llamas.build("wide", torch.device("cpu"))
     base, tokens = model.get_base_model().model, 256
@@ -164,8 +165,34 @@ def test_what_a_block_keeps(scripts):
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *positions)}
     copies = 2 * sum(p.numel() for p in block.parameters() if p.requires_grad)  # of adapters, counted apart
     found = sum(size for place, size in kept.items() if place not in own) - copies
-    assert 0.98 < found / gpu_budget.kept_of_block(llamas.config_of("wide"), tokens) < 1.05
+    assert 0.98 < found / arithmetic.kept_of_block(llamas.config_of("wide"), tokens) < 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary, chunk", [(2048, 16), (4096, 192)])  # the peak is in the blocks; at the head
+def test_the_arithmetic_beside_measured_peaks(vocabulary, chunk, scripts, monkeypatch):
+    gpu_budget, llamas, arithmetic = scripts
+    llamas.SIZES["small"] = (256, 6, 896, 8, 2, vocabulary, False, 8.0)
+    tokens, make = 256, gpu_budget.batch_of
+
+    def shorter(shape, rows, **options):
+        shape.length = tokens
+        return make(shape, rows, **options)
+
+    monkeypatch.setattr(gpu_budget, "batch_of", shorter)
+    monkeypatch.setattr(logps, "_trls_head", lambda: None)
+    monkeypatch.setattr(logps, "_CHUNK_LOGITS", chunk * vocabulary)
+    model = llamas.build("small", torch.device("cpu"))
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert arithmetic.adapter_parameters(model.config) == lora
+    bench = gpu_budget.Bench(model, "small", "sft", "precomputed", torch.device("cpu"))
+    expected = arithmetic.within_steps(model.config, tokens, chunk)
+    held = {"plain": 0, "ghost, K=3": 4 * lora / 2, "difference, all": 4 * lora * (1 + 1 / 16)}  # from before the step
+    for (name, before), (whole, _) in zip(held.items(), expected.values(), strict=True):
+        step = bench.named(name)
+        step()
+        assert gpu_budget.peak_bytes(step) == pytest.approx(whole - before, rel=0.08), name
 
 
 def test_results_hold_the_arithmetic_of_the_script(scripts):
-    assert scripts[0].budget("8b", "dpo") in (BENCHMARKS / "RESULTS.md").read_text()
+    assert scripts[2].budget("8b", "dpo") in (BENCHMARKS / "RESULTS.md").read_text()
