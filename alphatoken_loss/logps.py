@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from .batches import IGNORE, Batch
-from .blocks import causal_lm, learns_prompts
+from .blocks import causal_lm, find_decoder, learns_prompts
+
+_CHUNK_LOGITS = 2**25  # that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
 
 
 def token_logps(
@@ -20,8 +27,9 @@ def token_logps(
 
     Args:
         labels (`torch.Tensor`, *optional*): `(B, T)`, by default the batch's.
-        fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits. By default
-            where it saves memory: its kernels are for accelerators, and compute in float32.
+        fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits, or where TRL
+            is not installed chunks of rows, whose logits are computed again in the backward. By default where that
+            saves memory: TRL's kernels are for accelerators, and compute in float32.
 
     Returns:
         `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model), 0 where the label is -100 and in column 0.
@@ -52,22 +60,91 @@ def _fused_pays(model: nn.Module) -> bool:
 
 def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The same from logits `(B, T, vocabulary)`; labels are shifted rather than logits, which would be copied."""
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
-    flat = logits.flatten(0, 1)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
-    logps = -F.cross_entropy(flat, following.flatten(), ignore_index=IGNORE, reduction="none")
+    following = _following(labels).to(logits.device)
+    logps = _scores(logits.flatten(0, 1), following.flatten())
     return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
+
+
+def logits_of_hidden(base: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The causal LM's logits `(..., vocabulary)` from last hidden states `(..., hidden)`, as its own forward has them.
+
+    Args:
+        base (`nn.Module`): the transformers model itself (`causal_lm`).
+    """
+    config = base.config.get_text_config()  # type: ignore[operator, union-attr]
+    logits = base.get_output_embeddings()(hidden)  # type: ignore[operator]
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        scale = getattr(config, name, None)
+        logits = logits if scale is None else logits * scale
+    scaling = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X means a factor by it
+    if scaling is not None:
+        logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _following(labels: torch.Tensor) -> torch.Tensor:
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _scores(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return -F.cross_entropy(logits, following, ignore_index=IGNORE, reduction="none")
+
+
+@dataclass
+class _LogProbs(ModelOutput):
+    log_probs: torch.Tensor | None = None
+
+
+def chunked_logps(base: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `(B, T - 1)` of `labels[:, 1:]` from last hidden states, a chunk of rows at a time.
+
+    Only rows before a label meet the head, as in TRL's, at the price of a wait for their number. Each chunk's logits
+    are gone after its forward and again after its backward.
+    """
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    hidden, following = hidden[:, :-1].to(head.weight.device), labels[:, 1:].to(head.weight.device)
+    counts = following != IGNORE
+    size = max(1, _CHUNK_LOGITS // head.weight.shape[0])
+
+    def score(rows: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        return _scores(logits_of_hidden(base, rows), following)
+
+    found = [
+        checkpoint(score, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden[counts].split(size), following[counts].split(size), strict=True)
+    ]
+    logps = torch.cat(found)
+    return logps.new_zeros(counts.shape).masked_scatter(counts, logps)  # with a graph, even where nothing counts
+
+
+@functools.cache
+def _trls_head() -> Callable[[nn.Module], None] | None:
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return None
+    return add_fused_lm_head
+
+
+def _add_chunked_head(base: nn.Module) -> None:
+    """What TRL's `add_fused_lm_head` does, with `chunked_logps`: set `forward` on the instance."""
+
+    def forward(*args: Any, labels: torch.Tensor, fused_lm_head: bool, **kwargs: Any) -> _LogProbs:
+        hidden = find_decoder(base)(*args, **kwargs).last_hidden_state
+        return _LogProbs(chunked_logps(base, hidden, labels))
+
+    base.forward = forward
 
 
 @contextlib.contextmanager
 def _fused_head(model: nn.Module) -> Iterator[None]:
-    """TRL's fused LM head for the time of one forward: `add_fused_lm_head` sets `forward` on the instance."""
-    from trl.trainer.utils import add_fused_lm_head
-
+    """A head that yields log-probabilities, for the time of one forward."""
     base = causal_lm(model)
     before = base.__dict__.get("forward")
     try:
-        add_fused_lm_head(base)
+        (_trls_head() or _add_chunked_head)(base)
         yield
     finally:
         if before is None:
