@@ -22,11 +22,10 @@ from torch import nn
 from .batches import Batch
 from .blocks import causal_lm, find_decoder, learns_prompts, reference_mode, unwrap, without_noise
 from .ghost import accumulation_dtype
+from .logps import logits_of_hidden
 from .replay import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, unhooked
 
 _ROWS, _LOGITS = 256, 2**25  # of which logits live at a time, and at most how many logits
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def check_kl_coef(kl_coef: float) -> None:
@@ -37,21 +36,6 @@ def check_kl_coef(kl_coef: float) -> None:
             f"kl_coef is {kl_coef!r}; it is the weight of the KL to the reference beside the loss and must be a finite "
             "number of at least 0. Use 0 for no penalty."
         )
-
-
-def logits_of_hidden(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """A causal LM's logits `(..., vocabulary)` from its last hidden state: the head, and what some put behind it."""
-    base = causal_lm(model)
-    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
-    logits: torch.Tensor = base.get_output_embeddings()(hidden)  # type: ignore[operator]
-    scale = next((s for s in (getattr(config, name, None) for name in _MULTIPLIERS) if s is not None), None)
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    if scale is not None:
-        logits = logits * scale
-    cap = next((c for c in (getattr(config, name, None) for name in _CAPS) if c is not None), None)
-    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class _Attached(torch.autograd.Function):

@@ -18,6 +18,8 @@ from .batches import IGNORE, Batch
 from .blocks import causal_lm, find_decoder, learns_prompts
 
 _CHUNK_LOGITS = 2**25  # that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def token_logps(
@@ -65,22 +67,19 @@ def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
 
 
-def logits_of_hidden(base: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The causal LM's logits `(..., vocabulary)` from last hidden states `(..., hidden)`, as its own forward has them.
-
-    Args:
-        base (`nn.Module`): the transformers model itself (`causal_lm`).
-    """
-    config = base.config.get_text_config()  # type: ignore[operator, union-attr]
-    logits = base.get_output_embeddings()(hidden)  # type: ignore[operator]
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
-        scale = getattr(config, name, None)
-        logits = logits if scale is None else logits * scale
-    scaling = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X means a factor by it
-    if scaling is not None:
-        logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+def logits_of_hidden(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A causal LM's logits `(..., vocabulary)` from its last hidden state: the head, and what some put behind it."""
+    base = causal_lm(model)
+    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+    logits: torch.Tensor = base.get_output_embeddings()(hidden)  # type: ignore[operator]
+    scale = next((s for s in (getattr(config, name, None) for name in _MULTIPLIERS) if s is not None), None)
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X means a factor by it
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    if scale is not None:
+        logits = logits * scale
+    cap = next((c for c in (getattr(config, name, None) for name in _CAPS) if c is not None), None)
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _following(labels: torch.Tensor) -> torch.Tensor:

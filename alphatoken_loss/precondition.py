@@ -64,6 +64,6 @@ def _second_moment(optimizer: torch.optim.Optimizer, name: str, parameter: torch
             second = dequantize_blockwise(second, absmax=state["absmax2"], code=state["qmap2"], blocksize=256)
         return second.detach().float().view(parameter.shape)
     raise ValueError(
-        f"The {type(optimizer).__name__} keeps no second moment (exp_avg_sq, or bitsandbytes' state2) of {name}; what it "
-        f"keeps is {sorted(map(str, state)) or 'empty'}. Give the Adam that trains this parameter, or no optimizer."
+        f"The {type(optimizer).__name__} keeps no second moment of {name} (exp_avg_sq, or bitsandbytes' state2), but "
+        f"{sorted(map(str, state)) or 'nothing'}. Give the Adam that trains this parameter, or no optimizer."
     )

@@ -28,7 +28,7 @@ from alphatoken_loss import (
     random_weights,
     sft_loss,
 )
-from alphatoken_loss.kl import logits_of_hidden
+from alphatoken_loss.logps import logits_of_hidden
 
 COEF = 0.3
 KINDS = ("none", "right", "left", "ragged", "full", "packed")
