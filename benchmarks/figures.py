@@ -92,7 +92,7 @@ def plot(results: Results, path: str) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
     left, middle, right = axes
-    for (rate, sections), style in zip(results.items(), ("-", "--", ":"), strict=False):
+    for sections, style in zip(results.values(), ("-", "--", ":"), strict=False):
         for number, (name, label) in enumerate(SHOWN.items()):
             at = sections.get("estimators", {}).get(name, {}).get("total", {})
             steps = [step for step in at if step != "all"]
