@@ -118,6 +118,8 @@ class Fishers:
         return estimate_fisher(self.model, ids, max_new_tokens=32, batch_size=128, config=config)
 
     def measure(self, run: Run, moment: int, figures: Figures) -> None:
+        if moment == 0:
+            return  # nothing has drifted
         batch, target = run.noisy(16), run.target()
         wanted = values_of(run.model, batch, EXACT, target, self.large)
         compared = {f"large set, {self.large.prompts} prompts, factored": self.large.factored()}
@@ -244,20 +246,19 @@ def main(argv: list[str] | None = None) -> None:
     wide = "fisher" in args.sections and not args.quick
     fishers = Fishers(base, PROMPTS if wide else {8: 1, 128: 1}, 1024 if wide else 128)
     fisher = fishers.sets[128][0].factored()
-    runs = [Run(base, fisher, rate, seed) for rate in args.learning_rates for seed in range(args.seeds)]
+    runs = [Run(base, fisher, rate, seed) for seed in range(args.seeds) for rate in args.learning_rates]
     figures = Figures()
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         for found in pool.map(measure, runs, repeat(args), repeat(fishers)):
             figures.merge(found)
-    results = figures.results()
+            if args.json:  # after each run, so that an interrupted measurement leaves something
+                settings = {"date": str(date.today()), "machine": about, "settings": vars(args), "columns": COLUMNS}
+                with open(args.json, "w") as file:
+                    json.dump({**settings, "results": figures.results()}, file)
     for section in args.sections:
-        print_section(results, section)
-    if args.json:
-        settings = {"date": str(date.today()), "machine": about, "settings": vars(args), "columns": COLUMNS}
-        with open(args.json, "w") as file:
-            json.dump({**settings, "results": results}, file)
+        print_section(figures.results(), section)
     if args.plot:
-        plot(results, args.plot)
+        plot(figures.results(), args.plot)
 
 
 if __name__ == "__main__":
