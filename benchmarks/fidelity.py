@@ -1,6 +1,6 @@
 """How well token values agree with exact ones, and what their inputs (target, Fisher) must be like.
 
-    python benchmarks/fidelity.py                                   # both learning rates; ten minutes on one core
+    python benchmarks/fidelity.py                                   # both learning rates; some ten minutes of one core
     python benchmarks/fidelity.py --quick                           # a minute or two, one seed
     python benchmarks/fidelity.py --sections age validation --learning-rates 3e-4
     python benchmarks/fidelity.py --pretrain-steps 0                # on a randomly initialised model
@@ -208,10 +208,10 @@ def measure(run: Run, args: argparse.Namespace, fishers: Fishers) -> Figures:
     at = {section: args.moments for section in of} | {"age": AGED, "refresh": REFRESHED}
     at = {section: [step for step in at[section] if step <= max(args.moments)] for section in args.sections}
     figures = Figures(run.learning_rate)
-    for step, batch in run.steps(max(map(max, at.values()))):
+    for step, batch in run.steps(max((step for steps in at.values() for step in steps), default=0)):
         if any(step + steps in at.get("age", ()) for steps in AGES):
             run.past[step] = run.target()
-        if step <= max(at.get("refresh", (-1,))):
+        if step <= max(at.get("refresh", ()), default=-1):
             schedules.follow(step, batch, figures)
         for section in of:
             if step in at.get(section, ()):

@@ -62,7 +62,7 @@ def _summary(samples: list[tuple[float, float]]) -> list[float]:
 
 def print_section(results: Results, section: str) -> None:
     for rate, sections in results.items():
-        rows = {f"{name}, {part}": at for name, parts in sections[section].items() for part, at in parts.items()}
+        rows = {f"{name}, {part}": at for name, parts in sections.get(section, {}).items() for part, at in parts.items()}
         steps = list(dict.fromkeys(step for at in rows.values() for step in at if step != "all"))
         steps = [*sorted(steps, key=int), "all"] if section != "refresh" else ["all"]
         print(f"\n{section}, learning rate {rate}: Spearman +- sd, same half in %, by optimizer step")
