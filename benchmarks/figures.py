@@ -62,15 +62,16 @@ def _summary(samples: list[tuple[float, float]]) -> list[float]:
 
 def print_section(results: Results, section: str) -> None:
     for rate, sections in results.items():
-        rows = {f"{name}, {part}": at for name, parts in sections.get(section, {}).items() for part, at in parts.items()}
+        found = sections.get(section, {})
+        rows = {f"{name}, {part}": at for name, parts in found.items() for part, at in parts.items()}
         steps = list(dict.fromkeys(step for at in rows.values() for step in at if step != "all"))
         steps = [*sorted(steps, key=int), "all"] if section != "refresh" else ["all"]
         print(f"\n{section}, learning rate {rate}: Spearman +- sd, same half in %, by optimizer step")
-        print(f"{'':44}" + "".join(f"{step:>20}" for step in steps))
+        print(f"{'':52}" + "".join(f"{step:>20}" for step in steps))
         for name, at in rows.items():
             cells = [at.get(step) for step in steps]
             shown = [f"{c[0]:.3f} +-{c[1]:.3f} {100 * c[2]:3.0f}" if c else "" for c in cells]
-            print(f"{name:44}" + "".join(f"{text:>20}" for text in shown), flush=True)
+            print(f"{name:52}" + "".join(f"{text:>20}" for text in shown), flush=True)
 
 
 SHOWN = {
