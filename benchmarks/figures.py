@@ -107,6 +107,7 @@ def plot(results: Results, path: str) -> None:
     left.set(title="Total, by estimator", xlabel="optimizer steps", ylabel="Spearman")
     middle.set(title="Adaptation, by age of the target", xlabel="age in optimizer steps")
     right.set(title="Adaptation, by validation set", xlabel="validation sequences")
+    left.set_ylim(0, 1.02)
     left.legend(loc="lower right", fontsize=9)
     for axis in axes:
         axis.grid(alpha=0.3)
