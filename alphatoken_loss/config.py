@@ -44,7 +44,7 @@ class AlphaTokenConfig:
         target_decay (`float` or `None`, *optional*, defaults to 0.5):
             Share that the running average keeps of what it held, in [0, 1). `None` makes every estimate anew from all
             sequences of the target, whatever `target_parts` says. At equal overhead a part a step followed exact values
-            better than all of them every four: benchmarks/target_refresh.py.
+            better than all of them every four: benchmarks/fidelity.py.
         fisher (`str`, *optional*, defaults to `"factored"`):
             Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
             d_out + d_in floats a layer) or `"dense"` (d_out x d_in floats a layer).

@@ -1,173 +1,264 @@
-"""How well the estimators rank tokens beside exact first-order values over all blocks. Some minutes on two cores.
+"""How well token values agree with exact ones, and what their inputs (target, Fisher) must be like.
 
-    python benchmarks/fidelity.py
-    python benchmarks/fidelity.py --pretrain-steps 0     # on a randomly initialised model
+    python benchmarks/fidelity.py                                   # both learning rates; some ten minutes of one core
+    python benchmarks/fidelity.py --quick                           # a minute or two, one seed
+    python benchmarks/fidelity.py --sections age validation --learning-rates 3e-4
+    python benchmarks/fidelity.py --pretrain-steps 0                # on a randomly initialised model
 
 What masking token t takes away is the gradient of its own loss, so its exact value is <grad l_t, D>, with
-D = target + lambda * drift over the scored adapter parameters: estimator="exact", in float32. A small Llama (bytes as
-tokens) is trained on Python source of the standard library, then a LoRA adapter on arithmetic in words; at several
-moments of that tuning the script prints Spearman's rank correlation and the overlap of the kept halves, of the ghost
-estimator and of the difference estimator at its default step and at steps from 0.0003 to 1, in float32, under bf16
-autocast, and on an NF4 base (beside exact values on that base).
+D = target + lambda * drift over the scored adapter parameters: estimator="exact" over all blocks, in float32. Setting:
+benchmarks/small.py. Along each tuning run, at several optimizer steps, Spearman's rank correlation and the share of a
+batch's response tokens on the same side of the median are measured (`--sections`):
+
+    estimators  ghost (K last blocks, W with and without the causal terms), exact over the last 3 blocks, and difference
+                at its default step and others, in float32, under bf16 autocast and on an NF4 base (beside exact values
+                on that base), beside exact values
+    fisher      exact drift values and totals by the Fisher of n prompts, dense and factored, and by the one that no
+                prompts are needed for (labels drawn at the validation sequences), beside the dense one of 1,024 others
+    age         exact values (adaptation) by a target of so many optimizer steps ago beside those by a fresh one
+    refresh     exact values (adaptation) by schedules of the target, beside those by a fresh one of the same 32
+                sequences, and of 256 others; every fifth step of 10 to 45
+    validation  exact values (adaptation) by the target of n sequences beside those by 256 others
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import sysconfig
-import tempfile
+import json
+import platform
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from pathlib import Path
+from itertools import repeat
+from multiprocessing import get_context
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from figures import COLUMNS, Figures, plot, print_section
+from small import Batch, Run, counted, in_nf4, joined, last_blocks, pretrained, source_batch, with_adapter
 
 from alphatoken_loss import (
     AlphaToken,
     AlphaTokenConfig,
     Fisher,
+    Target,
+    TokenValues,
     alphatoken_weights,
     estimate_fisher,
-    sft_loss,
-    target_gradient,
 )
-from alphatoken_loss.blocks import find_scored
 
-Batch = dict[str, torch.Tensor]
-LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+EXACT = AlphaTokenConfig(estimator="exact")
+ADAPTATION = AlphaTokenConfig(estimator="exact", stability_weight=0)
 EFFECTS = (None, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+AGES = (1, 2, 4, 8, 16)
+AGED = range(20, 151, 26)  # optimizer steps at which ages are compared; values swing with AdamW, so not at one phase
+SETS = {8: 3, 16: 3, 32: 3, 64: 2, 128: 1}  # validation sequences -> disjoint sets of so many
+PROMPTS = {8: 2, 32: 2, 128: 2, 512: 1}  # Fisher prompts -> disjoint sets of so many
+PARTS = ("adaptation", "stability", "total")
+REFRESHED = range(10, 50, 5)  # optimizer steps at which schedules are compared: every age up to 8 as often
 
 
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    ranks = torch.stack([values.argsort().argsort().double() for values in (a, b)])
-    return torch.corrcoef(ranks)[0, 1].item()
+def values_of(
+    model: torch.nn.Module, batch: Batch, config: AlphaTokenConfig, target: Target, fisher: Fisher | None = None
+) -> TokenValues:
+    _, values = alphatoken_weights(model, None, batch, target=target, fisher=fisher, config=config, return_values=True)
+    return values
 
 
-def source_batches(length: int, size: int, generator: torch.Generator) -> Batch:
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:80])
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    starts = torch.randint(0, len(data) - length, (size,), generator=generator)
-    ids = torch.stack([data[start : start + length] for start in starts]).long()
-    return {"input_ids": ids, "labels": ids.clone()}
+def in_training(
+    model: torch.nn.Module, batch: Batch, config: AlphaTokenConfig, target: Target, fisher: Fisher | None = None
+) -> torch.Tensor:
+    """Totals as a training step has them."""
+    alphatoken = AlphaToken(model, target=target, fisher=fisher, config=config)
+    with alphatoken(batch):
+        loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    model.zero_grad()
+    assert alphatoken.values is not None
+    return alphatoken.values.total
 
 
-def sum_batches(length: int, size: int, generator: torch.Generator, noise: float) -> Batch:
-    """Sums in words of digits, e.g. `# 17 + 58\\nresult = 75`; a share of the answer's bytes may be random."""
-    rows, labels = [], []
-    for _ in range(size):
-        a, b = torch.randint(0, 100, (2,), generator=generator).tolist()
-        prompt = f"# {a} + {b}\n".encode()
-        answer = f"result = {a + b}  # the sum of {a} and {b}\n".encode()[: length - len(prompt)]
-        noisy = bytearray(answer)
-        for i in range(len(noisy)):
-            if torch.rand((), generator=generator) < noise:
-                noisy[i] = int(torch.randint(32, 127, (), generator=generator))
-        row = prompt + bytes(noisy)
-        rows.append(F.pad(torch.tensor(list(row)), (0, length - len(row))))
-        labels.append(F.pad(torch.tensor([-100] * len(prompt) + list(noisy)), (0, length - len(row)), value=-100))
-    mask = torch.stack([torch.arange(length) < (row != 0).sum() for row in rows]).long()
-    return {"input_ids": torch.stack(rows), "attention_mask": mask, "labels": torch.stack(labels)}
+def estimators(run: Run, moment: int, figures: Figures) -> None:
+    batch, target = run.noisy(16), run.target()
+    exact = values_of(run.model, batch, EXACT, target, run.fisher)
+    configs = {"exact, K=3": AlphaTokenConfig(estimator="exact", num_layers=3)}
+    for layers in (1, 3, "all"):
+        for window in (32, 0):
+            options = {"num_layers": layers, "causal_window": window}
+            configs[f"ghost, K={layers}, W={window}"] = AlphaTokenConfig(**options)  # type: ignore[arg-type]
+    for name, config in configs.items():
+        found = values_of(run.model, batch, config, target, last_blocks(run.fisher, config.scored_layers))
+        for part in PARTS:
+            figures.add(("estimators", name, part), moment, getattr(found, part), getattr(exact, part), counted(batch))
+    quantised = in_nf4(run.model)
+    target_nf4 = run.target(model=quantised)
+    exact_nf4 = values_of(quantised, batch, EXACT, target_nf4, run.fisher)
+    for precision in ("float32", "bf16 autocast", "nf4"):
+        nf4 = precision == "nf4"
+        for effect in EFFECTS[: 1 if nf4 or run.seed else None]:
+            config = AlphaTokenConfig(estimator="difference", difference_rms=effect)
+            given = (quantised, batch, config, target_nf4) if nf4 else (run.model, batch, config, target)
+            with torch.autocast("cpu", torch.bfloat16) if "bf16" in precision else contextlib.nullcontext():
+                found_total = in_training(*given, run.fisher)
+            key = ("estimators", f"difference, {precision}, {effect or 'default'}", "total")
+            figures.add(key, moment, found_total, (exact_nf4 if nf4 else exact).total, counted(batch))
 
 
-def train(model: torch.nn.Module, batches: object, steps: int, learning_rate: float, name: str) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    for _ in (bar := tqdm(range(steps), desc=name)):
-        loss = sft_loss(model, batches())  # type: ignore[operator]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+class Fishers:
+    """Fishers of disjoint prompt sets, made once: they belong to the base."""
+
+    def __init__(self, base: torch.nn.Module, sets: dict[int, int], large: int) -> None:
+        self.model = with_adapter(base)
+        self.generator = torch.Generator().manual_seed(1000)
+        self.sets = {n: [self.of(n) for _ in range(count)] for n, count in sets.items()}
+        self.large = self.of(large)
+
+    def of(self, prompts: int) -> Fisher:
+        ids = source_batch(prompts, self.generator, 32)["input_ids"].tolist()
+        config = AlphaTokenConfig(estimator="exact", fisher="dense")
+        return estimate_fisher(self.model, ids, max_new_tokens=32, batch_size=128, config=config)
+
+    def measure(self, run: Run, moment: int, figures: Figures) -> None:
+        if moment == 0:
+            return  # nothing has drifted
+        batch, target = run.noisy(16), run.target()
+        wanted = values_of(run.model, batch, EXACT, target, self.large)
+        compared = {f"large set, {self.large.prompts} prompts, factored": self.large.factored()}
+        compared["validation sequences, factored"] = estimate_fisher(
+            run.model, run.validation[:4], config=EXACT, generate=False, progress=False
+        )
+        for n, found in self.sets.items():
+            for number, fisher in enumerate(found):
+                compared |= {
+                    f"{n} prompts, dense|{number}": fisher,
+                    f"{n} prompts, factored|{number}": fisher.factored(),
+                }
+        for name, fisher in compared.items():
+            values = values_of(run.model, batch, EXACT, target, fisher)
+            for part in ("stability", "total"):
+                key = ("fisher", name.split("|")[0], part)
+                figures.add(key, moment, getattr(values, part), getattr(wanted, part), counted(batch))
 
 
-def small_model(pretrain_steps: int, generator: torch.Generator) -> PeftModel:
-    """Six blocks, bytes as tokens, trained on Python source, with a fresh adapter."""
-    torch.manual_seed(generator.initial_seed())
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config)
-    train(model, lambda: source_batches(96, 16, generator), pretrain_steps, 2e-3, "pretraining")
-    return get_peft_model(model, LORA).train()  # type: ignore[return-value]
+def age(run: Run, moment: int, figures: Figures) -> None:
+    batch = run.noisy(16)
+    fresh = values_of(run.model, batch, ADAPTATION, run.target()).total
+    for steps in AGES:
+        found = values_of(run.model, batch, ADAPTATION, run.past[moment - steps]).total
+        figures.add(("age", f"{steps} steps old", "adaptation"), moment, found, fresh, counted(batch))
 
 
-def in_nf4(model: torch.nn.Module) -> torch.nn.Module:
-    """The same base in NF4, computing in float32, with the same adapter."""
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    base = copy.deepcopy(model).unload()  # type: ignore[operator]
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
-    quantised = get_peft_model(base, LORA).train()
-    set_peft_model_state_dict(quantised, get_peft_model_state_dict(model))
-    return quantised
+def validation(run: Run, moment: int, figures: Figures) -> None:
+    batch = run.noisy(16)
+    wanted = values_of(run.model, batch, ADAPTATION, run.target(run.large)).total
+    eights = [run.target([eight]) for eight in run.validation]
+    for n, sets in SETS.items():
+        for number in range(sets):
+            target = joined(eights[number * n // 8 : (number + 1) * n // 8])
+            found = values_of(run.model, batch, ADAPTATION, target).total
+            figures.add(("validation", f"{n} sequences", "adaptation"), moment, found, wanted, counted(batch))
 
 
-def report(name: str, found: torch.Tensor, exact: torch.Tensor, counted: torch.Tensor, moment: int) -> None:
-    kept, best = (values[counted] >= values[counted].median() for values in (found, exact))
-    agree = (kept == best).double().mean().item()
-    print(f"{moment:12}  {name:32}{spearman(found[counted], exact[counted]):10.4f}{agree:14.3f}", flush=True)
+class Refresh:
+    """Schedules of the target along one run, as `AlphaToken` keeps them, from one set of gradients a step."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.targets: dict[str, Target] = {}
+        # Sequences in all, optimizer steps between two estimates, share kept (None: an estimate from all of them).
+        self.schedules: dict[str, tuple[int, int, float | None]] = {
+            f"all 32, every {every}": (32, every, None) for every in (1, 2, 4, 8)
+        }
+        for size, every, decay in (
+            (32, 1, 0.0),
+            (32, 1, 0.5),
+            (32, 1, 0.75),
+            (32, 2, 0.5),
+            (128, 1, 0.5),
+            (128, 1, 0.75),
+        ):
+            self.schedules[f"8 of {size}, every {every}, {decay} kept"] = (size, every, decay)
+
+    def follow(self, step: int, batch: Batch, figures: Figures) -> None:
+        """Before an optimizer step: bring every target up to date, and compare where it is time."""
+        run = self.run
+        parts = run.validation if step == 0 else [*run.validation[:4], run.validation[(step - 1) % 16]]
+        eights = [run.target([part]) for part in parts]
+        for name, (size, every, decay) in self.schedules.items():
+            if step == 0 or (decay is None and step % every == 0):
+                whole = joined(eights[: size // 8])
+                # The first of a running average is worth as much as one of those that follow.
+                self.targets[name] = whole if decay is None else Target(whole.gradients, whole.tokens * 8 / size)
+            elif decay is not None and step % every == 0:
+                newer = eights[-1] if size == 128 else eights[(step // every - 1) % 4]
+                self.targets[name] = self.targets[name].averaged(newer, decay)
+        if step not in REFRESHED:
+            return
+        wanted = {"the same 32": self.targets["all 32, every 1"], "256 others": run.target(run.large)}
+        truths = {name: values_of(run.model, batch, ADAPTATION, target).total for name, target in wanted.items()}
+        for name, target in self.targets.items():
+            found = values_of(run.model, batch, ADAPTATION, target).total
+            for beside, truth in truths.items():
+                figures.add(("refresh", name, f"beside {beside}"), step, found, truth, counted(batch))
+
+
+def measure(run: Run, args: argparse.Namespace, fishers: Fishers) -> Figures:
+    """One run, with the sections that are asked for."""
+    schedules = Refresh(run)
+    of = {"estimators": estimators, "fisher": fishers.measure, "validation": validation, "age": age}
+    at = {section: args.moments for section in of} | {"age": AGED, "refresh": REFRESHED}
+    at = {section: [step for step in at[section] if step <= max(args.moments)] for section in args.sections}
+    figures = Figures(run.learning_rate)
+    for step, batch in run.steps(max((step for steps in at.values() for step in steps), default=0)):
+        if any(step + steps in at.get("age", ()) for steps in AGES):
+            run.past[step] = run.target()
+        if step <= max(at.get("refresh", ()), default=-1):
+            schedules.follow(step, batch, figures)
+        for section in of:
+            if step in at.get(section, ()):
+                of[section](run, step, figures)
+    return figures
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = ["estimators", "fisher", "age", "refresh", "validation"]
+    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 3e-4], help="default 3e-3 3e-4")
+    parser.add_argument("--seeds", type=int, default=2, help="tuning runs a learning rate (default 2)")
+    parser.add_argument(
+        "--moments", type=int, nargs="+", default=[0, 20, 60, 150], help="optimizer steps measured at, from at least 20"
+    )
     parser.add_argument("--pretrain-steps", type=int, default=250, help="steps of 16 x 96 bytes (default 250)")
-    parser.add_argument("--moments", type=int, nargs="+", default=[0, 10, 40, 150], help="tuning steps measured at")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and rate, moments 0 and 20, fewer steps and prompts"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--plot", help="also draw them into this file (needs matplotlib)")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.seeds, args.moments, args.pretrain_steps = 1, [0, 20], 60
+        args.learning_rates = args.learning_rates[:1]
 
-    generator = torch.Generator().manual_seed(args.seed)
-    model = small_model(args.pretrain_steps, generator)
-    exact = AlphaTokenConfig(estimator="exact")
-    prompts = [batch.tolist() for batch in source_batches(32, 32, generator)["input_ids"]]
-    fisher = estimate_fisher(model, prompts, max_new_tokens=32, config=exact)
-    validation = sum_batches(64, 32, generator, noise=0.0)
-    batch = sum_batches(64, 16, generator, noise=0.25)
-    counted = batch["labels"] != -100
-    counted[:, 0] = False
-
-    print(f"\n{date.today()}, torch {torch.__version__}, {args}; against exact values over all 6 blocks")
-    print(f"{'tuning steps':>12}  {'values':32}{'Spearman':>10}{'same half':>14}")
-    done = 0
-    for moment in args.moments:
-        train(model, lambda: sum_batches(64, 8, generator, noise=0.25), moment - done, 3e-3, "tuning")
-        done = moment
-        quantised = in_nf4(model)
-        wanted = {}
-        for base, of in (("float32", model), ("nf4", quantised)):
-            target = target_gradient(of, [validation], config=exact)
-            given = {"target": target, "fisher": fisher, "config": exact}
-            _, values = alphatoken_weights(of, None, batch, **given, return_values=True)
-            wanted[base] = values.total, target
-        total, target = wanted["float32"]
-        for layers, window in ((3, 32), (3, 0), ("all", 32), ("all", 0)):
-            options = AlphaTokenConfig(num_layers=layers, causal_window=window)  # type: ignore[arg-type]
-            own = Fisher({s.name: fisher.factors[s.name] for s in find_scored(model, layers).sites}, base=fisher.base)
-            given = {"target": target, "fisher": own, "config": options}
-            _, values = alphatoken_weights(model, None, batch, **given, return_values=True)
-            report(f"ghost, K={layers}, W={window}", values.total, total, counted, moment)
-        for precision in ("float32", "bf16 autocast", "nf4"):
-            of = quantised if precision == "nf4" else model
-            total, target = wanted["nf4" if precision == "nf4" else "float32"]
-            autocast = torch.autocast("cpu", torch.bfloat16) if "bf16" in precision else contextlib.nullcontext()
-            for effect in EFFECTS:
-                options = AlphaTokenConfig(estimator="difference", difference_rms=effect)
-                given = {"target": target, "fisher": fisher, "config": options}
-                with autocast:
-                    gate = AlphaToken(of, **given)
-                    with gate(batch):
-                        loss = of(**batch, use_cache=False).loss
-                loss.backward()
-                of.zero_grad()
-                assert gate.values is not None
-                report(f"difference, {precision}, {effect or 'default'}", gate.values.total, total, counted, moment)
+    about = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{date.today()}, {about}, {args}")
+    base = pretrained(args.pretrain_steps, seed=0)
+    wide = "fisher" in args.sections and not args.quick
+    fishers = Fishers(base, PROMPTS if wide else {8: 1, 128: 1}, 1024 if wide else 128)
+    fisher = fishers.sets[128][0].factored()
+    runs = [Run(base, fisher, rate, seed) for seed in range(args.seeds) for rate in args.learning_rates]
+    figures = Figures()
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        for found in pool.map(measure, runs, repeat(args), repeat(fishers)):
+            figures.merge(found)
+            if args.json:  # after each run, so that an interrupted measurement leaves something
+                settings = {"date": str(date.today()), "machine": about, "settings": vars(args), "columns": COLUMNS}
+                with open(args.json, "w") as file:
+                    json.dump({**settings, "results": figures.results()}, file)
+    for section in args.sections:
+        print_section(figures.results(), section)
+    if args.plot:
+        plot(figures.results(), args.plot)
 
 
 if __name__ == "__main__":
