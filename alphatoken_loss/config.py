@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,27 @@ class AlphaTokenConfig:
         _check_choice("threshold", self.threshold, ("quantile", "zero"))
         _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
         _check_choice("fisher", self.fisher, ("factored", "dense"))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> AlphaTokenConfig:
+        """The paper's settings (arXiv 2606.01635), whatever the defaults are: position-local terms over the last three
+        blocks with a causal window of 32, a dense Fisher, and a target from all validation examples at every step.
+
+        Args:
+            changes: other values for some of the fields.
+        """
+        settings: dict[str, Any] = {
+            "rho": 0.5,
+            "stability_weight": 1.5,
+            "num_layers": 3,
+            "causal_window": 32,
+            "estimator": "ghost",
+            "target_every": 1,
+            "target_parts": 1,
+            "target_decay": None,
+            "fisher": "dense",
+        }
+        return cls(**{**settings, **changes})
 
     @property
     def scored_layers(self) -> int | Literal["all"]:

@@ -14,6 +14,7 @@ for the text, tradeoff_runs.py for a run; all settings are below.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from tradeoff_data import Pretraining, make_base, read_texts
-from tradeoff_report import write_report
+from tradeoff_report import Run, write_report
 from tradeoff_runs import Plan, Setting, make_fishers, run
 
 from alphatoken_loss import AlphaTokenConfig
@@ -70,7 +71,9 @@ def supervised() -> Iterator[Setting]:
     yield Setting("oracle", "oracle")
     yield values("difference", estimator="difference")
     yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
-    options: dict[str, object] = {"estimator": "difference", "threshold": "zero"}
+    options: dict[str, object] = {"estimator": "difference", "target_parts": 1, "target_decay": None}
+    yield values("difference, Adam's step, all 32", **options, setting={"precondition": True})
+    options = {"estimator": "difference", "threshold": "zero"}
     yield values("difference, Adam's step, above zero", **options, setting={"precondition": True})
     yield values("ghost K=3 (paper)")
     yield values("ghost K=3, W=0", causal_window=0)
@@ -135,6 +138,7 @@ MAIN = (
     "oracle",
     "difference",
     "difference, Adam's step",
+    "difference, Adam's step, all 32",
     "difference, Adam's step, above zero",
     "difference, no drift",
     "ghost K=3 (paper)",
@@ -175,6 +179,21 @@ def one_run(folder: Path, setting: Setting, lr: float, seed: int, plan: Plan, de
     return {"key": key_of(setting, lr, seed, plan, folder), "name": setting.name, "lr": lr, "seed": seed, **found}
 
 
+def read_results(file: Path) -> dict[str, Run]:
+    """Runs by their keys; a line that a kill cut short is taken out of the file."""
+    results: dict[str, Run] = {}
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            results[row["key"]] = row
+    if len(results) < len(lines):
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in results.values()))
+        unfinished.replace(file)
+    return results
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five selections, one seed, one learning rate")
@@ -194,10 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.only:
         wanted = [r for r in wanted if any(word in r[0].name for word in args.only)]
     keys = [key_of(*r, PLAN, folder) for r in wanted]
-    results = {}
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
-        results = {row["key"]: row for row in map(json.loads, lines)}
+    results = read_results(file)
     missing = [r for r, key in zip(wanted, keys, strict=True) if key not in results and not args.report]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool, file.open("a") as sink:
