@@ -204,6 +204,11 @@ class AlphaTokenMixin(_Trainer):
             "nn.DataParallel": self.args.n_gpu > 1,
             "torch_compile=True": self.args.torch_compile,
         }
+        if self.is_deepspeed_enabled and self.alphatoken_args.precondition:
+            raise ValueError(
+                "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in shards of its own. Set "
+                "precondition=False, or train without DeepSpeed."
+            )
         for what in (what for what, used in refused.items() if used):
             raise ValueError(
                 f"Training uses {what}, under which neither token values nor a KL can be taken: they need whole blocks "

@@ -158,7 +158,7 @@ def recording(trainer_class: type) -> type:
             loss = super().training_step(model, inputs, *args, **kwargs)
             gate = self.alphatoken
             batch = self.alphatoken_batch({k: v for k, v in inputs.items() if k != "use_cache"})
-            given = {"target": gate.target, "fisher": gate.fisher, "config": gate.config}
+            given = {"target": gate.target, "fisher": gate.fisher, "config": gate.config, "optimizer": gate.optimizer}
             beta = getattr(self, "beta", 0.1)
             expected = alphatoken_weights(self.model, gate.ref_model, batch, beta=beta, **given)
             others = read_batch(batch).labels == -100  # prompts stay in the gradient, where a loss has them (ORPO's)
