@@ -206,7 +206,7 @@ class AlphaTokenMixin(_Trainer):
         }
         if self.is_deepspeed_enabled and self.alphatoken_args.precondition:
             raise ValueError(
-                "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in shards of its own. Set "
+                "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in its own shards. Set "
                 "precondition=False, or train without DeepSpeed."
             )
         for what in (what for what, used in refused.items() if used):
