@@ -2,6 +2,7 @@
 
     python benchmarks/tradeoff.py --quick      # five selections, one seed: under five minutes once the base is cached
     python benchmarks/tradeoff.py              # the full table: hours on two cores; goes on where it stopped
+    python benchmarks/tradeoff.py --pace       # seconds a step of each setting, one after the other, on a quiet machine
     python benchmarks/tradeoff.py --report     # only the tables and the plot, of the runs there are
 
 A Llama of 2.2M parameters, trained here on Python, English prose and little tasks (about ten minutes, cached), is tuned
@@ -30,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 from tradeoff_data import Pretraining, make_base, read_texts
 from tradeoff_report import Run, write_report
-from tradeoff_runs import Plan, Setting, make_fishers, run
+from tradeoff_runs import Plan, Setting, make_fishers, pace_of, run
 
 from alphatoken_loss import AlphaTokenConfig
 
@@ -194,11 +195,35 @@ def read_results(file: Path) -> dict[str, Run]:
     return results
 
 
+def run_missing(folder: Path, wanted: list[tuple[Setting, float, int]], file: Path, args: argparse.Namespace) -> None:
+    """Take the runs that the file does not hold, and append each as it ends."""
+    there = read_results(file)
+    missing = [r for r in wanted if key_of(*r, PLAN, folder) not in there and not args.report]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool, file.open("a") as sink:
+        jobs = [pool.submit(one_run, folder, *r, PLAN, args.device) for r in missing]
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs", dynamic_ncols=True):
+                sink.write(json.dumps(job.result()) + "\n")
+                sink.flush()
+        except BaseException:  # what has not begun need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def measure_paces(folder: Path, settings: list[Setting], file: Path, device: str) -> None:
+    torch.set_num_threads(1)  # as in the runs
+    named = {setting.name: setting for setting in settings}
+    paces = {name: pace_of(folder, named[name], PLAN, device=device) for name in tqdm(named, desc="paces")}
+    file.write_text(json.dumps(paces, indent=1))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five selections, one seed, one learning rate")
     parser.add_argument("--only", nargs="+", help="only settings whose name has one of these words")
     parser.add_argument("--report", action="store_true", help="no run, only tables and plot")
+    parser.add_argument("--pace", action="store_true", help="no run, only the time of a step, for the column of it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: cores)")
     parser.add_argument("--size", choices=list(BASES), default="small", help="of the base model (default small)")
     parser.add_argument("--device", default="cpu", help="where runs take place (default cpu)")
@@ -212,24 +237,16 @@ def main(argv: list[str] | None = None) -> None:
     wanted = all_runs(args.quick)
     if args.only:
         wanted = [r for r in wanted if any(word in r[0].name for word in args.only)]
+    paces = args.output / "paces.json"
+    if args.pace:
+        measure_paces(folder, [setting for setting, _, _ in wanted], paces, args.device)
+    else:
+        run_missing(folder, wanted, file, args)
     keys = [key_of(*r, PLAN, folder) for r in wanted]
     results = read_results(file)
-    missing = [r for r, key in zip(wanted, keys, strict=True) if key not in results and not args.report]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool, file.open("a") as sink:
-        jobs = [pool.submit(one_run, folder, *r, PLAN, args.device) for r in missing]
-        try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="runs", dynamic_ncols=True):
-                row = job.result()
-                results[row["key"]] = row
-                sink.write(json.dumps(row) + "\n")
-                sink.flush()
-        except BaseException:  # what has not begun need not begin
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    about = f"{date.today()}, {platform.machine()}, {args.device}, {args.workers} runs side by side"
-    about += f", torch {torch.__version__}"
-    write_report([results[key] for key in keys if key in results], args.output, about)
+    about = f"{date.today()}, {platform.machine()}, {args.device}, torch {torch.__version__}"
+    known = json.loads(paces.read_text()) if paces.is_file() else {}
+    write_report([results[key] for key in keys if key in results], known, args.output, about)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from scipy.stats import t as student
 
 Run = dict[str, Any]
 Runs = dict[int, Run]  # by seed
+Paces = dict[str, float]  # seconds of a step, by setting
 SFT = {
     "target": "target loss",
     "retention": "retention loss",
@@ -38,12 +39,12 @@ def final(run: Run, name: str) -> float:
     return run["curve"][-1][name]
 
 
-def at_time(run: Run, seconds: float, name: str) -> float:
-    """A figure at the moment when training had taken so long, between the moments that were measured."""
+def at_step(run: Run, step: float, name: str) -> float:
+    """A figure after so many steps, between the moments that were measured; at most the last one."""
     curve = run["curve"]
     for before, after in itertools.pairwise(curve):
-        if after["seconds"] >= seconds:
-            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+        if after["step"] >= step:
+            share = (step - before["step"]) / (after["step"] - before["step"])
             return before[name] + share * (after[name] - before[name])
     return curve[-1][name]
 
@@ -68,35 +69,36 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def ratio(runs: Runs, base: Runs) -> str:
-    found = [final(run, "seconds") / final(base[seed], "seconds") for seed, run in runs.items() if seed in base]
-    return f"{statistics.median(found):.2f}" if found else ""
+def ratio(name: str, base: str, paces: Paces) -> float:
+    return paces[name] / paces[base] if name in paces and base in paces else math.nan
 
 
-def quality(groups: dict[str, Runs], base: str, figures: dict[str, str]) -> str:
+def quality(groups: dict[str, Runs], base: str, figures: dict[str, str], paces: Paces) -> str:
     """One line for the untuned model and one for each setting, at its last step."""
     first = next(iter(groups[base].values()))["curve"][0]
     before = ["before tuning", *(f"{first[name]:.3f}" for name in figures), "", ""]
     rows = [before]
     for name, runs in groups.items():
         cells = [spread(final(run, figure) for run in runs.values()) for figure in figures]
-        rows.append([name, *cells, ratio(runs, groups[base]), str(len(runs))])
-    return table(["at equal steps", *figures.values(), "time", "seeds"], rows)
+        rows.append([name, *cells, f"{ratio(name, base, paces):.2f}", str(len(runs))])
+    return table(["at equal steps", *figures.values(), "time a step", "seeds"], rows)
 
 
-def differences(groups: dict[str, Runs], base: str, figures: tuple[str, str]) -> str:
-    """Each setting minus the base, at equal steps and at equal time: two figures."""
+def differences(groups: dict[str, Runs], base: str, figures: tuple[str, str], paces: Paces) -> str:
+    """Each setting minus the base, two figures at equal steps, and at equal time: in the time of the base's run, a
+    slower setting has taken fewer steps (a faster one no more than its own)."""
     rows = []
     for name, runs in groups.items():
         if name == base:
             continue
         cells = [paired(runs, groups[base], lambda run, figure=figure: final(run, figure)) for figure in figures]
+        slower = ratio(name, base, paces)
         for figure in figures:
 
-            def of(run: Run, figure: str = figure) -> float:
-                return at_time(run, final(groups[base][run["seed"]], "seconds"), figure)
+            def of(run: Run, figure: str = figure, slower: float = slower) -> float:
+                return final(run, figure) if run["name"] == base else at_step(run, final(run, "step") / slower, figure)
 
-            cells.append(paired({s: r for s, r in runs.items() if s in groups[base]}, groups[base], of))
+            cells.append(paired(runs, groups[base], of) if slower == slower else "")
         rows.append([name, *cells])
     names = [f"{figure}, equal {what}" for what in ("steps", "time") for figure in figures]
     return table([f"minus {base}, 95 % interval", *names], rows)
@@ -130,7 +132,7 @@ TITLES = {
 }
 
 
-def report(results: list[Run], about: str) -> str:
+def report(results: list[Run], paces: Paces, about: str) -> str:
     parts = [f"# Trade-off of adapting and forgetting\n\nWritten by `python benchmarks/tradeoff.py`: {about}.\n"]
     for kind, rates in grouped(results).items():
         for lr, groups in rates.items():
@@ -138,10 +140,10 @@ def report(results: list[Run], about: str) -> str:
             if base is None:
                 continue
             figures = DPO if kind == "DPO" else SFT
-            parts += [f"## {TITLES[kind]}, learning rate {lr:g}\n", quality(groups, base, figures)]
+            parts += [f"## {TITLES[kind]}, learning rate {lr:g}\n", quality(groups, base, figures, paces)]
             pair = ("accuracy", "retention") if kind == "DPO" else ("target", "retention")
             if len(groups) > 1:
-                parts.append(differences(groups, base, pair))
+                parts.append(differences(groups, base, pair, paces))
             if kind != "DPO":
                 parts.append(kept(groups))
     return "\n".join(parts)
@@ -196,12 +198,12 @@ def plot(results: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(results: list[Run], folder: Path, about: str) -> None:
+def write_report(results: list[Run], paces: Paces, folder: Path, about: str) -> None:
     """Print the tables, and write them as `report.md` with the curves as `tradeoff.png`."""
     if not results:
         print("There are no runs to report yet.")
         return
-    text = report(results, about)
+    text = report(results, paces, about)
     print("\n" + text)
     (folder / "report.md").write_text(text, encoding="utf-8")
     plot(results, folder / "tradeoff.png")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import random
+import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,10 @@ def _train(
     exam: Callable[[Any], dict[str, float]],
     base: Hashable,
 ) -> list[dict[str, float]]:
-    """Take a step by each of the losses, and the exam on the way; seconds are those of the steps alone."""
+    """Take a step by each of the losses, and the exam on the way; `pace` is the median of the steps' seconds so far."""
     if base not in _BEFORE:  # B = 0: every run of this process starts from the same function
         _BEFORE[base] = exam(model)
-    curve, seconds = [{"step": 0, "seconds": 0.0, **_BEFORE[base]}], 0.0
+    curve, seconds = [{"step": 0, "pace": 0.0, **_BEFORE[base]}], []
     for number, loss in enumerate(steps, start=1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, number / 5)
@@ -211,9 +212,9 @@ def _train(
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds += time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
         if number in measured_at:
-            curve.append({"step": number, "seconds": seconds, **exam(model)})
+            curve.append({"step": number, "pace": statistics.median(seconds), **exam(model)})
     return curve
 
 
@@ -313,6 +314,12 @@ def _answer_logps(model: Any, batch: Batch) -> torch.Tensor:
     labels = batch["input_ids"][:, 1:]
     logps = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     return (logps * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def pace_of(folder: Path, setting: Setting, plan: Plan, steps: int = 15, device: str = "cpu") -> float:
+    """Median seconds of a step, of some steps that nothing else is measured of."""
+    short = replace(plan, steps=steps, pair_steps=steps, measured_at=(1.0,), test=2)
+    return run(folder, setting, 1e-4, 0, short, device)["curve"][-1]["pace"]
 
 
 def run(folder: Path, setting: Setting, lr: float, seed: int, plan: Plan, device: str = "cpu") -> dict[str, Any]:

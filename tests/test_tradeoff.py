@@ -58,7 +58,7 @@ def test_every_kind_of_setting_runs(scripts, small):
         found = scripts["runs"].run(folder, setting, 3e-3, 0, plan)
         first, *_, last = found["curve"]
         assert [first["step"], last["step"]] == [0, plan.pair_steps if setting.task == "dpo" else plan.steps]
-        assert last["seconds"] > 0 and all(torch.tensor(float(v)).isfinite() for v in last.values())
+        assert last["pace"] > 0 and all(torch.tensor(float(v)).isfinite() for v in last.values())
         assert first["target"] != last["target"]
         shared = before.setdefault((setting.task, setting.nf4), first)
         assert first == shared, "every run starts from the base"
@@ -111,27 +111,35 @@ def test_the_command_goes_on_where_it_stopped(scripts, small, tmp_path, monkeypa
     assert rows[0] == json.loads(lines[0])
     again = json.loads(lines[1])
     for one, other in zip(rows[1]["curve"], again["curve"], strict=True):  # the same seed, the same run
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+        assert {k: v for k, v in one.items() if k != "pace"} == {k: v for k, v in other.items() if k != "pace"}
     assert "| random half |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert "| random half |" in capsys.readouterr().out
+    main.main([*arguments, "--pace"])
+    assert set(json.loads((tmp_path / "paces.json").read_text())) == {"all tokens", "random half"}
 
 
-def _run(seed, *points):
-    names = ("step", "seconds", "target", "retention")
-    return {"seed": seed, "curve": [dict(zip(names, point, strict=True)) for point in points], "kept": {}}
+def _run(name, seed, *points):
+    names = ("step", "pace", "target", "retention")
+    return {"name": name, "seed": seed, "curve": [dict(zip(names, point, strict=True)) for point in points], "kept": {}}
 
 
 def test_differences_are_paired_by_seed(scripts):
     report = scripts["report"]
-    base = {s: _run(s, (0, 0, 5, 3), (10, 2.0, 4 + s, 4)) for s in range(4)}
-    runs = {s: _run(s, (0, 0, 5, 3), (10, 8.0, 3.5 + s + 0.1 * s, 3)) for s in range(1, 4)}
+    base = {s: _run("all tokens", s, (0, 0, 5, 3), (10, 2.0, 4 + s, 4)) for s in range(4)}
+    runs = {s: _run("half", s, (0, 0, 5, 3), (10, 8.0, 3.5 + s + 0.1 * s, 3)) for s in range(1, 4)}
     text = report.paired(runs, base, lambda run: report.final(run, "target"))
     gaps = [-0.4, -0.3, -0.2]
     low, high = stats.t.interval(0.95, 2, loc=-0.3, scale=stats.sem(gaps))
     assert text == f"-0.300 ±{(high - low) / 2:.3f}"
-    assert report.ratio(runs, base) == "4.00"
-    assert report.at_time(runs[1], 2.0, "target") == pytest.approx(5 + 0.25 * (4.6 - 5))
-    assert report.at_time(runs[1], 99.0, "target") == pytest.approx(4.6)
+    assert report.at_step(runs[1], 2.5, "target") == pytest.approx(5 + 0.25 * (4.6 - 5))
+    assert report.at_step(runs[1], 99, "target") == pytest.approx(4.6)
     assert report.paired({1: runs[1]}, base, lambda run: report.final(run, "target")) == ""
+    # At equal time: four times slower, it is a quarter of the way.
+    text = report.differences({"all tokens": base, "half": runs}, "all tokens", ("target", "retention"),
+                              {"all tokens": 0.5, "half": 2.0})  # fmt: skip
+    cells = text.splitlines()[-1].split(" | ")
+    assert cells[:2] == ["| half", report.paired(runs, base, lambda run: report.final(run, "target"))]
+    gaps = [5 + 0.25 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
+    assert cells[3].split(" ")[0] == f"{sum(gaps) / 3:+.3f}"
     assert report.spread([1.0, 2.0]) == "1.500 ±0.707"
