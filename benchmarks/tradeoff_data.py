@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import random
 import sys
 import sysconfig
@@ -130,6 +131,7 @@ class Tasks:
         self.ends = self._ids(INSTRUCTION), self._ids(ANSWER)
         # Windows start where a line does, so that code looks like code.
         self.windows = {part: self._windows(getattr(texts, f"cpp_{part}")) for part in ("train", "validation", "test")}
+        self.python = {"train": self._windows(texts.code), "test": self._windows(texts.code_heldout)}
         self.prose = pieces(self.tokenizer, texts.prose_heldout, 72, 96)[::3]  # of more than one document
         self.code = pieces(self.tokenizer, texts.code_heldout, 72, 96)[::3]
 
@@ -141,7 +143,7 @@ class Tasks:
         for document in documents:
             lines = [self._ids(line) for line in document.splitlines(keepends=True)]
             ids = [i for line in lines for i in line]
-            starts = [sum(map(len, lines[:n])) for n in range(20, len(lines), 4)]
+            starts = list(itertools.accumulate(map(len, lines)))[19:-1:4]
             found += [ids[s : s + self.prompt + self.answer] for s in starts]
         return [window for window in found if len(window) == self.prompt + self.answer]
 
@@ -171,11 +173,10 @@ class Tasks:
         return rows
 
     def pairs(self, part: str, count: int, seed: int, *, noise: bool) -> list[tuple[list[int], list[int], list[int]]]:
-        """Prompts, the answers that follow them, and answers to other prompts: code as well, in the wrong place."""
+        """Prompts, the C++ that follows them, and Python: what the base would rather write."""
         rng = random.Random(seed)
         rows = self.clean(part, count, seed)
-        others = [answer for _, answer in rows]
-        rng.shuffle(others)
+        others = [window[self.prompt :] for window in rng.sample(self.python[part], count)]
         found = []
         for (prompt, chosen), rejected in zip(rows, others, strict=True):
             if noise:
