@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,29 @@ def token_logps(
     if fused is None:
         fused = _fused_pays(model)
     if not fused:
-        logits = model(**{**batch.inputs, "use_cache": False}).logits
-        return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
+        return _logps_at_columns(model, batch, labels)
     with _fused_head(model):
         logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
     return F.pad(logps, (1, 0))
+
+
+def _logps_at_columns(model: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """With the head only at columns where some row has a label to predict: prompts and padding cost it nothing."""
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    wanted = (following != IGNORE).any(0)
+    # Finding columns waits for an accelerator, and virtual tokens would shift them.
+    if wanted.device.type != "cpu" or learns_prompts(model) or "logits_to_keep" not in _arguments(causal_lm(model)):
+        logits = model(**{**batch.inputs, "use_cache": False}).logits
+        return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
+    columns = wanted.nonzero().flatten()
+    logits = model(**{**batch.inputs, "use_cache": False}, logits_to_keep=columns).logits
+    logps = _logps_of_following(logits, following[:, columns])
+    found = logps.new_zeros(labels.shape)
+    return found.index_copy(1, columns + 1, logps)
+
+
+def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
 
 
 def _fused_pays(model: nn.Module) -> bool:
@@ -52,11 +71,15 @@ def _fused_pays(model: nn.Module) -> bool:
 
 def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The same from logits `(B, T, vocabulary)`; labels are shifted rather than logits, which would be copied."""
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(logits.device)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return F.pad(_logps_of_following(logits, following)[:, :-1], (1, 0))
+
+
+def _logps_of_following(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     flat = logits.flatten(0, 1)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    logps = -F.cross_entropy(flat, following.flatten(), ignore_index=IGNORE, reduction="none")
-    return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
+    logps = -F.cross_entropy(flat, following.to(flat.device).flatten(), ignore_index=IGNORE, reduction="none")
+    return logps.view(following.shape)
 
 
 @contextlib.contextmanager
