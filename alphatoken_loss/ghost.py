@@ -22,6 +22,7 @@ from .replay import Capture, Taps, capturing
 from .values import TokenValues
 
 Direction = dict[str, torch.Tensor]
+Parts = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 class NonFiniteRows(FloatingPointError):
@@ -141,12 +142,14 @@ class _LoraContraction:
         self.columns = torch.cat([self.b.expand(cb.shape[0], *self.b.shape), *(cb[:, j] for j in range(count))], dim=-1)
 
     def direct(self) -> torch.Tensor:
-        return self.layout.to_batch(self._combine(self.layout.to_groups(self.error) @ self.columns))
+        self.left = self.layout.to_groups(self.error) @ self.columns
+        return self.layout.to_batch(self._combine(self.left))
 
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        error = self.layout.to_groups(self.error[..., rows])
-        left = self.layout.to_batch(error @ self.columns[:, rows])
-        left = attention.propagate(left, window, batch)
+        left = self.left  # of `direct`, where every row is a value
+        if rows.numel() < self.error.shape[-1]:
+            left = self.layout.to_groups(self.error[..., rows]) @ self.columns[:, rows]
+        left = attention.propagate(self.layout.to_batch(left), window, batch)
         return self.layout.to_batch(self._combine(self.layout.to_groups(left)))
 
     def _combine(self, left: torch.Tensor) -> torch.Tensor:
@@ -191,8 +194,11 @@ class _LinearContraction:
         return self.layout.to_batch(self._combine(error, self.c))
 
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        error = self.layout.to_groups(attention.propagate(self.error[..., rows], window, batch))
-        return self.layout.to_batch(self._combine(error, self.c[:, :, rows]))
+        error, c = self.error, self.c
+        if rows.numel() < error.shape[-1]:
+            error, c = error[..., rows], c[:, :, rows]
+        error = self.layout.to_groups(attention.propagate(error, window, batch))
+        return self.layout.to_batch(self._combine(error, c))
 
     def _combine(self, error: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         parts = [(error * (self.x @ c[:, j].transpose(1, 2))).sum(-1) for j in range(c.shape[1])]
@@ -214,16 +220,15 @@ class _Contractor:
         self,
         scored: Scored,
         batch: Batch,
-        direction: Direction,
+        parts: Parts,
         *,
-        components: int,
         window: int,
         norms: bool,
         others: Others | None,
         check: bool = False,
     ) -> None:
-        self.scored, self.batch, self.direction = scored, batch, direction
-        self.components, self.window, self.wants_norms, self.others = components, window, norms, others
+        self.scored, self.batch, self.parts = scored, batch, tuple(parts.values())
+        self.window, self.wants_norms, self.others = window, norms, others
         self.check = check
         self.direct: torch.Tensor | float = 0.0
         self.causal: torch.Tensor | float = 0.0
@@ -243,8 +248,10 @@ class _Contractor:
         terms: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         if self.others is not None:
             terms.append(self._against_others(site, error, inputs, attention))
-        if self.components:
-            contraction.set_direction(self.direction, self.components)
+        if self.parts:
+            names = (name for name, parameter in site.parameters.items() if parameter.requires_grad)
+            direction = {name: torch.stack([part[name] for part in self.parts]) for name in names}
+            contraction.set_direction(direction, len(self.parts))
             terms.append(self._terms(site, contraction, attention))
         direct = torch.cat([direct for direct, _ in terms], -1)
         if self.check and not direct.isfinite().all():
@@ -307,7 +314,7 @@ class Ghost:
         scored: Scored,
         batch: Batch,
         config: AlphaTokenConfig,
-        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        parts: Parts,
         *,
         in_graph: bool = False,
         others: Others | None = None,
@@ -315,10 +322,7 @@ class Ghost:
         self.config, self.others = config, others
         self.capture = Capture(scored, batch)
         self.taps = Taps(scored, batch.shape, causal=config.causal_window > 0) if in_graph else None
-        self.components = tuple(parts)
-        self.direction = {
-            name: torch.stack([part[name] for part in parts.values()]) for name in scored.parameters if parts
-        }
+        self.parts = parts
 
     @property
     def seen(self) -> bool:
@@ -344,8 +348,7 @@ class Ghost:
         return ghost_values(
             self.capture,
             rows,
-            self.direction,
-            self.components,
+            self.parts,
             causal_window=self.config.causal_window,
             stability_weight=self.config.stability_weight,
             norms=norms,
@@ -353,15 +356,14 @@ class Ghost:
         )
 
     def release(self) -> None:
-        self.direction = {}
+        self.parts = {}
         self.capture.release()
 
 
 def ghost_values(
     capture: Capture,
     rows: torch.Tensor,
-    direction: Direction,
-    components: tuple[str, ...],
+    parts: Parts,
     *,
     causal_window: int,
     stability_weight: float,
@@ -373,10 +375,9 @@ def ghost_values(
     Args:
         capture (`Capture`): what the forward left.
         rows (`torch.Tensor`): `(B, T, hidden)` gradient of the loss (a sum over tokens, times any positive factor).
-        direction (`dict`): parameter name -> `(J, *parameter.shape)`.
-        components (`tuple`): names of the J components, of "target" and "drift", in that order.
+        parts (`dict`): see `Ghost`.
         norms (`bool`): compute ghost norms too.
-        others (`Others`, *optional*): make the target from the rest of the batch; `components` then has no "target".
+        others (`Others`, *optional*): make the target from the rest of the batch; `parts` then has no "target".
 
     Raises:
         FloatingPointError: rows are finite and values are not; the message names the linear.
@@ -387,8 +388,7 @@ def ghost_values(
         contractor = _Contractor(
             capture.scored,
             batch,
-            direction,
-            components=len(components),
+            parts,
             window=causal_window,
             norms=norms,
             others=others,
@@ -398,7 +398,7 @@ def ghost_values(
         return contractor
 
     found = contract(check=False)
-    names = (("target",) if others is not None else ()) + components
+    names = (("target",) if others is not None else ()) + tuple(parts)
     empty = torch.zeros(batch.shape, dtype=accumulation_dtype(rows), device=rows.device)
 
     def term(accumulated: torch.Tensor | float, name: str) -> torch.Tensor:
@@ -411,7 +411,7 @@ def ghost_values(
     adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
     total = adaptation + stability_weight * stability
     if not total.isfinite().all():
-        _blame(capture, rows, direction)
+        _blame(capture, rows, parts)
         contract(check=True)  # a second walk, to name the linear
         raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
     grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
@@ -420,7 +420,7 @@ def ghost_values(
     )
 
 
-def _blame(capture: Capture, rows: torch.Tensor, direction: Direction) -> None:
+def _blame(capture: Capture, rows: torch.Tensor, parts: Parts) -> None:
     """Raise for what makes values not finite, where it lies before the walk."""
     for name, parameter in capture.scored.parameters.items():
         if not parameter.isfinite().all():
@@ -428,8 +428,8 @@ def _blame(capture: Capture, rows: torch.Tensor, direction: Direction) -> None:
                 f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
                 "gradients, or go back to a checkpoint."
             )
-    for name, matrices in direction.items():
-        if not matrices.isfinite().all():
+    for name in capture.scored.parameters:
+        if not all(part[name].isfinite().all() for part in parts.values()):
             raise FloatingPointError(
                 f"The target gradient or the drift of {name} is not finite. Look at the validation batches and the "
                 "Fisher."

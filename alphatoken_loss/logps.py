@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,28 @@ def token_logps(
     if fused is None:
         fused = _fused_pays(model)
     if not fused:
-        logits = model(**{**batch.inputs, "use_cache": False}).logits
-        return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
+        return _logps_at_columns(model, batch, labels)
     with _fused_head(model):
         logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
     return F.pad(logps, (1, 0))
+
+
+def _logps_at_columns(model: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """With the head only at columns where some row has a label to predict: prompts and padding cost it nothing."""
+    following = _following(labels)
+    wanted = (following != IGNORE).any(0)
+    # Finding columns waits for an accelerator, and virtual tokens would shift them.
+    if wanted.device.type != "cpu" or learns_prompts(model) or "logits_to_keep" not in _arguments(causal_lm(model)):
+        logits = model(**{**batch.inputs, "use_cache": False}).logits
+        return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
+    columns = wanted.nonzero().flatten()
+    logits = model(**{**batch.inputs, "use_cache": False}, logits_to_keep=columns).logits
+    logps = _scores(logits.flatten(0, 1), following[:, columns].flatten()).view(len(labels), -1)
+    return logps.new_zeros(labels.shape).index_copy(1, columns + 1, logps)
+
+
+def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
 
 
 def _fused_pays(model: nn.Module) -> bool:

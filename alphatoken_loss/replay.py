@@ -367,11 +367,32 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             handle.remove()
 
 
-def loss_gradients(model: nn.Module, parameters: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-    """Gradient of a batch's summed token losses by an ordinary backward, `.grad` untouched; zeros where none comes."""
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")
+
+
+def loss_gradients(
+    model: nn.Module, parameters: Mapping[str, torch.Tensor], batch: Batch, *, first: nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradient of a batch's summed token losses by an ordinary backward, `.grad` untouched; zeros where none comes.
+
+    Args:
+        first (`nn.Module`, *optional*): the block that the graph begins with; no parameter may lie before it.
+    """
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        torch.set_grad_enabled(True)  # the context below puts it back
+
+    _refuse_inference_mode()
     inner = unwrap(model)
-    with torch.enable_grad(), without_noise(inner):
-        loss = -token_logps(inner, batch).sum()
+    with torch.set_grad_enabled(first is None), without_noise(inner):
+        hook = None if first is None else first.register_forward_pre_hook(begin)
+        try:
+            loss = -token_logps(inner, batch).sum()
+        finally:
+            if hook is not None:
+                hook.remove()
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)
@@ -407,8 +428,7 @@ def rows_without_graph(
         torch.set_grad_enabled(True)  # for norm, head and loss; `no_grad` below puts it back
         return leaves[0]
 
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")
+    _refuse_inference_mode()
     inner = unwrap(model)  # a distributed wrapper would take this forward for a training step's
     with without_noise(inner):
         with torch.no_grad(), watching(cut):

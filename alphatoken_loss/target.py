@@ -64,9 +64,9 @@ def target_gradient(
 ) -> Target:
     """Gradient of the mean loss over validation response tokens, over the scored adapters (G of Eq. 8).
 
-    Where K of the blocks are scored, each batch is run forward without a graph, then back through these blocks only,
-    one at a time, so the peak memory is below a training step's; where all are, by an ordinary backward, or one block
-    at a time if the model is checkpointed. Dropout is off. `.grad` and the model's mode are not touched.
+    Each batch is run forward with a graph of the scored blocks and the head only, and back through these; if the model
+    is checkpointed, without a graph, and the blocks are then run again one at a time. The peak memory is below a
+    training step's. Dropout is off. `.grad` and the model's mode are not touched.
 
     Args:
         model (`nn.Module`): the model in training.
@@ -115,19 +115,20 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
     count = 0
     if isinstance(batches, Mapping):
         batches = [batches]
-    # Block by block where that saves work (K of L blocks) or where memory is short; else by an ordinary backward.
-    short = any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
-    by_blocks = scored.in_blocks and (short or len(scored.blocks) < scored.total)
+    # Block by block where memory is short; else by an ordinary backward from a graph of the scored blocks alone.
+    by_blocks = scored.in_blocks and any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
+    first = scored.blocks[0] if scored.in_blocks else None
     for raw in batches:
-        batch = read_batch(raw).chosen().to(scored.device)
-        tokens = int(batch.rows.sum())
+        batch = read_batch(raw).chosen()
+        tokens = int(batch.rows.sum())  # where the batch lies: on the host, an accelerator is not waited for
         if not tokens:
             continue
+        batch = batch.to(scored.device)
         if by_blocks:
             capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
             gradients = capture.gradients(rows, scored.parameters)
         else:
-            gradients = loss_gradients(model, scored.parameters, batch)
+            gradients = loss_gradients(model, scored.parameters, batch, first=first)
         for name, gradient in gradients.items():
             gradient = gradient.to(accumulation_dtype(gradient))
             sums[name] = sums[name] + gradient if name in sums else gradient

@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py                     # 12 blocks, 43M parameters, 4 x 256 tokens, two cores
     python benchmarks/step_cost.py --blocks 24 --layers 2 --batch 1 --length 1024 --nf4
     python benchmarks/step_cost.py --dpo
+    python benchmarks/step_cost.py --sweep --json sweep.json --plot sweep.png
     python benchmarks/step_cost.py --straightforward   # the method as first written down, minutes a step
 
 Each kind of step runs in turn, round after round, and the ratios of a round are what is reported (median, and the
@@ -47,6 +48,15 @@ from alphatoken_loss.logps import token_logps
 
 Step = Callable[[], object]
 FORWARD = "forward, no grad, no head"
+AXES: dict[str, list[dict[str, Any]]] = {
+    "blocks": [{"blocks": n} for n in (4, 8, 12, 20, 32)],
+    "scored blocks": [{"layers": n} for n in (1, 2, 3, 4, 6)],
+    "tokens a sequence": [{"length": n, "batch": max(1, 1024 // n)} for n in (128, 256, 512, 1024, 2048)],
+    "rank": [{"rank": n} for n in (4, 16, 64)],
+    "NF4 base": [{"nf4": on} for on in (False, True)],
+    "checkpointing": [{"checkpointing": on} for on in ("off", "on")],
+}
+SWEEP = {"hidden": 256, "vocabulary": 4096, "rounds": 3}  # a sweep's defaults: minutes on two cores
 VALIDATION, EFFECTIVE = 32, 64  # sequences of the target, and of a step whose target's cost is counted
 
 
@@ -226,24 +236,49 @@ def add_floors(table: dict[str, dict[str, float]], args: argparse.Namespace, che
         table[name]["floor"] = 1 + found[name]
 
 
-def plot(results: dict[str, Any], path: str) -> None:
-    """Bars of time, per kind of step, with the floors as lines."""
-    import matplotlib
+def measured(args: argparse.Namespace, checkpointing: bool) -> dict[str, dict[str, float]]:
+    table = measure(steps(build(args, checkpointing), args), args.rounds)
+    with_refresh(table, args)
+    add_floors(table, args, checkpointing)
+    return table
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), sharex=True, squeeze=False)
-    for axis, (name, table) in zip(axes[0], results.items(), strict=True):
-        shown = {k: row for k, row in table.items() if not k.startswith(("target of", "straightforward"))}
-        axis.barh(list(shown), [row["time ratio"] for row in shown.values()], color="#4477aa")
-        for place, row in enumerate(shown.values()):
-            if "floor" in row:
-                axis.plot([row["floor"]] * 2, [place - 0.4, place + 0.4], color="#cc3311")
-        axis.invert_yaxis()
-        axis.set(title=name, xlabel="time / plain step (red: floor)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Walk each axis from the base setting; a setting that axes share is measured once."""
+    known: dict[tuple[Any, ...], dict[str, dict[str, float]]] = {}
+    points = []
+    args.only, args.checkpointing = ["W=32", "difference"], "off"
+    columns = "".join(f"{kind:>12}{'floor':>7}{'+ refresh':>11}{'peak':>7}" for kind in ("ghost", "difference"))
+    print(f"{'':28}{'plain, s':>9}{columns}")
+    for axis in args.axes or AXES:
+        for change in AXES[axis]:
+            here = argparse.Namespace(**{**vars(args), **change})
+            key = tuple(getattr(here, name) for name in ("blocks", "layers", "length", "rank", "nf4", "checkpointing"))
+            if key not in known:
+                known[key] = measured(here, here.checkpointing == "on")
+            table = known[key]
+            point = {"axis": axis, "at": next(iter(change.values())), "plain": table["plain"]}
+            point |= {"ghost": table[f"ghost, K={here.layers}, W=32"], "difference": table["difference, all"]}
+            points.append(point)
+            rows = "".join(
+                f"{row['time ratio']:12.3f}{row['floor']:7.2f}{row['with refresh']:11.2f}{row['peak ratio']:7.3f}"
+                for row in (point["ghost"], point["difference"])
+            )
+            print(f"{axis + ' ' + str(point['at']):28}{table['plain']['seconds']:9.3f}{rows}", flush=True)
+    return points
+
+
+def report(name: str, table: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
+    print(f"\n{name}, K/L = {args.layers / args.blocks:.2f}")
+    print(f"{'':30}{'s/step':>9}{'time':>8}{'spread':>14}{'floor':>7}{'+ refresh':>11}{'peak MiB':>10}{'peak':>8}")
+    for kind, row in table.items():
+        spread = f"{row['low']:.3f}-{row['high']:.3f}"
+        floor, refreshed = (f"{row[key]:.2f}" if key in row else "" for key in ("floor", "with refresh"))
+        print(
+            f"{kind:30}{row['seconds']:9.3f}{row['time ratio']:8.3f}{spread:>14}{floor:>7}{refreshed:>11}"
+            f"{row['peak MiB']:10.1f}{row['peak ratio']:8.3f}",
+            flush=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -266,38 +301,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="only the gated steps whose name has one of these words")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--plot", help="also draw them into this file (needs matplotlib)")
+    parser.add_argument("--sweep", action="store_true", help="walk one setting at a time (hidden size 256 by default)")
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), help="of a sweep (default all)")
     args = parser.parse_args(argv)
+    if args.sweep:
+        parser.set_defaults(**SWEEP)
+        args = parser.parse_args(argv)
 
     about = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(f"{date.today()}, {about}, {args}")
-    results = {}
-    for checkpointing in (False, True):
-        if args.checkpointing == ("off" if checkpointing else "on"):
-            continue
-        model = build(args, checkpointing)
-        table = measure(steps(model, args), args.rounds)
-        with_refresh(table, args)
-        add_floors(table, args, checkpointing)
-        results["checkpointing" if checkpointing else "plain graph"] = table
-        print(
-            f"\n{'with' if checkpointing else 'without'} gradient checkpointing, K/L = {args.layers / args.blocks:.2f}"
-        )
-        print(f"{'':30}{'s/step':>9}{'time':>8}{'spread':>14}{'floor':>7}{'+ refresh':>11}{'peak MiB':>10}{'peak':>8}")
-        for name, row in table.items():
-            spread = f"{row['low']:.3f}-{row['high']:.3f}"
-            floor, refreshed = (f"{row[key]:.2f}" if key in row else "" for key in ("floor", "with refresh"))
-            print(
-                f"{name:30}{row['seconds']:9.3f}{row['time ratio']:8.3f}{spread:>14}{floor:>7}{refreshed:>11}"
-                f"{row['peak MiB']:10.1f}{row['peak ratio']:8.3f}",
-                flush=True,
-            )
+    results: Any = {}
+    if args.sweep:
+        results = sweep(args)
+    else:
+        for checkpointing in (False, True):
+            if args.checkpointing == ("off" if checkpointing else "on"):
+                continue
+            name = "checkpointing" if checkpointing else "plain graph"
+            results[name] = measured(args, checkpointing)
+            report(name, results[name], args)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"date": str(date.today()), "machine": about, "settings": vars(args), "results": results}, file)
     if args.plot:
-        plot(results, args.plot)
+        from cost_plots import plot_bars, plot_sweep  # needs matplotlib
+
+        (plot_sweep if args.sweep else plot_bars)(results, args.plot)
 
 
 if __name__ == "__main__":
