@@ -133,6 +133,8 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
     if args.fused:
         read = read_batch(batch)
         found["plain, TRL's fused log-probs"] = stepping(lambda: -token_logps(model, read, fused=True).mean())
+    if not args.dpo and args.only is None:
+        found["plain + KL to the reference"] = stepping(lambda: sft_loss(model, batch, kl_coef=0.3))
     if args.straightforward:
         validation = batch_of(args, VALIDATION)
 
@@ -144,6 +146,7 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
         found["straightforward"] = naive
     kinds: dict[str, dict[str, Any]] = {
         "difference, all": {"estimator": "difference"},
+        "difference, all, Adam's step": {"estimator": "difference"},
         f"exact, K={args.layers}": {"estimator": "exact", "num_layers": args.layers},
         "exact, all": {"estimator": "exact"},
         f"ghost, K={args.layers}, W=0": {"num_layers": args.layers, "causal_window": 0},
@@ -155,7 +158,8 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
         config = AlphaTokenConfig(**options)
         target = target_gradient(model, [examples], config=config)
         fisher = uniform_fisher(model, target.gradients)
-        gate = AlphaToken(model, target=target, fisher=fisher, config=config)
+        adam = optimizer if "Adam" in name else None
+        gate = AlphaToken(model, target=target, fisher=fisher, config=config, optimizer=adam)
         found[name] = stepping(lambda gate=gate: loss(gate))  # type: ignore[misc]
         found[f"target of {name}"] = lambda config=config: target_gradient(model, [examples], config=config)  # type: ignore[misc]
         if name.startswith("ghost") and args.only is None and "W=32" in name:
@@ -229,7 +233,12 @@ def add_floors(table: dict[str, dict[str, float]], args: argparse.Namespace, che
     forward, share = table[FORWARD]["time ratio"], args.layers / args.blocks
     back = 1 - (2 if checkpointing else 1) * forward  # with what head and optimizer take
     again = forward if checkpointing else 0.0
-    found = {"difference, all": forward, "exact, all": 2 * forward, f"exact, K={args.layers}": 2 * share * forward}
+    found = {
+        "difference, all": forward,
+        "difference, all, Adam's step": forward,
+        "exact, all": 2 * forward,
+        f"exact, K={args.layers}": 2 * share * forward,
+    }
     for window in (0, 32):
         found[f"ghost, K={args.layers}, W={window}"] = share * (again + back)
     for name in found.keys() & table.keys():
