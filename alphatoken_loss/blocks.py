@@ -450,7 +450,7 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_noise(*modules: nn.Module) -> Iterator[None]:
-    """Run modules without dropout and without gradient checkpointing; what they compute otherwise is unchanged.
+    """Run modules without dropout, NEFTune's noise and gradient checkpointing; what they compute else is unchanged.
 
     4-bit linears run in training mode whatever theirs is: in evaluation mode on a CPU, bitsandbytes repacks their
     weights in place, to a form without a backward. Other linears keep their mode.
@@ -462,8 +462,8 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
                 mode = child.training
                 if hasattr(child, "quant_state"):
                     mode = True
-                elif next(child.children(), None) is not None or _is_dropout(child):
-                    mode = False
+                elif next(child.children(), None) is not None or _is_dropout(child) or isinstance(child, nn.Embedding):
+                    mode = False  # of an embedding, since a hook adds NEFTune's noise by its mode
                 if mode != child.training:
                     touched.append((child, "training", child.training))
                     child.training = mode

@@ -108,6 +108,8 @@ class AlphaTokenConfig:
             "num_layers": 3,
             "causal_window": 32,
             "estimator": "ghost",
+            "threshold": "quantile",
+            "threshold_scope": "batch",
             "target_every": 1,
             "target_parts": 1,
             "target_decay": None,

@@ -123,7 +123,8 @@ class AlphaToken:
 
     Attributes:
         weights (`torch.Tensor`): `(B, T)` float32 0/1 weights of the batch valued last, aligned with its labels.
-        values (`TokenValues`): its values, in units of the loss that was sent backward.
+        values (`TokenValues`): its values, in units of the loss that was sent backward (with an `optimizer`, up to a
+            factor that depends on its state).
         kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) of the last context's batch, a scalar with
             graph, once its forward has run; to be added to the loss.
 
@@ -167,6 +168,7 @@ class AlphaToken:
         self._turn = 0  # of the parts
         self._sums: dict[str, torch.Tensor | float] = {}
         self._steps = Steps(self.config.difference_rms)
+        self._scaled: bool | None = None  # whether the optimizer scaled the last direction
         self._seconds = 0.0
         self._penalty: Penalty | None = None
         self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
@@ -299,6 +301,10 @@ class AlphaToken:
             self._ensure_fisher(scored, read)
             self._refresh(scored)
             parts = directions(scored, self.target, self._drift_fisher, self.ref_model, self.optimizer)
+            scaled = self.optimizer is not None and bool(self.optimizer.state)
+            if scaled and self._scaled is False:
+                self._steps.length.clear()  # those of another direction
+            self._scaled = scaled
         blocks = scored.blocks if self.config.estimator != "difference" else []
         once = saved_tensors_hooked() or any([checkpointed(block) or draws_noise(block) for block in blocks])
         in_graph = keep is None and not once  # else the graph is not walked a second time, blocks are replayed

@@ -20,10 +20,18 @@ import torch
 from torch import nn
 
 from .batches import Batch
-from .blocks import causal_lm, find_decoder, learns_prompts, reference_mode, unwrap, without_noise
+from .blocks import (
+    HOOKS_INSIDE_CHECKPOINT,
+    causal_lm,
+    find_decoder,
+    learns_prompts,
+    reference_mode,
+    unwrap,
+    without_noise,
+)
 from .ghost import accumulation_dtype
 from .logps import logits_of_hidden
-from .replay import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, unhooked
+from .replay import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, saved_tensors_hooked, unhooked
 
 _ROWS, _LOGITS = 256, 2**25  # of which logits live at a time, and at most how many logits
 
@@ -103,6 +111,12 @@ class Penalty:
         """The same gate, noted as the one that the penalty's gradient goes round."""
 
         def passing(hidden: torch.Tensor) -> torch.Tensor:
+            if HOOKS_INSIDE_CHECKPOINT and saved_tensors_hooked():
+                raise ValueError(
+                    "This version of transformers runs a block's hooks inside its checkpoint, where a KL beside token "
+                    "values cannot be taken. Use transformers 5.21 or newer, no gradient checkpointing, kl_coef=0, or "
+                    'estimator="difference".'
+                )
             gated = gate(hidden)
             self._gated = hidden, gated
             # What lies between gate and decoder's output is walked twice, and offloaded tensors come back only once.

@@ -6,7 +6,8 @@ gradients, so what training on token t does to an objective with gradient D is, 
     <P grad l_t, D> = <grad l_t, P D>:
 
 the ordinary value along P D. P is that of the steps so far; momentum, which no token of this batch can change, is left
-out, and so is a common scale.
+out, and so is a common scale. Entries whose sqrt(v) is below a hundredth of the root mean square over all scored
+parameters count as that, see `_FLOOR`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def preconditioned(
     """
     if not optimizer.state:
         return {part: dict(direction) for part, direction in parts.items()}
-    roots = {name: _second_moment(optimizer, name, parameter).sqrt() for name, parameter in parameters.items()}
+    small = _epsilons(optimizer)
+    roots = {name: _second_moment(optimizer, name, p).sqrt() + small.get(id(p), 0.0) for name, p in parameters.items()}
     count = sum(root.numel() for root in roots.values())
     device = next(iter(roots.values())).device
     mean = torch.stack([root.square().sum().to(device) for root in roots.values()]).sum() / count
@@ -51,13 +53,25 @@ def preconditioned(
     }
 
 
+def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """By parameter, what Adam adds to the root of its v, taken before the bias correction, one scale for all."""
+    found = {}
+    for group in optimizer.param_groups:
+        states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
+        step = float(states[0].get("step", 0)) if states else 0.0
+        correction = 1 - group.get("betas", (0.0, 0.0))[1] ** step
+        found.update(dict.fromkeys(map(id, group["params"]), group.get("eps", 0.0) * correction**0.5))
+    return found
+
+
 def _second_moment(optimizer: torch.optim.Optimizer, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """The running average of squared gradients, in float32 or better, of the parameter's shape."""
     state: Mapping[str, Any] = optimizer.state.get(parameter, {})
     if "exp_avg_sq" in state:
-        return state["exp_avg_sq"].detach().to(torch.promote_types(parameter.dtype, torch.float32))
-    if "state2" in state:  # bitsandbytes
-        second = state["state2"]
+        second = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # AMSGrad's
+        return second.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    second = state.get("state2")  # bitsandbytes; in 8 bits, block by block
+    if second is not None and (second.dtype != torch.uint8 or "absmax2" in state):
         if second.dtype == torch.uint8:
             from bitsandbytes.functional import dequantize_blockwise
 

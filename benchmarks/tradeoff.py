@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -69,6 +70,7 @@ def supervised() -> Iterator[Setting]:
     yield Setting("validation mixed in", "mixed")
     yield Setting("validation only", "only")
     yield Setting("RHO-1, clean reference", "rho1")
+    yield Setting("RHO-1 + KL 0.3", "rho1", kl=0.3)
     yield Setting("oracle", "oracle")
     yield values("difference", estimator="difference")
     yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
@@ -76,7 +78,8 @@ def supervised() -> Iterator[Setting]:
     yield values("difference, Adam's step, all 32", **options, setting={"precondition": True})
     options = {"estimator": "difference", "threshold": "zero"}
     yield values("difference, Adam's step, above zero", **options, setting={"precondition": True})
-    yield values("ghost K=3 (paper)")
+    yield values("ghost K=3")
+    yield Setting("ghost K=3, paper preset", "values", AlphaTokenConfig.paper())
     yield values("ghost K=3, W=0", causal_window=0)
     yield values("ghost all, W=0", num_layers="all", causal_window=0)
     yield values("ghost all", num_layers="all")
@@ -100,7 +103,7 @@ def supervised() -> Iterator[Setting]:
 def without_noise() -> Iterator[Setting]:
     yield Setting("no noise: all tokens", noise=False)
     yield Setting("no noise: random half", "random", noise=False)
-    yield values("no noise: ghost K=3 (paper)", setting={"noise": False})
+    yield values("no noise: ghost K=3", setting={"noise": False})
     yield values("no noise: difference", estimator="difference", setting={"noise": False})
     yield values("no noise: difference, rho 0.8", estimator="difference", rho=0.8, setting={"noise": False})
     both: dict[str, object] = {"noise": False, "precondition": True}
@@ -112,7 +115,7 @@ def without_noise() -> Iterator[Setting]:
 
 def in_nf4() -> Iterator[Setting]:
     yield Setting("NF4: all tokens", nf4=True)
-    yield values("NF4: ghost K=3 (paper)", setting={"nf4": True})
+    yield values("NF4: ghost K=3", setting={"nf4": True})
     yield values("NF4: difference", estimator="difference", setting={"nf4": True})
 
 
@@ -120,7 +123,7 @@ def preferences() -> Iterator[Setting]:
     yield Setting("DPO: all tokens", task="dpo")
     yield Setting("DPO: random half", "random", task="dpo")
     yield Setting("DPO: log-ratio", "log_ratio", task="dpo")
-    yield values("DPO: ghost K=3 (paper)", setting={"task": "dpo"})
+    yield values("DPO: ghost K=3", setting={"task": "dpo"})
     yield values("DPO: ghost all, W=0", num_layers="all", causal_window=0, setting={"task": "dpo"})
     yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
     both = {"task": "dpo", "precondition": True}
@@ -136,13 +139,14 @@ MAIN = (
     "validation mixed in",
     "validation only",
     "RHO-1, clean reference",
+    "RHO-1 + KL 0.3",
     "oracle",
     "difference",
     "difference, Adam's step",
     "difference, Adam's step, all 32",
     "difference, Adam's step, above zero",
     "difference, no drift",
-    "ghost K=3 (paper)",
+    "ghost K=3",
     "ghost all, W=0",
     "KL 0.3",
     "KL 0.3 + difference",
@@ -150,7 +154,7 @@ MAIN = (
     "L2 0.001 + difference",
 )
 MILD = ("all tokens", "difference", "difference, Adam's step")
-QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3 (paper)", "difference")
+QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3", "difference")
 
 
 def all_runs(quick: bool) -> list[tuple[Setting, float, int]]:
@@ -168,16 +172,28 @@ def all_runs(quick: bool) -> list[tuple[Setting, float, int]]:
     return [(*one, seed) for group in (first, second) for seed in range(SEEDS) for one in group]
 
 
-def key_of(setting: Setting, lr: float, seed: int, plan: Plan, folder: Path) -> str:
-    """A digest of all that decides a run, but not of the library's version."""
-    what = json.dumps([asdict(setting), lr, seed, asdict(plan), folder.name], sort_keys=True)
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
+@functools.cache
+def texts_digest() -> str:
+    """The base's folder tells its own text; this is all of it."""
+    return hashlib.sha256(json.dumps(asdict(read_texts())).encode()).hexdigest()[:12]
+
+
+def key_of(setting: Setting, lr: float, seed: int, plan: Plan, folder: Path, device: str) -> str:
+    """A digest of all that decides a run but the code: after a change of that, begin another output folder."""
+    what = [asdict(setting), lr, seed, asdict(plan), folder.name, texts_digest(), device]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def one_run(folder: Path, setting: Setting, lr: float, seed: int, plan: Plan, device: str) -> dict[str, object]:
     torch.set_num_threads(1)  # runs stand side by side, one to a core
     found = run(folder, setting, lr, seed, plan, device)
-    return {"key": key_of(setting, lr, seed, plan, folder), "name": setting.name, "lr": lr, "seed": seed, **found}
+    return {
+        "key": key_of(setting, lr, seed, plan, folder, device),
+        "name": setting.name,
+        "lr": lr,
+        "seed": seed,
+        **found,
+    }
 
 
 def read_results(file: Path) -> dict[str, Run]:
@@ -198,7 +214,7 @@ def read_results(file: Path) -> dict[str, Run]:
 def run_missing(folder: Path, wanted: list[tuple[Setting, float, int]], file: Path, args: argparse.Namespace) -> None:
     """Take the runs that the file does not hold, and append each as it ends."""
     there = read_results(file)
-    missing = [r for r in wanted if key_of(*r, PLAN, folder) not in there and not args.report]
+    missing = [r for r in wanted if key_of(*r, PLAN, folder, args.device) not in there and not args.report]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool, file.open("a") as sink:
         jobs = [pool.submit(one_run, folder, *r, PLAN, args.device) for r in missing]
@@ -242,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_paces(folder, [setting for setting, _, _ in wanted], paces, args.device)
     else:
         run_missing(folder, wanted, file, args)
-    keys = [key_of(*r, PLAN, folder) for r in wanted]
+    keys = [key_of(*r, PLAN, folder, args.device) for r in wanted]
     results = read_results(file)
     about = f"{date.today()}, {platform.machine()}, {args.device}, torch {torch.__version__}"
     known = json.loads(paces.read_text()) if paces.is_file() else {}

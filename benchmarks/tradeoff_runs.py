@@ -95,18 +95,19 @@ def _adapted(folder: Path, *, nf4: bool, seed: int, device: str) -> Any:
 
 
 def make_fishers(folder: Path, plan: Plan) -> None:
-    """Estimate the base's Fisher once for K = 3 and for all blocks, from prompts of the training data."""
+    """Estimate the base's Fisher once in each form that a setting uses, from prompts of the training data."""
     prompts = [prompt for prompt, _ in _tasks(folder, plan).clean("train", plan.fisher_prompts, seed=10**6)]
-    for layers in (3, "all"):
-        path = _fisher_path(folder, plan, layers)
+    for layers, form in ((3, "factored"), ("all", "factored"), (3, "dense")):
+        config = AlphaTokenConfig(num_layers=layers, fisher=form)  # type: ignore[arg-type]
+        path = _fisher_path(folder, plan, config)
         if not path.is_file():
             model = _adapted(folder, nf4=False, seed=0, device="cpu")
-            config = AlphaTokenConfig(num_layers=layers)  # type: ignore[arg-type]
             estimate_fisher(model, prompts, max_new_tokens=plan.fisher_tokens, batch_size=32, config=config).save(path)
 
 
-def _fisher_path(folder: Path, plan: Plan, layers: int | str) -> Path:
-    return folder / f"fisher-{layers}-{plan.fisher_prompts}x{plan.fisher_tokens}-{plan.prompt}.safetensors"
+def _fisher_path(folder: Path, plan: Plan, config: AlphaTokenConfig) -> Path:
+    size = f"{plan.fisher_prompts}x{plan.fisher_tokens}-{plan.prompt}"
+    return folder / f"fisher-{config.scored_layers}-{config.fisher}-{size}.safetensors"
 
 
 def _measure(model: Any, batches: Iterable[Batch]) -> tuple[float, float, float]:
@@ -167,7 +168,7 @@ def _weigher(
 ) -> AlphaToken | None:
     if setting.config is None:
         return None
-    fisher = Fisher.load(_fisher_path(folder, plan, setting.config.scored_layers))
+    fisher = Fisher.load(_fisher_path(folder, plan, setting.config))
     given = optimizer if setting.precondition else None
     return AlphaToken(model, target=target, fisher=fisher, config=setting.config, optimizer=given)
 

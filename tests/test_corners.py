@@ -204,3 +204,20 @@ def test_a_repacked_4_bit_model_is_refused():
 
 def test_with_rho_1_the_share_kept_is_still_reported():
     assert AlphaToken(lora_model("llama"), config=AlphaTokenConfig(rho=1.0)).metrics() == {"kept": 1.0}
+
+
+def test_noise_on_embeddings_stays_out_of_the_librarys_own_passes():
+    """NEFTune's hook adds noise to an embedding's output by its mode."""
+    model = lora_model("llama")
+    plain = target_gradient(model, [sft_batch()]).gradients
+
+    def noisy(module, args, output):
+        return output + torch.randn_like(output) if module.training else output
+
+    model.get_input_embeddings().register_forward_hook(noisy)
+    model.train()
+    state = torch.get_rng_state()
+    found = target_gradient(model, [sft_batch()]).gradients
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert model.get_input_embeddings().training

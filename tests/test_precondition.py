@@ -76,7 +76,7 @@ def test_values_are_what_adams_step_does(monkeypatch, kind, seed):
     monkeypatch.setattr(precondition, "_FLOOR", 1e-12)
     model, batch = lora_model("llama", seed=seed), sft_batch(kind, seed=seed)
     with norms_in_own_dtype():
-        optimizer = trained(model, adamw)
+        optimizer = trained(model, lambda p: adamw(p, eps=1e-30))
         target, fisher, direction = given(model, seed)
         wanted = effects_of_tokens(model, optimizer, batch, direction)
         options = {"target": target, "fisher": fisher, "config": EXACT, "return_values": True}
@@ -88,27 +88,31 @@ def test_values_are_what_adams_step_does(monkeypatch, kind, seed):
     assert error(plain.total[counted] / plain.total.abs().max(), wanted / wanted.abs().max()) > 1e-2  # it matters
 
 
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"amsgrad": True}], ids=["plain", "large eps", "AMSGrad"])
 @pytest.mark.parametrize("estimator", ["ghost", "difference", "exact"])
 @pytest.mark.parametrize("kind", ["right", "stacked"])
-def test_each_estimator_takes_the_scaled_direction(kind, estimator):
-    """The same as a target and a drift that were scaled by hand."""
+def test_each_estimator_takes_the_scaled_direction(kind, estimator, options):
+    """The same as a target, or as the drift in the place of a target, that was scaled by hand."""
     batch = pair_batch() if kind == "stacked" else sft_batch(kind)
     model = lora_model("llama")
-    optimizer = trained(model, adamw)
-    target, fisher, _ = given(model)
+    optimizer = trained(model, lambda p: adamw(p, **options))
+    target, fisher, total = given(model)
     config = AlphaTokenConfig(estimator=estimator, num_layers="all")
     _, values = alphatoken_weights(
         model, None, batch, target=target, fisher=fisher, config=config, optimizer=optimizer, return_values=True
     )
     parameters = dict(model.named_parameters())
-    root = {n: (optimizer.state[parameters[n]]["exp_avg_sq"]).sqrt() for n in target.gradients}
+    moment = "max_exp_avg_sq" if "amsgrad" in options else "exp_avg_sq"
+    eps = options.get("eps", 1e-8) * (1 - 0.999**6) ** 0.5
+    root = {n: optimizer.state[parameters[n]][moment].sqrt() + eps for n in target.gradients}
     floor = 0.01 * torch.cat([r.flatten() for r in root.values()]).square().mean().sqrt()
-    scaled = {n: g / root[n].clamp(min=float(floor)) for n, g in target.gradients.items()}
+    tol = 1e-4 if estimator == "difference" else 1e-9
+    drift = {n: (total[n] - g) / 1.5 for n, g in target.gradients.items()}
     alone = AlphaTokenConfig(estimator=estimator, num_layers="all", stability_weight=0)
-    options = {"config": alone, "return_values": True}
-    _, wanted = alphatoken_weights(model, None, batch, target=Target(scaled, 1.0), **options)
-    assert_close(values.adaptation, wanted.adaptation, 1e-4 if estimator == "difference" else 1e-9, "adaptation")
-    assert float(values.stability.abs().max()) > 0
+    for direction, found in ((target.gradients, values.adaptation), (drift, values.stability)):
+        scaled = Target({n: g / root[n].clamp(min=float(floor)) for n, g in direction.items()}, 1.0)
+        _, wanted = alphatoken_weights(model, None, batch, target=scaled, config=alone, return_values=True)
+        assert_close(found, wanted.adaptation, tol, "adaptation or stability")
     assert_close(values.total, values.adaptation + 1.5 * values.stability, 1e-6, "total")
 
 
@@ -175,6 +179,21 @@ def test_in_a_loop_masks_are_those_of_the_functional_form(estimator):
     assert torch.equal(alphatoken.weights, wanted)
     options.pop("optimizer")
     assert not torch.equal(alphatoken_weights(model, None, batch, **options), wanted)
+
+
+def test_the_nudge_is_measured_anew_when_the_direction_is_scaled_for_the_first_time():
+    """The length of a nudge belongs to a direction: after the first step it is another one."""
+    model, batch = lora_model("llama", dtype=torch.float32), sft_batch("right")
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad])
+    target, fisher, _ = given(model)
+    config = AlphaTokenConfig(estimator="difference", difference_rms=1e-3)
+    alphatoken = AlphaToken(model, target=target, fisher=fisher, config=config, optimizer=optimizer)
+    for _ in range(3):
+        with alphatoken(batch):
+            model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert alphatoken.metrics()["difference_rms"] == pytest.approx(1e-3, rel=0.3)
 
 
 def test_mistakes_with_optimizers():

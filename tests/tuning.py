@@ -158,7 +158,12 @@ def recording(trainer_class: type) -> type:
             loss = super().training_step(model, inputs, *args, **kwargs)
             gate = self.alphatoken
             batch = self.alphatoken_batch({k: v for k, v in inputs.items() if k != "use_cache"})
-            given = {"target": gate.target, "fisher": gate.fisher, "config": gate.config, "optimizer": gate.optimizer}
+            given = {
+                "target": gate.target,
+                "fisher": gate.fisher,
+                "config": gate.config,
+                "optimizer": self.optimizer if self.alphatoken_args.precondition else None,
+            }
             beta = getattr(self, "beta", 0.1)
             expected = alphatoken_weights(self.model, gate.ref_model, batch, beta=beta, **given)
             others = read_batch(batch).labels == -100  # prompts stay in the gradient, where a loss has them (ORPO's)
