@@ -39,8 +39,8 @@ def within_steps(config: LlamaConfig, tokens: int, chunk: int) -> dict[str, tupl
             f"what passes ({in_blocks / GIB:.3f})",
         ),
         "ghost, K=3": (
-            12 * scored + max(at_head, in_blocks + casts),
-            "the same with target and directions of three blocks and, in the blocks, float32 copies of one linear's "
+            8 * scored + max(at_head, in_blocks + casts),
+            "the same with target and drift of three blocks and, in the blocks, float32 copies of one linear's "
             "input and error and two states",
         ),
         "difference, all": (
