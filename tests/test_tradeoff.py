@@ -64,7 +64,7 @@ def test_every_kind_of_setting_runs(scripts, small):
         shared = before.setdefault((setting.task, setting.nf4), first)
         assert first == shared, "every run starts from the base"
         if setting.task == "dpo":
-            assert first["margin"] == 0
+            assert abs(first["margin"]) < 1e-5
         elif setting.selection == "all" and setting.noise:
             assert set(found["kept"].values()) == {1.0}
         elif setting.selection == "oracle":
