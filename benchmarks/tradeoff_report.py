@@ -73,6 +73,10 @@ def ratio(name: str, base: str, paces: Paces) -> float:
     return paces[name] / paces[base] if name in paces and base in paces else math.nan
 
 
+def times(name: str, base: str, paces: Paces) -> str:
+    return f"{ratio(name, base, paces):.2f}" if name in paces and base in paces else ""
+
+
 def quality(groups: dict[str, Runs], base: str, figures: dict[str, str], paces: Paces) -> str:
     """One line for the untuned model and one for each setting, at its last step."""
     first = next(iter(groups[base].values()))["curve"][0]
@@ -80,7 +84,7 @@ def quality(groups: dict[str, Runs], base: str, figures: dict[str, str], paces: 
     rows = [before]
     for name, runs in groups.items():
         cells = [spread(final(run, figure) for run in runs.values()) for figure in figures]
-        rows.append([name, *cells, f"{ratio(name, base, paces):.2f}", str(len(runs))])
+        rows.append([name, *cells, times(name, base, paces), str(len(runs))])
     return table(["at equal steps", *figures.values(), "time a step", "seeds"], rows)
 
 
@@ -124,6 +128,47 @@ def kept(groups: dict[str, Runs]) -> str:
     return table(["share kept", *kinds], rows)
 
 
+# Of the short table: setting -> what it is called there; with a star, at its best measured moment.
+SHORT = {
+    "all tokens": "all tokens",
+    "random half": "random half",
+    "validation mixed in": "validation examples mixed into the batches",
+    "validation only": "the 32 validation examples alone",
+    "validation only*": "the same, stopped at its best test loss",
+    "oracle": "oracle that drops the noise",
+    "RHO-1, clean reference": "RHO-1, reference tuned on the validation examples",
+    "RHO-1 + KL 0.3": "the same with KL 0.3",
+    "KL 0.3": "all tokens with KL 0.3",
+    "L2 0.001": "all tokens with L2 on the adapter's delta",
+    "ghost K=3": "**ghost, K = 3** (default)",
+    "ghost all, W=0": "**ghost, all blocks, W = 0**",
+    "difference, no drift": "difference, lambda 0",
+    "difference": "**difference**",
+    "KL 0.3 + difference": "**difference with KL 0.3**",
+    "difference, Adam's step": "**difference, Adam's step**",
+    "difference, Adam's step, all 32": "**the same, target of all 32 at every step**",
+}
+
+
+def short(rates: dict[float, dict[str, Runs]], paces: Paces) -> str:
+    """The README's table: target, retention and tasks at each learning rate."""
+    header, before = ["trained on"], ["before tuning"]
+    for lr, groups in rates.items():
+        header += [f"target, lr {lr:g}", "retention", "tasks"]
+        first = next(iter(next(iter(groups.values())).values()))["curve"][0]
+        before += [f"{first[figure]:.3f}" for figure in ("target", "retention", "tasks")]
+    rows = [[*before, ""]]
+    for name, title in SHORT.items():
+        line = [title]
+        for groups in rates.values():
+            runs = groups.get(name.rstrip("*"), {}).values()
+            points = [min(r["curve"], key=lambda p: p["target"]) if "*" in name else r["curve"][-1] for r in runs]
+            line += [spread(p[figure] for p in points) if points else "" for figure in ("target", "retention")]
+            line.append(f"{statistics.mean(p['tasks'] for p in points):.3f}" if points else "")
+        rows.append([*line, times(name.rstrip("*"), "all tokens", paces)])
+    return table([*header, "time a step"], rows)
+
+
 def grouped(results: list[Run]) -> dict[str, dict[float, dict[str, Runs]]]:
     """Kind of experiment -> learning rate -> setting -> seed -> run."""
     found: dict[str, dict[float, dict[str, Runs]]] = {}
@@ -158,6 +203,8 @@ taken fewer steps, which by itself retains more: read its two columns together.
 
 def report(results: list[Run], paces: Paces, about: str) -> str:
     parts = [HEAD.format(about=about)]
+    if "all tokens" in next(iter(grouped(results).get("noise", {0: {}}).values())):
+        parts += ["## In short\n", short(grouped(results)["noise"], paces)]
     for kind, rates in grouped(results).items():
         for lr, groups in rates.items():
             base = next((name for name in groups if name.endswith("all tokens")), None)
@@ -174,14 +221,13 @@ def report(results: list[Run], paces: Paces, about: str) -> str:
     return "\n".join(parts)
 
 
-# Curves drawn: name -> colour, line.
+# Curves drawn: name -> colour, line. (Log-ratio selection of pairs diverges, and would set the scale.)
 SHOWN = {
     "all tokens": ("#222222", "-"),
     "random half": ("#999999", "-"),
     "validation mixed in": ("#cc8800", "-"),
     "validation only": ("#cc8800", ":"),
     "RHO-1, clean reference": ("#cc3311", "-"),
-    "log-ratio": ("#cc3311", "-"),
     "oracle": ("#aa44aa", ":"),
     "ghost K=3": ("#66aadd", "-"),
     "ghost all, W=0": ("#4477aa", "-"),
@@ -221,7 +267,7 @@ def plot(results: list[Run], path: Path) -> None:
             axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
         axis.set(title=f"{TITLES[kind]}, lr {lr:g}", xlabel="loss on held-out prose and Python (forgetting →)")
         axis.set_ylabel("held-out accuracy" if kind == "DPO" else "loss on clean target answers")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6, loc="upper right" if kind != "DPO" else "lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
