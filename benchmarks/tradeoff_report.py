@@ -251,7 +251,7 @@ def plot(results: list[Run], path: Path) -> None:
     panels = [(kind, lr) for kind in ("noise", "no noise", "DPO") for lr in found.get(kind, {})]
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(7.5 * columns, 4.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (kind, lr) in zip(axes.flat, panels, strict=False):
@@ -267,7 +267,7 @@ def plot(results: list[Run], path: Path) -> None:
             axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
         axis.set(title=f"{TITLES[kind]}, lr {lr:g}", xlabel="loss on held-out prose and Python (forgetting →)")
         axis.set_ylabel("held-out accuracy" if kind == "DPO" else "loss on clean target answers")
-        axis.legend(fontsize=6, loc="upper right" if kind != "DPO" else "lower right")
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, not on them
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
