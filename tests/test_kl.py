@@ -28,6 +28,7 @@ from alphatoken_loss import (
     random_weights,
     sft_loss,
 )
+from alphatoken_loss import kl as kl_module
 from alphatoken_loss.logps import logits_of_hidden
 
 COEF = 0.3
@@ -513,3 +514,18 @@ def test_a_second_forward_is_refused():
         model(**batch)
         model(**batch)
     assert alphatoken.kl is None
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+def test_hooks_inside_a_checkpoint_are_refused(monkeypatch, estimator):
+    """As transformers up to 5.20 runs them: a block's hooks while the checkpoint's saved-tensor hooks are in place."""
+    monkeypatch.setattr(kl_module, "HOOKS_INSIDE_CHECKPOINT", True)
+    model, batch = lora_model("llama"), sft_batch("right")
+    config = AlphaTokenConfig(estimator=estimator, num_layers=2)
+    alphatoken = AlphaToken(model, target=[sft_batch("right", seed=1)], config=config)
+    before = snapshot(model)
+    inside = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with inside, pytest.raises(ValueError, match=r"hooks inside its checkpoint.*transformers 5.21"):
+        sft_loss(model, batch, alphatoken, kl_coef=0.3)
+    assert not differences(before, snapshot(model)) and alphatoken.kl is None
+    sft_loss(model, batch, alphatoken, kl_coef=0.3).backward()  # without a checkpoint it may

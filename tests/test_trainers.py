@@ -739,6 +739,13 @@ def test_errors_come_with_the_trainer_and_say_what_to_do(kind, case, error_type,
         make(kind, tuning.TRAINERS[kind][0], case, tmp_path)
 
 
+def test_adams_step_is_refused_under_deepspeed(tmp_path):
+    trainer = make("sft", tuning.TRAINERS["sft"][0], feature(precondition=True), tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match=r"precondition=True reads.*DeepSpeed.*Set precondition=False"):
+        trainer._refuse_what_is_not_modelled()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_arguments_of_trl_alone_are_refused_and_none_means_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
