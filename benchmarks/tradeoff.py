@@ -76,6 +76,8 @@ def supervised() -> Iterator[Setting]:
     yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
     options: dict[str, object] = {"estimator": "difference", "target_parts": 1, "target_decay": None}
     yield values("difference, Adam's step, all 32", **options, setting={"precondition": True})
+    both: dict[str, object] = {"precondition": True, "kl": 0.3}
+    yield values("difference, Adam's step, all 32, KL 0.3", **options, setting=both)
     options = {"estimator": "difference", "threshold": "zero"}
     yield values("difference, Adam's step, above zero", **options, setting={"precondition": True})
     yield values("ghost K=3")
@@ -144,6 +146,7 @@ MAIN = (
     "difference",
     "difference, Adam's step",
     "difference, Adam's step, all 32",
+    "difference, Adam's step, all 32, KL 0.3",
     "difference, Adam's step, above zero",
     "difference, no drift",
     "ghost K=3",

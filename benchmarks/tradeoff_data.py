@@ -15,6 +15,7 @@ import itertools
 import random
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
-from tiny_lm import Pretraining, cached, pieces, pretrain, token_stream, train_tokenizer
+from tiny_lm import Pretraining, cached, pretrain, token_stream, train_tokenizer
 
 Batch = dict[str, torch.Tensor]
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "numpy", "pandas", "peft", "torch", "tqdm", "transformers", "trl")
@@ -117,26 +118,41 @@ def as_batch(rows: list[tuple[list[int], list[int]]], pad: int) -> Batch:
     return {"input_ids": ids, "attention_mask": (torch.arange(length) < seen).long(), "labels": labels}
 
 
+def _runs(ids: list[int], length: int = 12) -> Iterator[tuple[int, ...]]:
+    return zip(*(ids[start:] for start in range(length)), strict=False)
+
+
 class Tasks:
     """Rows of the target task, of what is to be retained, and of the little tasks, in token ids.
 
     Args:
         prompt, answer (`int`): tokens of code in a row's prompt and in its answer.
         corrupted (`float`): share of the code tokens of a noisy answer that are replaced.
+        heldout (`int`): pieces of prose, and of Python, that say what is retained.
     """
 
-    def __init__(self, texts: Texts, folder: Path, *, prompt: int, answer: int, corrupted: float) -> None:
+    def __init__(self, texts: Texts, folder: Path, *, prompt: int, answer: int, corrupted: float, heldout: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.prompt, self.answer, self.corrupted = prompt, answer, corrupted
         self.ends = self._ids(INSTRUCTION), self._ids(ANSWER)
         # Windows start where a line does, so that code looks like code.
         self.windows = {part: self._windows(getattr(texts, f"cpp_{part}")) for part in ("train", "validation", "test")}
         self.python = {"train": self._windows(texts.code), "test": self._windows(texts.code_heldout)}
-        self.prose = pieces(self.tokenizer, texts.prose_heldout, 72, 96)[::3]  # of more than one document
-        self.code = pieces(self.tokenizer, texts.code_heldout, 72, 96)[::3]
+        self.prose = self._unseen(texts.prose_heldout, texts.prose, heldout)
+        self.code = self._unseen(texts.code_heldout, texts.code, heldout)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _unseen(self, heldout: list[str], trained: list[str], count: int, length: int = 96) -> torch.Tensor:
+        """`(count, length)`: pieces drawn from all held-out documents, no run of 12 tokens trained on."""
+        seen = {run for document in trained for run in _runs(self._ids(document))}
+        found = []
+        for document in heldout:
+            ids = self._ids(document)
+            cut = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+            found += [piece for piece in cut if seen.isdisjoint(_runs(piece))]
+        return torch.tensor(random.Random(0).sample(found, count))
 
     def _windows(self, documents: list[str]) -> list[list[int]]:
         found = []

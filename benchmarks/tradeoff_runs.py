@@ -40,6 +40,7 @@ class Plan:
     measured_at: tuple[float, ...] = (0.2, 0.4, 0.7, 1.0)  # shares of the steps
     validation: int = 32  # clean examples of the target task
     test: int = 48
+    heldout: int = 48  # pieces of prose and of Python, 96 tokens each
     pair_steps: int = 50
     prompt: int = 28  # tokens of code
     answer: int = 32
@@ -84,7 +85,8 @@ class Setting:
 def _tasks(folder: Path, plan: Plan) -> Tasks:
     from tradeoff_data import read_texts
 
-    return Tasks(read_texts(), folder, prompt=plan.prompt, answer=plan.answer, corrupted=plan.corrupted)
+    sizes = {"prompt": plan.prompt, "answer": plan.answer, "heldout": plan.heldout}
+    return Tasks(read_texts(), folder, **sizes, corrupted=plan.corrupted)
 
 
 def _adapted(folder: Path, *, nf4: bool, seed: int, device: str) -> Any:
