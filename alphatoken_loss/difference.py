@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from . import foreach
 from .batches import Batch
 from .blocks import Scored, find_decoder, unwrap, without_checkpointing
 from .config import AlphaTokenConfig
@@ -232,7 +233,7 @@ class Difference:
         started = time.perf_counter()
         found = {}
         for part, direction in self.directions.items():
-            norm = length_of(direction)
+            norm = foreach.length_of(direction)
             if part not in self.steps.length:
                 if norm == 0:
                     continue  # the drift before the first step
@@ -247,12 +248,10 @@ class Difference:
         return found
 
     def _nudge(self, call: tuple[tuple[Any, ...], dict[str, Any]], part: str, eps: torch.Tensor) -> torch.Tensor:
-        direction = self.directions[part]
-        moved = {
-            self._names[name]: (p.detach().to(direction[name].dtype) - eps.to(p.device) * direction[name]).to(p.dtype)
-            for name, p in self.scored.parameters.items()
-        }
-        return self._run(call, moved)
+        direction, parameters = self.directions[part], self.scored.parameters
+        there = {name: p.detach().to(direction[name].dtype) for name, p in parameters.items()}
+        moved = foreach.added(there, foreach.scaled(direction, -eps))
+        return self._run(call, {self._names[name]: tensor.to(parameters[name].dtype) for name, tensor in moved.items()})
 
     def _search(
         self, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: torch.Tensor, part: str, norm: torch.Tensor
@@ -261,7 +260,7 @@ class Difference:
         if not norm.isfinite():
             raise FloatingPointError(_not_finite(part))
         wanted = self.steps.effect_wanted(self.decoder, self.scored.device)
-        size = length_of({name: p.detach().to(norm.dtype) for name, p in self.scored.parameters.items()})
+        size = foreach.length_of({name: p.detach().to(norm.dtype) for name, p in self.scored.parameters.items()})
         size = torch.where(size > 0, size, 1.0)
         length, longest = wanted * size, _LONGEST * size
         for _ in range(8):
@@ -294,12 +293,6 @@ class Difference:
 def _not_finite(part: str) -> str:
     which = {"target": "target gradient", "drift": "drift"}.get(part, "target gradient or the drift")
     return f"The {which} is not finite. Look at the validation batches and the Fisher."
-
-
-def length_of(direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Euclidean length over all parameters, a 0-dim tensor."""
-    lengths = [tensor.norm() for tensor in direction.values()]
-    return torch.stack([length.to(lengths[0].device) for length in lengths]).norm()
 
 
 def values_of_changes(

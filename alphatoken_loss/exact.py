@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import foreach
 from .attention import forward_mode_attention, replaced_attention
 from .batches import Batch
 from .blocks import LoraSite, Scored, without_noise
 from .config import AlphaTokenConfig
-from .difference import length_of, values_of_changes
+from .difference import values_of_changes
 from .replay import Capture, capturing
 from .values import TokenValues
 
@@ -58,7 +59,7 @@ class Exact:
         def leave(hidden: torch.Tensor) -> torch.Tensor:
             started = time.perf_counter()
             for part, direction in self.directions.items():
-                length = length_of(direction)
+                length = foreach.length_of(direction)
                 # Along a direction of length 1: small gradients would vanish in float16.
                 unit = {name: tensor / torch.where(length > 0, length, 1.0) for name, tensor in direction.items()}
                 step = torch.where(length > 0, 1 / length, torch.where(length == 0, 1.0, torch.nan))

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from .distributed import all_sum
 from .files import write_whole
 from .ghost import accumulation_dtype
 from .logps import token_logps
+from .preference import LossSum
 from .replay import capture_without_graph, loss_gradients
 
 _FORMAT = "alphatoken_loss.fisher.1"
@@ -107,6 +108,13 @@ class Fisher:
             self.base,
             self.others,
         )
+
+    def to(self, device: torch.device) -> Fisher:
+        """With factors on `device`. Dense diagonals, which may be large, stay where they are."""
+        if all(factor[0].device == device for factor in self.factors.values() if len(factor) == 2):
+            return self
+        moved = {n: f if len(f) == 1 else tuple(part.to(device) for part in f) for n, f in self.factors.items()}
+        return replace(self, factors=moved)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears under its name only when it is whole."""
@@ -209,36 +217,50 @@ class Fisher:
         self.check(scored)
         with torch.no_grad(), torch.autocast(scored.device.type, enabled=False):
             found: dict[str, torch.Tensor] = {}
+            alike: dict[Hashable, list[tuple[LoraSite, LoraSite | None]]] = {}
             for site in scored.sites:
                 if isinstance(site, LoraSite):
-                    found.update(self._lora_drift(site, ref_model))
+                    reference = _reference_lora(site, ref_model)
+                    alike.setdefault(self._kind(site, reference), []).append((site, reference))
                 else:
                     found.update(self._linear_drift(site, ref_model))
+            for pairs in alike.values():
+                found.update(self._lora_drift(*zip(*pairs, strict=True)))
             for name, parameter in scored.others.items():
                 dtype = accumulation_dtype(parameter)
-                diagonal, reference = (tensor.to(parameter.device, dtype) for tensor in self.others[name])
-                found[name] = diagonal * (parameter.to(dtype) - reference)
+                diagonal, start = (tensor.to(parameter.device, dtype) for tensor in self.others[name])
+                found[name] = diagonal * (parameter.to(dtype) - start)
         return {name: found[name] for name in scored.parameters}
 
-    def _lora_drift(self, site: LoraSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
-        dtype = accumulation_dtype(site.b.weight)
-        a, b, scaling = site.a.weight.to(dtype), site.b.weight.to(dtype), site.scaling
+    def _kind(self, site: LoraSite, reference: LoraSite | None) -> Hashable:
+        """Sites of one kind are taken together: the same few kernels for all of them, on stacks of their factors."""
+        if len(self.factors[site.name]) == 1:
+            return site.name  # a stack of dense diagonals would be large
+        weights = site.a.weight, site.b.weight
+        start = None if reference is None else (reference.scaling, reference.a.weight.shape)
+        return site.scaling, start, *((w.shape, w.dtype, w.device) for w in weights)
+
+    def _lora_drift(self, sites: Sequence[LoraSite], references: Sequence[LoraSite | None]) -> dict[str, torch.Tensor]:
+        like, scaling = sites[0].b.weight, sites[0].scaling
+        like = like.new_empty((), dtype=accumulation_dtype(like))
+        a, b = _stacked((s.a.weight for s in sites), like), _stacked((s.b.weight for s in sites), like)
         left, right = scaling * b, a  # dW = left @ right
-        reference = _reference_lora(site, ref_model)
-        if reference is not None:
-            left = torch.cat([left, -reference.scaling * reference.b.weight.to(b)], 1)
-            right = torch.cat([right, reference.a.weight.to(a)], 0)
-        factor = tuple(tensor.to(b) for tensor in self.factors[site.name])
+        starts = [start for start in references if start is not None]
+        if starts:
+            left = torch.cat([left, -starts[0].scaling * _stacked((s.b.weight for s in starts), like)], -1)
+            right = torch.cat([right, _stacked((s.a.weight for s in starts), like)], -2)
+        factors = zip(*(self.factors[site.name] for site in sites), strict=True)
+        factor = [_stacked(tensors, like) for tensors in factors]
         if len(factor) == 1:
-            pulled = factor[0] * (left @ right)
-            at_a, at_b = b.T @ pulled, pulled @ a.T
+            pulled = scaling * factor[0] * (left @ right)
+            at_a, at_b = b.mT @ pulled, pulled @ a.mT
         else:
             row, column = factor
-            column = column / _positive(row.sum())
-            weighted = row[:, None] * left
-            at_a = (b.T @ weighted) @ right * column
-            at_b = weighted @ ((right * column) @ a.T)
-        return dict(zip(site.parameters, (scaling * at_a, scaling * at_b), strict=True))
+            weighted = (row * (scaling / _positive(row.sum(-1, keepdim=True))))[..., None] * left
+            right = right * column[:, None]
+            at_a, at_b = (b.mT @ weighted) @ right, weighted @ (right @ a.mT)
+        drifts = zip((site.parameters for site in sites), at_a, at_b, strict=True)
+        return {name: drift for names, *both in drifts for name, drift in zip(names, both, strict=True)}
 
     def _linear_drift(self, site: LinearSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
         if ref_model is None:
@@ -262,6 +284,11 @@ def _base_of(model: nn.Module) -> tuple[float, ...]:
 
 def _positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _stacked(tensors: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    first, *rest = (tensor.to(like) for tensor in tensors)
+    return torch.stack([first, *rest]) if rest else first[None]  # one that is dense is not copied
 
 
 def _some(names: Sequence[str]) -> str:
@@ -405,7 +432,8 @@ class _Sums:
                 for parameter in frozen:
                     parameter.requires_grad_()
                 for _, sequence in batch.sequences():
-                    for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
+                    sum_of = LossSum(self.owner, None, sequence)
+                    for name, gradient in loss_gradients(self.owner, self.others, sum_of).items():
                         self.of_others[name] += gradient.to(self.of_others[name]).square()
             finally:
                 for parameter in frozen:

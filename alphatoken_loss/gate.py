@@ -12,6 +12,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, NonFiniteRows
 from .kl import Penalty, check_kl_coef
 from .replay import saved_tensors_hooked
-from .target import Target, estimate_target, in_parts
+from .target import Target, estimate_target, in_parts, read_targets, with_reference
 from .values import TokenValues
 from .weights import Parts, alphatoken_weights, check_target, directions, estimator_of, select
 
@@ -154,7 +155,8 @@ class AlphaToken:
         self.fisher = fisher
         self.optimizer = optimizer
         self.target = target if isinstance(target, Target) else None
-        self.target_batches: list[Mapping[str, Any]] | None = None
+        self.target_batches: list[Mapping[str, Any] | Batch] | None = None
+        self._referenced = False  # whether pairs of the target have their reference log-probabilities
         if target is not None and not isinstance(target, Target):
             self.target_batches = [target] if isinstance(target, Mapping) else list(target)
             if not self.target_batches:
@@ -173,7 +175,8 @@ class AlphaToken:
         self._penalty: Penalty | None = None
         self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
         if self.config.rho < 1.0:  # else nothing is read, and nothing refused
-            self._target_parts = in_parts(self.target_batches or [], self.config.target_parts)
+            if self.target_batches is not None:
+                self._target_parts = in_parts(read_targets(self.target_batches, self.config), self.config.target_parts)
             scored = self._scored()
             at_decoder = self.config.estimator == "difference"
             behind = trained_behind(model, None if at_decoder else find_blocks(model))
@@ -224,7 +227,8 @@ class AlphaToken:
             batch (`Mapping`): the batch that the model runs on, in any form `alphatoken_weights` takes.
             mean_over_kept (`bool`): scale the kept gradient by response tokens over kept tokens, which turns a mean
                 over response tokens into Eq. 13's mean over kept ones.
-            beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
+            beta (`float`): of the DPO loss that values pairs where there is no target (with one, the loss itself does),
+                and of the target's where `target_loss="dpo"`.
             weights (`torch.Tensor`, *optional*): `(B, T)`, aligned with the labels: keep the response tokens where it
                 is not 0 (as from `random_weights` and the like) instead of valuing; nothing is estimated.
             kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not, that `kl` then
@@ -299,7 +303,7 @@ class AlphaToken:
                 keep = weights.bool().roll(-1, 1)
         else:
             self._ensure_fisher(scored, read)
-            self._refresh(scored)
+            self._refresh(scored, beta)
             parts = directions(scored, self.target, self._drift_fisher, self.ref_model, self.optimizer)
             scaled = self.optimizer is not None and bool(self.optimizer.state)
             if scaled and self._scaled is False:
@@ -381,8 +385,10 @@ class AlphaToken:
                 return  # nothing to value here, nor to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
+        if self.fisher is not None:
+            self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
 
-    def _refresh(self, scored: Scored) -> None:
+    def _refresh(self, scored: Scored, beta: float) -> None:
         """Count optimizer steps, and estimate the target anew when it is old enough."""
         if self._moved(scored):
             self._age += 1
@@ -390,15 +396,21 @@ class AlphaToken:
             return
         self._age = 0
         decay = self.config.target_decay
+        estimate = partial(estimate_target, self.model, scored, config=self.config, ref_model=self.ref_model, beta=beta)
+        if self.config.target_loss == "dpo" and not self._referenced:  # once: the reference stays
+            pairs = read_targets(self.target_batches, self.config)
+            pairs = [with_reference(self.model, self.ref_model, batch, scored.device) for batch in pairs]
+            self.target_batches, self._referenced = list(pairs), True
+            self._target_parts = in_parts(pairs, self.config.target_parts)
         if self.target is None or decay is None:
-            self.target = estimate_target(self.model, scored, self.target_batches)
+            self.target = estimate(self.target_batches)
             return
         held = self.target
         if not self._turn:  # the first, from all of it, is worth as much as one of those that follow
             held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
         part = self._target_parts[self._turn % len(self._target_parts)] if self._target_parts else []
         self._turn += 1
-        self.target = held.averaged(estimate_target(self.model, scored, part), decay)
+        self.target = held.averaged(estimate(part), decay)
 
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored adapters have changed since the last call.
@@ -416,6 +428,12 @@ class AlphaToken:
 
 
 def _fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Sums of the bits: exact, in any precision."""
+    """Sums of the bits, of some tensors at a time: exact, in any precision."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    return torch.stack([p.contiguous().view(bits[p.element_size()]).sum() for p in parameters])
+    sums = []
+    for start in range(0, len(parameters), 32):
+        alike: dict[Any, list[torch.Tensor]] = {}
+        for p in parameters[start : start + 32]:
+            alike.setdefault((p.device, p.dtype), []).append(p.contiguous().view(bits[p.element_size()]).flatten())
+        sums += [torch.cat(some).sum() for some in alike.values()]
+    return torch.stack([some.to(sums[0].device) for some in sums])

@@ -21,7 +21,7 @@ from .config import AlphaTokenConfig
 from .replay import Capture, Taps, capturing
 from .values import TokenValues
 
-Direction = dict[str, torch.Tensor]
+Directions = Mapping[str, list[torch.Tensor]]  # by parameter name
 Parts = Mapping[str, Mapping[str, torch.Tensor]]
 
 
@@ -130,16 +130,15 @@ class _LoraContraction:
         self.trains_a, self.trains_b = site.a.weight.requires_grad, site.b.weight.requires_grad
         self.names = tuple(site.parameters)
 
-    def set_direction(self, direction: Direction, components: int) -> None:
-        """`direction` holds `(J, ...)` for all groups, or `(G, J, ...)`."""
-        rank, count = self.b.shape[1], components
-        zero = self.b.new_zeros(())
-        ca = direction.get(self.names[0], zero.expand(count, rank, self.x.shape[-1]))
-        cb = direction.get(self.names[1], zero.expand(count, *self.b.shape))
-        ca, cb = (c if c.dim() == 4 else c[None] for c in (ca, cb))
-        self.right = (self.x @ ca.flatten(1, 2).transpose(1, 2)).unflatten(-1, (count, rank))
+    def set_direction(self, direction: Directions) -> None:
+        """`direction` holds J tensors of each parameter's shape, or of `(G, ...)`, one for each group."""
+        rank = self.b.shape[1]
+        self.right: torch.Tensor | None = None
+        if self.names[0] in direction:
+            self.right = (self.x @ torch.cat(direction[self.names[0]], -2).mT).unflatten(-1, (-1, rank))
         # Columns: B itself, which takes d to A's output, then each C_B.
-        self.columns = torch.cat([self.b.expand(cb.shape[0], *self.b.shape), *(cb[:, j] for j in range(count))], dim=-1)
+        at_b = direction.get(self.names[1], [])
+        self.columns = torch.cat([self.b.expand(*at_b[0].shape[:-2], -1, -1), *at_b], -1) if at_b else self.b
 
     def direct(self) -> torch.Tensor:
         self.left = self.layout.to_groups(self.error) @ self.columns
@@ -148,16 +147,20 @@ class _LoraContraction:
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         left = self.left  # of `direct`, where every row is a value
         if rows.numel() < self.error.shape[-1]:
-            left = self.layout.to_groups(self.error[..., rows]) @ self.columns[:, rows]
+            left = self.layout.to_groups(self.error[..., rows]) @ self.columns[..., rows, :]
         left = attention.propagate(self.layout.to_batch(left), window, batch)
         return self.layout.to_batch(self._combine(self.layout.to_groups(left)))
 
     def _combine(self, left: torch.Tensor) -> torch.Tensor:
         rank = self.b.shape[1]
         at_a, at_b = left[..., None, :rank], left[..., rank:].unflatten(-1, (-1, rank))
-        return (at_a * self.right + at_b * self.ax[..., None, :]).sum(-1)
+        if self.right is None:
+            return (at_b * self.ax[..., None, :]).sum(-1)
+        if not at_b.shape[-2]:
+            return (at_a * self.right).sum(-1)
+        return torch.addcmul(at_b * self.ax[..., None, :], at_a, self.right).sum(-1)
 
-    def group_gradients(self, validating: torch.Tensor) -> Direction:
+    def group_gradients(self, validating: torch.Tensor) -> dict[str, torch.Tensor]:
         error = self.layout.to_groups(self.error * validating)
         return {
             self.names[0]: (error @ self.b).transpose(1, 2) @ self.x,
@@ -184,10 +187,8 @@ class _LinearContraction:
         self.transposed = site.transposed
         (self.name,) = site.parameters
 
-    def set_direction(self, direction: Direction, components: int) -> None:
-        c = direction[self.name]
-        c = c if c.dim() == 4 else c[None]
-        self.c = c.transpose(-1, -2) if self.transposed else c
+    def set_direction(self, direction: Directions) -> None:
+        self.c = [c.mT if self.transposed else c for c in direction[self.name]]
 
     def direct(self) -> torch.Tensor:
         error = self.layout.to_groups(self.error)
@@ -196,15 +197,14 @@ class _LinearContraction:
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         error, c = self.error, self.c
         if rows.numel() < error.shape[-1]:
-            error, c = error[..., rows], c[:, :, rows]
+            error, c = error[..., rows], [each[..., rows, :] for each in c]
         error = self.layout.to_groups(attention.propagate(error, window, batch))
         return self.layout.to_batch(self._combine(error, c))
 
-    def _combine(self, error: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        parts = [(error * (self.x @ c[:, j].transpose(1, 2))).sum(-1) for j in range(c.shape[1])]
-        return torch.stack(parts, -1)
+    def _combine(self, error: torch.Tensor, c: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(error * (self.x @ each.mT)).sum(-1) for each in c], -1)
 
-    def group_gradients(self, validating: torch.Tensor) -> Direction:
+    def group_gradients(self, validating: torch.Tensor) -> dict[str, torch.Tensor]:
         gradient = self.layout.to_groups(self.error * validating).transpose(1, 2) @ self.x
         return {self.name: gradient.transpose(1, 2) if self.transposed else gradient}
 
@@ -250,10 +250,9 @@ class _Contractor:
             terms.append(self._against_others(site, error, inputs, attention))
         if self.parts:
             names = (name for name, parameter in site.parameters.items() if parameter.requires_grad)
-            direction = {name: torch.stack([part[name] for part in self.parts]) for name in names}
-            contraction.set_direction(direction, len(self.parts))
+            contraction.set_direction({name: [part[name] for part in self.parts] for name in names})
             terms.append(self._terms(site, contraction, attention))
-        direct = torch.cat([direct for direct, _ in terms], -1)
+        direct = _joined([direct for direct, _ in terms])
         if self.check and not direct.isfinite().all():
             raise FloatingPointError(
                 f"Token values are not finite at {site.name}. Look for inf or nan in this adapter, its target gradient "
@@ -261,7 +260,7 @@ class _Contractor:
             )
         self.direct = self.direct + direct
         if attention is not None:
-            self.causal = self.causal + torch.cat([causal for _, causal in terms if causal is not None], -1)
+            self.causal = self.causal + _joined([causal for _, causal in terms if causal is not None])
         if self.wants_norms:
             self.norms = self.norms + contraction.squared_norms()
 
@@ -282,13 +281,13 @@ class _Contractor:
         rest = (counts.sum() - counts).clamp(min=1)[:, None, None]
         own = contraction.group_gradients(self.others.validating[..., None].to(error.dtype))
         trained = site.parameters
-        direction = {
-            name: ((g.sum(0, keepdim=True) - g) / rest)[:, None]
-            for name, g in own.items()
-            if trained[name].requires_grad
-        }
-        contraction.set_direction(direction, 1)
+        mean = {n: (g.sum(0, keepdim=True) - g) / rest for n, g in own.items() if trained[n].requires_grad}
+        contraction.set_direction({name: [g] for name, g in mean.items()})
         return self._terms(site, contraction, attention)
+
+
+def _joined(terms: list[torch.Tensor]) -> torch.Tensor:
+    return terms[0] if len(terms) == 1 else torch.cat(terms, -1)
 
 
 def _contraction(

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from . import foreach
+
 # Of the root mean square of sqrt(v) over all scored parameters: entries that training has hardly reached (an A whose B
 # was 0 until now, what 8 bits round to 0) would otherwise make up the whole direction.
 _FLOOR = 0.01
@@ -42,15 +44,10 @@ def preconditioned(
         return {part: dict(direction) for part, direction in parts.items()}
     small = _epsilons(optimizer)
     roots = {name: _second_moment(optimizer, name, p).sqrt() + small.get(id(p), 0.0) for name, p in parameters.items()}
-    count = sum(root.numel() for root in roots.values())
-    device = next(iter(roots.values())).device
-    mean = torch.stack([root.square().sum().to(device) for root in roots.values()]).sum() / count
-    floor = _FLOOR * torch.where(mean > 0, mean, 1.0).sqrt()
-    scale = {name: 1 / root.maximum(floor.to(root.device)) for name, root in roots.items()}
-    return {
-        part: {name: tensor * scale[name].to(tensor) for name, tensor in direction.items()}
-        for part, direction in parts.items()
-    }
+    mean = foreach.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
+    floor = _FLOOR * torch.where(mean > 0, mean, 1.0)
+    roots = {name: root.maximum(floor.to(root.device)) for name, root in roots.items()}
+    return {part: foreach.divided(direction, roots) for part, direction in parts.items()}
 
 
 def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:

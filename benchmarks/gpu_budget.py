@@ -11,7 +11,8 @@ holds whole logits: TRL's fused one, or chunks of rows without TRL.
 
 Time: medians over rounds in which the kinds of step run in turn, forward and back. "+ refresh" adds what keeping the
 target fresh costs at the default schedule, 8 validation sequences to a step of 64, at the time that `target_gradient`
-took here on a batch of as many sequences as a step's. Memory: each kind alone, the peak of tensors and of what the
+took here on a batch of as many sequences as a step's. "kernels" is what the device computes in a step, by the profiler:
+a fast device waits for the host much of the time. Memory: each kind alone, the peak of tensors and of what the
 allocator reserved, model included; "beyond" compares what a step and its gate add to the model and optimizer. CUDA's
 own context (in the heading) and the optimizer's paged state come on top of the reserved. On a CPU what was allocated
 within a step counts.
@@ -163,10 +164,21 @@ class Bench:
                     times[name] += [time.perf_counter() - start] if number else []  # the first round warms up
                 if "error" in table[name]:
                     del steps[name]
-        for name in steps:
+        for name, step in steps.items():
             table[name]["seconds"] = statistics.median(times[name])
+            if self.device.type == "cuda":
+                with self.reporting(table[name]):
+                    table[name]["kernel seconds"] = kernel_seconds(step)
         compare(table, times)
         return table
+
+
+def kernel_seconds(step: Step) -> float:
+    """What the device computes in one step, without its waiting for the host."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 def compare(table: dict[str, Row], times: dict[str, list[float]]) -> None:
@@ -178,6 +190,8 @@ def compare(table: dict[str, Row], times: dict[str, list[float]]) -> None:
     for name, row in table.items():
         if "seconds" in row:
             row["time ratio"] = statistics.median(t / p for t, p in zip(times[name], times["plain"], strict=True))
+            if "kernel seconds" in row and "kernel seconds" in plain:
+                row["kernel ratio"] = row["kernel seconds"] / plain["kernel seconds"]
             row["memory ratio"] = row["peak GiB"] / plain["peak GiB"]
             beyond, plain_beyond = (r["peak GiB"] - plain["resident GiB"] for r in (row, plain))
             row["beyond ratio"] = beyond / plain_beyond
@@ -187,8 +201,17 @@ def compare(table: dict[str, Row], times: dict[str, list[float]]) -> None:
             table[name]["with refresh"] = table[name]["time ratio"] + share * target["time ratio"]
 
 
-COLUMNS = {"seconds": "s/step", "time ratio": "time", "with refresh": "+ refresh", "peak GiB": "peak GiB",
-           "reserved GiB": "reserved GiB", "memory ratio": "memory", "beyond ratio": "beyond"}  # fmt: skip
+COLUMNS = {
+    "seconds": "s/step",
+    "time ratio": "time",
+    "with refresh": "+ refresh",
+    "kernel seconds": "s of kernels",
+    "kernel ratio": "kernels",
+    "peak GiB": "peak GiB",
+    "reserved GiB": "reserved GiB",
+    "memory ratio": "memory",
+    "beyond ratio": "beyond",
+}
 
 
 def markdown(title: str, table: dict[str, Row]) -> str:

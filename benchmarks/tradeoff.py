@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -46,7 +47,7 @@ BASES = {
         hidden_size=640,
         intermediate_size=1792,
         num_layers=12,
-        steps=4000,
+        steps=600,
         batch_size=48,
         code_sequences=15,
         seq_len=256,
@@ -130,7 +131,11 @@ def preferences() -> Iterator[Setting]:
     yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
     both = {"task": "dpo", "precondition": True}
     yield values("DPO: difference, Adam's step", estimator="difference", setting=both)
-    yield values("DPO: difference, Adam's step, above zero", estimator="difference", threshold="zero", setting=both)
+    pairs: dict[str, object] = {"target_loss": "dpo", "setting": {"task": "dpo"}}
+    yield Setting("DPO: validation only", "only", task="dpo")
+    yield values("DPO: ghost K=3, DPO target", **pairs)
+    yield values("DPO: difference, DPO target", estimator="difference", **pairs)
+    yield values("DPO: difference, DPO target, Adam's step", estimator="difference", **{**pairs, "setting": both})
     yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
 
 
@@ -156,7 +161,14 @@ MAIN = (
     "L2 0.001",
     "L2 0.001 + difference",
 )
-MILD = ("all tokens", "difference", "difference, Adam's step")
+MILD = (
+    "all tokens",
+    "validation only",
+    "difference",
+    "difference, Adam's step",
+    "difference, DPO target",
+    "difference, DPO target, Adam's step",
+)
 QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3", "difference")
 
 
@@ -240,7 +252,7 @@ def measure_paces(folder: Path, settings: list[Setting], file: Path, device: str
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five selections, one seed, one learning rate")
-    parser.add_argument("--only", nargs="+", help="only settings whose name has one of these words")
+    parser.add_argument("--only", nargs="+", help="only settings whose name one of these patterns finds")
     parser.add_argument("--report", action="store_true", help="no run, only tables and plot")
     parser.add_argument("--pace", action="store_true", help="no run, only the time of a step, for the column of it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: cores)")
@@ -249,13 +261,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/tradeoff"), help="folder of results and report")
     args = parser.parse_args(argv)
 
-    folder = make_base(read_texts(), BASES[args.size])
-    make_fishers(folder, PLAN)
+    folder = make_base(read_texts(), BASES[args.size], args.device)
+    make_fishers(folder, PLAN, args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.jsonl"
     wanted = all_runs(args.quick)
     if args.only:
-        wanted = [r for r in wanted if any(word in r[0].name for word in args.only)]
+        wanted = [r for r in wanted if any(re.search(pattern, r[0].name) for pattern in args.only)]
     paces = args.output / "paces.json"
     if args.pace:
         measure_paces(folder, [setting for setting, _, _ in wanted], paces, args.device)

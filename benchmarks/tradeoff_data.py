@@ -82,7 +82,7 @@ def little_task(rng: random.Random) -> tuple[str, str]:
     return f"### {name}: {' '.join(letters)}\n### Answer\n", " ".join(answer)
 
 
-def make_base(texts: Texts, settings: Pretraining) -> Path:
+def make_base(texts: Texts, settings: Pretraining, device: str = "cpu") -> Path:
     """The folder of the base model and its tokenizer; trained where it is not cached."""
 
     def make() -> tuple[Any, Any]:
@@ -91,7 +91,7 @@ def make_base(texts: Texts, settings: Pretraining) -> Path:
         tokenizer = train_tokenizer(texts.prose + texts.code[:30] + tasks[:500], settings.vocab_size)
         counts = settings.code_sequences, settings.batch_size - 2 * settings.code_sequences, settings.code_sequences
         streams = [token_stream(tokenizer, documents) for documents in (texts.code, texts.prose, tasks)]
-        return pretrain(tokenizer, list(zip(streams, counts, strict=True)), settings), tokenizer
+        return pretrain(tokenizer, list(zip(streams, counts, strict=True)), settings, device), tokenizer
 
     return cached("tradeoff-base", [asdict(settings), texts.prose, texts.code], make)
 
@@ -138,6 +138,7 @@ class Tasks:
         # Windows start where a line does, so that code looks like code.
         self.windows = {part: self._windows(getattr(texts, f"cpp_{part}")) for part in ("train", "validation", "test")}
         self.python = {"train": self._windows(texts.code), "test": self._windows(texts.code_heldout)}
+        self.python["validation"] = self.python["train"]
         self.prose = self._unseen(texts.prose_heldout, texts.prose, heldout)
         self.code = self._unseen(texts.code_heldout, texts.code, heldout)
 

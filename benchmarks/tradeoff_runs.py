@@ -61,7 +61,7 @@ class Setting:
     """One way to train.
 
     Args:
-        selection (`str`): all, random, oracle, mixed or only (validation rows, in each batch or alone), rho1, or
+        selection (`str`): all, random, oracle, mixed or only (validation examples, in each batch or alone), rho1, or
             log_ratio (pairs); "values" is AlphaToken's, by `config`.
         kl (`float`): coefficient of KL(reference || policy) on response tokens.
         l2 (`float`): coefficient of the squared Frobenius norm of the adapters' deltas s B A.
@@ -96,14 +96,14 @@ def _adapted(folder: Path, *, nf4: bool, seed: int, device: str) -> Any:
     return model.train()  # 4-bit linears must not run in evaluation mode on a CPU
 
 
-def make_fishers(folder: Path, plan: Plan) -> None:
+def make_fishers(folder: Path, plan: Plan, device: str = "cpu") -> None:
     """Estimate the base's Fisher once in each form that a setting uses, from prompts of the training data."""
     prompts = [prompt for prompt, _ in _tasks(folder, plan).clean("train", plan.fisher_prompts, seed=10**6)]
     for layers, form in ((3, "factored"), ("all", "factored"), (3, "dense")):
         config = AlphaTokenConfig(num_layers=layers, fisher=form)  # type: ignore[arg-type]
         path = _fisher_path(folder, plan, config)
         if not path.is_file():
-            model = _adapted(folder, nf4=False, seed=0, device="cpu")
+            model = _adapted(folder, nf4=False, seed=0, device=device)
             estimate_fisher(model, prompts, max_new_tokens=plan.fisher_tokens, batch_size=32, config=config).save(path)
 
 
@@ -283,11 +283,11 @@ def run_dpo(folder: Path, setting: Setting, lr: float, seed: int, plan: Plan, de
     with torch.no_grad():  # B = 0: the model is the reference still
         for batch in (*batches, held_out):
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = _answer_logps(model, batch).chunk(2)
-    clean = tasks.clean("validation", plan.validation, seed)
-    validation = [_to(tasks.batch(clean[i : i + size]), device) for i in range(0, len(clean), size)]
+    clean = tasks.pairs("validation", plan.validation, seed, noise=False)
+    validation = [_to(tasks.pair_batch(clean[i : i + size]), device) for i in range(0, len(clean), size)]
     optimizer = _optimizer(model, lr)
     values = _weigher(model, optimizer, folder, setting, plan, validation)
-    generator = torch.Generator().manual_seed(seed)
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     retained = _Exam(tasks, plan, device)
 
     def exam(model: Any) -> dict[str, float]:
@@ -301,6 +301,8 @@ def run_dpo(folder: Path, setting: Setting, lr: float, seed: int, plan: Plan, de
 
     def step(batch: Batch) -> torch.Tensor:
         weights: Weights = values
+        if setting.selection == "only":
+            batch = _to(tasks.pair_batch(rng.sample(clean, size)), device)
         if setting.selection == "random":
             weights = random_weights(batch, rho=0.5, generator=generator)
         elif setting.selection == "log_ratio":

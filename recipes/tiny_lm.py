@@ -101,8 +101,10 @@ def pieces(tokenizer, documents: list[str], count: int, length: int) -> torch.Te
     return token_stream(tokenizer, documents)[: count * length].view(-1, length)
 
 
-def pretrain(tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretraining) -> LlamaForCausalLM:
-    """Train a Llama from scratch: Muon on the matrices, AdamW on the embedding and the norms.
+def pretrain(
+    tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretraining, device: str = "cpu"
+) -> LlamaForCausalLM:
+    """Train a Llama from scratch: Muon on matrices, AdamW on embedding and norms; under bf16 autocast on a GPU.
 
     `streams` are rows of token ids, each with the number of sequences that a batch takes from it.
     """
@@ -120,7 +122,7 @@ def pretrain(tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretr
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -136,8 +138,9 @@ def pretrain(tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretr
             for _ in range(count):
                 start = torch.randint(len(stream) - settings.seq_len, ())
                 rows.append(stream[start + offsets])
-        batch = torch.stack(rows)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        batch = torch.stack(rows).to(device)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -147,7 +150,7 @@ def pretrain(tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretr
             optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.2f}")
-    return model.eval()
+    return model.cpu().eval()
 
 
 def cache_root() -> Path:
