@@ -11,11 +11,10 @@ holds whole logits: TRL's fused one, or chunks of rows without TRL.
 
 Time: medians over rounds in which the kinds of step run in turn, forward and back. "+ refresh" adds what keeping the
 target fresh costs at the default schedule, 8 validation sequences to a step of 64, at the time that `target_gradient`
-took here on a batch of as many sequences as a step's. "kernels" is what the device computes in a step, by the profiler:
-a fast device waits for the host much of the time. Memory: each kind alone, the peak of tensors and of what the
+took here on a batch of as many sequences as a step's. Memory: each kind alone, the peak of tensors and of what the
 allocator reserved, model included; "beyond" compares what a step and its gate add to the model and optimizer. CUDA's
 own context (in the heading) and the optimizer's paged state come on top of the reserved. On a CPU what was allocated
-within a step counts.
+within a step counts. Tables are written as they come.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -164,21 +162,10 @@ class Bench:
                     times[name] += [time.perf_counter() - start] if number else []  # the first round warms up
                 if "error" in table[name]:
                     del steps[name]
-        for name, step in steps.items():
+        for name in steps:
             table[name]["seconds"] = statistics.median(times[name])
-            if self.device.type == "cuda":
-                with self.reporting(table[name]):
-                    table[name]["kernel seconds"] = kernel_seconds(step)
         compare(table, times)
         return table
-
-
-def kernel_seconds(step: Step) -> float:
-    """What the device computes in one step, without its waiting for the host."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 def compare(table: dict[str, Row], times: dict[str, list[float]]) -> None:
@@ -190,8 +177,6 @@ def compare(table: dict[str, Row], times: dict[str, list[float]]) -> None:
     for name, row in table.items():
         if "seconds" in row:
             row["time ratio"] = statistics.median(t / p for t, p in zip(times[name], times["plain"], strict=True))
-            if "kernel seconds" in row and "kernel seconds" in plain:
-                row["kernel ratio"] = row["kernel seconds"] / plain["kernel seconds"]
             row["memory ratio"] = row["peak GiB"] / plain["peak GiB"]
             beyond, plain_beyond = (r["peak GiB"] - plain["resident GiB"] for r in (row, plain))
             row["beyond ratio"] = beyond / plain_beyond
@@ -205,8 +190,6 @@ COLUMNS = {
     "seconds": "s/step",
     "time ratio": "time",
     "with refresh": "+ refresh",
-    "kernel seconds": "s of kernels",
-    "kernel ratio": "kernels",
     "peak GiB": "peak GiB",
     "reserved GiB": "reserved GiB",
     "memory ratio": "memory",
@@ -271,14 +254,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.cap_gib is not None:
         share = args.cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
-    about = heading(device, args.cap_gib)
-    print(about, file=sys.stderr)
-    written, results = [about], dict[str, dict[str, Row]]()
+    about, results = heading(device, args.cap_gib), dict[str, dict[str, Row]]()
+
+    def tell(text: str) -> None:
+        print(text + "\n", flush=True)
+        if args.markdown:
+            with open(args.markdown, "a") as file:
+                file.write("\n" + text + "\n")
+
+    tell(about)
     for size in args.size:
         try:
             model = build(size, device)
         except torch.OutOfMemoryError:
-            written.append(f"{size}: out of memory while the model was made")
+            tell(f"{size}: out of memory while the model was made")
             continue
         for task in args.task:
             title = f"{size} {task}"
@@ -287,20 +276,16 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 bench = Bench(model, size, task, args.reference, device)
             except torch.OutOfMemoryError:
-                written.append(f"{title}: out of memory before the first step")
+                tell(f"{title}: out of memory before the first step")
                 continue
             results[title] = bench.run(args.rounds)
-            written.append(markdown(title, results[title]))
+            tell(markdown(title, results[title]))
+            if args.json:
+                with open(args.json, "w") as file:
+                    json.dump({"about": about, "settings": vars(args), "results": results}, file, indent=1)
             del bench
         del model
         release()
-    print("\n\n".join(written))
-    if args.markdown:
-        with open(args.markdown, "a") as file:
-            file.write("\n" + "\n\n".join(written) + "\n")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"about": about, "settings": vars(args), "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":

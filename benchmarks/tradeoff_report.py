@@ -179,7 +179,8 @@ def grouped(results: list[Run]) -> dict[str, dict[float, dict[str, Runs]]]:
     return found
 
 
-RIVALS = ("RHO-1, clean reference", "validation only", "DPO: validation only")  # what settings are compared with beside all tokens
+# What settings are compared with beside all tokens.
+RIVALS = ("RHO-1, clean reference", "validation only", "DPO: validation only")
 TITLES = {
     "noise": "Supervised, noisy answers",
     "no noise": "Supervised, clean answers",

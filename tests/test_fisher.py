@@ -475,3 +475,12 @@ def test_progress_can_be_seen_and_silenced(capfd):
     loud = capfd.readouterr()
     assert "%" not in quiet.err + quiet.out
     assert "%" in loud.err + loud.out
+
+
+def test_factors_go_to_another_device_and_dense_diagonals_stay():
+    factored = Fisher({"one": (torch.rand(3), torch.rand(4))}, 7, (1.0,))
+    both = Fisher({**factored.factors, "two": (torch.rand(3, 4),)}, 7, (1.0,))
+    assert factored.to(torch.device("cpu")) is factored
+    moved = both.to(torch.device("meta"))
+    assert [tensor.device.type for name in ("one", "two") for tensor in moved.factors[name]] == ["meta", "meta", "cpu"]
+    assert (moved.prompts, moved.base) == (7, (1.0,))
