@@ -85,20 +85,6 @@ class Batch:
         }
         return Batch(inputs, self.labels[rows])
 
-    @property
-    def examples(self) -> int:
-        """Rows, or pairs."""
-        return self.shape[0] // 2 if self.pairs else self.shape[0]
-
-    def part(self, first: int, last: int) -> Batch:
-        """Some of its rows, or pairs."""
-        if not self.pairs:
-            return self.of_rows(slice(first, last))
-        pairs = torch.arange(first, last, device=self.labels.device)
-        alone = self.of_rows(torch.cat([pairs, pairs + self.examples]))
-        ref_logps = self.ref_logps and (self.ref_logps[0][first:last], self.ref_logps[1][first:last])
-        return Batch(alone.inputs, alone.labels, True, ref_logps)
-
     def chosen(self) -> Batch:
         """The batch itself, or the chosen half of pairs as an SFT batch."""
         return self.of_rows(slice(self.shape[0] // 2)) if self.pairs else self

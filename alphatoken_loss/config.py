@@ -52,9 +52,6 @@ class AlphaTokenConfig:
             sequences of the target, whatever `target_parts` says. At equal overhead a part a step followed exact values
             better than all of them every four; all of them at each (`target_parts=1, target_decay=None`) is best, for
             the overhead of all: benchmarks/fidelity.py, tradeoff.py.
-        target_loss (`str`, *optional*, defaults to `"sft"`):
-            Which loss of the validation examples the target is the gradient of: `"sft"`, -log p of their responses (of
-            pairs, of the chosen ones), or, for preference training, `"dpo"`, the DPO loss of validation pairs.
         fisher (`str`, *optional*, defaults to `"factored"`):
             Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
             d_out + d_in floats a layer; its totals rank at 0.999 beside the dense one's) or `"dense"` (d_out x d_in).
@@ -71,7 +68,6 @@ class AlphaTokenConfig:
     target_every: int = 1
     target_parts: int = 4
     target_decay: float | None = 0.5
-    target_loss: Literal["sft", "dpo"] = "sft"
     fisher: Literal["factored", "dense"] = "factored"
 
     def __post_init__(self) -> None:
@@ -103,7 +99,6 @@ class AlphaTokenConfig:
             )
         _check_choice("threshold", self.threshold, ("quantile", "zero"))
         _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
-        _check_choice("target_loss", self.target_loss, ("sft", "dpo"))
         _check_choice("fisher", self.fisher, ("factored", "dense"))
 
     @classmethod
@@ -125,7 +120,6 @@ class AlphaTokenConfig:
             "target_every": 1,
             "target_parts": 1,
             "target_decay": None,
-            "target_loss": "sft",
             "fisher": "dense",
         }
         return cls(**{**settings, **changes})

@@ -45,7 +45,6 @@ from .distributed import all_sum
 from .files import write_whole
 from .ghost import accumulation_dtype
 from .logps import token_logps
-from .preference import LossSum
 from .replay import capture_without_graph, loss_gradients
 
 _FORMAT = "alphatoken_loss.fisher.1"
@@ -432,8 +431,7 @@ class _Sums:
                 for parameter in frozen:
                     parameter.requires_grad_()
                 for _, sequence in batch.sequences():
-                    sum_of = LossSum(self.owner, None, sequence)
-                    for name, gradient in loss_gradients(self.owner, self.others, sum_of).items():
+                    for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
                         self.of_others[name] += gradient.to(self.of_others[name]).square()
             finally:
                 for parameter in frozen:

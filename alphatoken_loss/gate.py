@@ -12,7 +12,6 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, NonFiniteRows
 from .kl import Penalty, check_kl_coef
 from .replay import saved_tensors_hooked
-from .target import Target, estimate_target, in_parts, read_targets, with_reference
+from .target import Target, estimate_target, in_parts
 from .values import TokenValues
 from .weights import Parts, alphatoken_weights, check_target, directions, estimator_of, select
 
@@ -155,8 +154,7 @@ class AlphaToken:
         self.fisher = fisher
         self.optimizer = optimizer
         self.target = target if isinstance(target, Target) else None
-        self.target_batches: list[Mapping[str, Any] | Batch] | None = None
-        self._referenced = False  # whether pairs of the target have their reference log-probabilities
+        self.target_batches: list[Mapping[str, Any]] | None = None
         if target is not None and not isinstance(target, Target):
             self.target_batches = [target] if isinstance(target, Mapping) else list(target)
             if not self.target_batches:
@@ -175,8 +173,7 @@ class AlphaToken:
         self._penalty: Penalty | None = None
         self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
         if self.config.rho < 1.0:  # else nothing is read, and nothing refused
-            if self.target_batches is not None:
-                self._target_parts = in_parts(read_targets(self.target_batches, self.config), self.config.target_parts)
+            self._target_parts = in_parts(self.target_batches or [], self.config.target_parts)
             scored = self._scored()
             at_decoder = self.config.estimator == "difference"
             behind = trained_behind(model, None if at_decoder else find_blocks(model))
@@ -227,8 +224,7 @@ class AlphaToken:
             batch (`Mapping`): the batch that the model runs on, in any form `alphatoken_weights` takes.
             mean_over_kept (`bool`): scale the kept gradient by response tokens over kept tokens, which turns a mean
                 over response tokens into Eq. 13's mean over kept ones.
-            beta (`float`): of the DPO loss that values pairs where there is no target (with one, the loss itself does),
-                and of the target's where `target_loss="dpo"`.
+            beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
             weights (`torch.Tensor`, *optional*): `(B, T)`, aligned with the labels: keep the response tokens where it
                 is not 0 (as from `random_weights` and the like) instead of valuing; nothing is estimated.
             kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not, that `kl` then
@@ -303,7 +299,7 @@ class AlphaToken:
                 keep = weights.bool().roll(-1, 1)
         else:
             self._ensure_fisher(scored, read)
-            self._refresh(scored, beta)
+            self._refresh(scored)
             parts = directions(scored, self.target, self._drift_fisher, self.ref_model, self.optimizer)
             scaled = self.optimizer is not None and bool(self.optimizer.state)
             if scaled and self._scaled is False:
@@ -388,7 +384,7 @@ class AlphaToken:
         if self.fisher is not None:
             self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
 
-    def _refresh(self, scored: Scored, beta: float) -> None:
+    def _refresh(self, scored: Scored) -> None:
         """Count optimizer steps, and estimate the target anew when it is old enough."""
         if self._moved(scored):
             self._age += 1
@@ -396,21 +392,15 @@ class AlphaToken:
             return
         self._age = 0
         decay = self.config.target_decay
-        estimate = partial(estimate_target, self.model, scored, config=self.config, ref_model=self.ref_model, beta=beta)
-        if self.config.target_loss == "dpo" and not self._referenced:  # once: the reference stays
-            pairs = read_targets(self.target_batches, self.config)
-            pairs = [with_reference(self.model, self.ref_model, batch, scored.device) for batch in pairs]
-            self.target_batches, self._referenced = list(pairs), True
-            self._target_parts = in_parts(pairs, self.config.target_parts)
         if self.target is None or decay is None:
-            self.target = estimate(self.target_batches)
+            self.target = estimate_target(self.model, scored, self.target_batches)
             return
         held = self.target
         if not self._turn:  # the first, from all of it, is worth as much as one of those that follow
             held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
         part = self._target_parts[self._turn % len(self._target_parts)] if self._target_parts else []
         self._turn += 1
-        self.target = held.averaged(estimate(part), decay)
+        self.target = held.averaged(estimate_target(self.model, scored, part), decay)
 
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored adapters have changed since the last call.

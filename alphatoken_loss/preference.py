@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,31 +105,3 @@ def pair_logps(batch: Batch, logps: torch.Tensor, ref_logps: torch.Tensor) -> Pa
     # TRL's count: the labels, including one in column 0 that nothing predicts.
     tokens = (batch.labels != -100).sum(1).clamp(min=1)
     return Pairs(chosen, rejected, ref_chosen, ref_rejected, *tokens.chunk(2))
-
-
-class LossSum:
-    """Run the model on a batch, and sum its loss: -log p of response tokens or, for pairs, the DPO loss.
-
-    Attributes:
-        omega (`torch.Tensor` or `None`): `(P,)`, beta * sigmoid(-s) of each pair, once the loss was computed.
-    """
-
-    def __init__(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, beta: float = 0.1) -> None:
-        self.batch, self.beta = batch, beta
-        self.ref_logps = reference_logps(model, ref_model, batch) if batch.pairs else None
-        self.omega: torch.Tensor | None = None
-
-    def of(self, rows: torch.Tensor, alone: Batch) -> LossSum:
-        """The same loss of some of the rows, `alone`."""
-        part = copy.copy(self)
-        part.batch = alone
-        part.ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
-        return part
-
-    def __call__(self, model: nn.Module) -> torch.Tensor:
-        logps = token_logps(model, self.batch)
-        if self.ref_logps is None:
-            return -logps.sum()
-        pairs = pair_logps(self.batch, logps, self.ref_logps)
-        self.omega = self.beta * (-self.beta * pairs.delta.detach()).sigmoid()
-        return LOSSES["sigmoid"](pairs, self.beta, 0.0).sum()

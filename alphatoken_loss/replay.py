@@ -22,6 +22,7 @@ from transformers import Cache
 from .attention import AttentionCall, AttentionWatch
 from .batches import Batch
 from .blocks import HOOKS_INSIDE_CHECKPOINT, LoraSite, Scored, Site, unwrap, without_noise
+from .logps import token_logps
 
 
 class Visitor(Protocol):
@@ -372,16 +373,11 @@ def _refuse_inference_mode() -> None:
 
 
 def loss_gradients(
-    model: nn.Module,
-    parameters: Mapping[str, torch.Tensor],
-    loss_sum: Callable[[nn.Module], torch.Tensor],
-    *,
-    first: nn.Module | None = None,
+    model: nn.Module, parameters: Mapping[str, torch.Tensor], batch: Batch, *, first: nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of a loss by an ordinary backward, `.grad` untouched; zeros where none comes.
+    """Gradient of a batch's summed token losses by an ordinary backward, `.grad` untouched; zeros where none comes.
 
     Args:
-        loss_sum (`Callable`): runs the model on a batch and returns a scalar loss.
         first (`nn.Module`, *optional*): the block that the graph begins with; no parameter may lie before it.
     """
 
@@ -393,7 +389,7 @@ def loss_gradients(
     with torch.set_grad_enabled(first is None), without_noise(inner):
         hook = None if first is None else first.register_forward_pre_hook(begin)
         try:
-            loss = loss_sum(inner)
+            loss = -token_logps(inner, batch).sum()
         finally:
             if hook is not None:
                 hook.remove()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .blocks import Scored, find_scored
 from .config import AlphaTokenConfig
 from .distributed import all_sum
 from .ghost import accumulation_dtype
-from .preference import LossSum, check_loss, reference_logps
+from .logps import token_logps
 from .replay import capture_without_graph, loss_gradients
 
 
@@ -26,7 +27,7 @@ class Target:
     Attributes:
         gradients (`dict`): parameter name, as in `model.named_parameters()`, -> tensor of the parameter's shape in
             float32 (float64 for a float64 model): (1 / N) * sum over the N validation response tokens of the gradient
-            of -log p, or over N pairs of that of their DPO loss.
+            of -log p.
         tokens (`float`): N; of a running average, the average of those it was made from.
     """
 
@@ -57,12 +58,7 @@ class Target:
 
 
 def target_gradient(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    config: AlphaTokenConfig | None = None,
-    ref_model: nn.Module | None = None,
-    beta: float = 0.1,
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, config: AlphaTokenConfig | None = None
 ) -> Target:
     """Gradient of the mean loss over validation response tokens, over the scored adapters (G of Eq. 8).
 
@@ -74,92 +70,66 @@ def target_gradient(
         model (`nn.Module`): the model in training.
         batches (`Iterable`): SFT batches of clean target-task examples (`input_ids`, `labels`, ...), of any sizes.
             For a preference batch its chosen answers count.
-        config (`AlphaTokenConfig`, *optional*): its `num_layers` and `estimator` say what is scored, its `target_loss`
-            whether it is the mean DPO loss of validation pairs instead.
-        ref_model (`nn.Module`, *optional*), beta (`float`): of that DPO loss, as in `dpo_loss`.
+        config (`AlphaTokenConfig`, *optional*): its `num_layers` and `estimator` say what is scored.
 
     Returns:
         `Target`
 
     Raises:
-        ValueError: no batch has a response token; the batches are no pairs where the config wants them; beta <= 0.
+        ValueError: no batch has a response token.
 
     Example:
         >>> target = target_gradient(model, validation_batches)
         >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
     """
     config = config or AlphaTokenConfig()
-    check_loss("sigmoid", beta, 0.0)
-    scored = find_scored(model, config.scored_layers, config.estimator)
-    return estimate_target(model, scored, batches, config, ref_model, beta)
+    return estimate_target(model, find_scored(model, config.scored_layers, config.estimator), batches)
 
 
-def read_targets(batches: Iterable[Mapping[str, Any] | Batch], config: AlphaTokenConfig) -> list[Batch]:
-    """Validation batches in the form that `config.target_loss` takes.
-
-    Raises:
-        ValueError: it is `"dpo"`, and a batch is no preference batch.
-    """
-    if isinstance(batches, Mapping):
-        batches = [batches]
-    if config.target_loss == "dpo":
-        return [read_batch(batch, pairs=True) for batch in batches]
-    return [read_batch(batch).chosen() for batch in batches]
-
-
-def with_reference(model: nn.Module, ref_model: nn.Module | None, batch: Batch, device: torch.device) -> Batch:
-    """The batch with its reference log-probabilities, which then need not be computed again."""
-    if not batch.pairs or batch.ref_logps is not None:
-        return batch
-    chosen, rejected = reference_logps(model, ref_model, batch.to(device)).chunk(2)
-    return replace(batch, ref_logps=(chosen, rejected))
-
-
-def in_parts(batches: Sequence[Batch], count: int) -> list[list[Batch]]:
-    """Share the rows (pairs) of batches out over up to `count` parts, in their order.
+def in_parts(batches: Sequence[Mapping[str, Any]], count: int) -> list[list[Batch]]:
+    """Share the rows of batches out over up to `count` parts, in their order.
 
     Runs of rows, not every fourth: a process of several that holds every n-th row then has the n-th share of each part.
     """
-    total = sum(batch.examples for batch in batches)
+    read = [read_batch(batch).chosen() for batch in batches]
+    total = sum(batch.shape[0] for batch in read)
     parts: list[list[Batch]] = []
     for number in range(count):
         first, last, start = total * number // count, total * (number + 1) // count, 0
         parts.append([])
-        for batch in batches:
-            size = batch.examples
-            low, high = (min(max(bound - start, 0), size) for bound in (first, last))
-            start += size
-            parts[-1].append(batch.part(low, high))
+        for batch in read:
+            rows = slice(max(first - start, 0), max(last - start, 0))
+            start += batch.shape[0]
+            parts[-1].append(batch.of_rows(rows))
     return [part for part in parts if any(bool(batch.rows.any()) for batch in part)]
 
 
-def estimate_target(
-    model: nn.Module,
-    scored: Scored,
-    batches: Iterable[Mapping[str, Any] | Batch],
-    config: AlphaTokenConfig,
-    ref_model: nn.Module | None,
-    beta: float,
-) -> Target:
+def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
+    return -token_logps(model, batch).sum()
+
+
+def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any] | Batch]) -> Target:
     sums: dict[str, torch.Tensor] = {}
     count = 0
+    if isinstance(batches, Mapping):
+        batches = [batches]
     # Block by block where memory is short; else by an ordinary backward from a graph of the scored blocks alone.
     by_blocks = scored.in_blocks and any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
     first = scored.blocks[0] if scored.in_blocks else None
-    for batch in read_targets(batches, config):
+    for raw in batches:
+        batch = read_batch(raw).chosen()
         tokens = int(batch.rows.sum())  # where the batch lies: on the host, an accelerator is not waited for
         if not tokens:
             continue
         batch = batch.to(scored.device)
-        loss_sum = LossSum(model, ref_model, batch, beta)
         if by_blocks:
-            capture, rows = capture_without_graph(model, scored, batch, loss_sum)
+            capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
             gradients = capture.gradients(rows, scored.parameters)
         else:
-            gradients = loss_gradients(model, scored.parameters, loss_sum, first=first)
+            gradients = loss_gradients(model, scored.parameters, batch, first=first)
         gradients = {name: gradient.to(accumulation_dtype(gradient)) for name, gradient in gradients.items()}
         sums = foreach.added(sums, gradients) if sums else gradients
-        count += batch.examples if batch.pairs else tokens
+        count += tokens
     if not sums:  # a rank without a batch still takes part in the sum
         sums = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in scored.parameters.items()}
     count = all_sum(list(sums.values()), count)

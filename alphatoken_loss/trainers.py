@@ -107,11 +107,6 @@ class AlphaTokenMixin(_Trainer):
                 "reference offered (AlphaTokenSFTTrainer). Set kl_coef=0; in a loop of your own, add the `kl` of "
                 "`with alphatoken(batch, kl_coef=...) as step:` to the loss."
             )
-        if config.target_loss == "dpo" and not isinstance(self, DPOTrainer):
-            raise ValueError(
-                f'target_loss is "dpo", the DPO loss of validation pairs, but {type(self).__name__} is no DPOTrainer. '
-                'Set target_loss="sft".'
-            )
         if config.rho >= 1.0 and not kl_coef:
             return
         self._refuse_what_is_not_modelled()
@@ -160,7 +155,7 @@ class AlphaTokenMixin(_Trainer):
             self._gate.optimizer = self.optimizer
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
-        with self.alphatoken(batch, weights=weights, beta=getattr(self.args, "beta", 0.1), **kl) as step:
+        with self.alphatoken(batch, weights=weights, **kl) as step:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         if step.kl is None:
             return found
@@ -257,9 +252,7 @@ class AlphaTokenMixin(_Trainer):
 
     def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
         """The target, as this process' share of collated batches."""
-        if dataset is not None and self.alphatoken_args.target_loss == "dpo":
-            rows, collate = self._pairs(dataset), self.data_collator
-        elif dataset is not None:
+        if dataset is not None:
             rows, collate = self._sft_rows(dataset)
         else:
             rows, collate = self._held_out_rows(), self.data_collator
@@ -319,16 +312,6 @@ class AlphaTokenMixin(_Trainer):
         formatting = getattr(self, "_formatting_func", None)
         rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
         return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)
-
-    def _pairs(self, dataset: Any) -> Any:
-        """Rows in preference form, tokenised as those that are trained on."""
-        columns = getattr(dataset, "column_names", None) or []
-        if not isinstance(dataset, Dataset) or not {"chosen", "rejected"} <= set(columns):
-            raise ValueError(
-                f'target_dataset has the columns {columns}, but target_loss="dpo" takes preference pairs: a '
-                'datasets.Dataset with chosen and rejected answers. Give such a one, or set target_loss="sft".'
-            )
-        return self._prepare_dataset(dataset, self.processing_class, self.args, "target")
 
     # Fisher
 

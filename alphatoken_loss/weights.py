@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, overload
@@ -17,8 +18,9 @@ from .difference import Difference, Steps
 from .exact import Exact
 from .fisher import Fisher, fisher_of_batches
 from .ghost import Ghost, Others, accumulation_dtype
+from .logps import token_logps
 from .precondition import preconditioned
-from .preference import LossSum, check_loss
+from .preference import LOSSES, check_loss, pair_logps, reference_logps
 from .replay import loss_gradients, rows_without_graph
 from .selection import keep_mask
 from .target import Target, estimate_target
@@ -118,11 +120,11 @@ def alphatoken_weights(
     elif fisher is not None:
         fisher.check_base(model)
     if target is not None and not isinstance(target, Target):
-        target = estimate_target(model, scored, target, config, ref_model, beta)
+        target = estimate_target(model, scored, target)
     if target is None:
         check_target(target, optimizer)
         Others.of(read)  # an error before the work
-    loss_sum = LossSum(model, ref_model, read, beta)
+    loss_sum = _LossSum(model, ref_model, read, beta)
     parts = directions(scored, target, fisher, ref_model, optimizer)
     if target is None and config.estimator != "ghost":
         values = _against_others(model, scored, read, config, parts, loss_sum, apart=return_values)
@@ -143,14 +145,13 @@ def _against_others(
     batch: Batch,
     config: AlphaTokenConfig,
     parts: Parts,
-    loss_sum: LossSum,
+    loss_sum: _LossSum,
     *,
     apart: bool,
 ) -> TokenValues:
     """Each sequence (pair) against the mean gradient of the others, which takes a forward and a backward for each."""
     own = [(rows, alone, int(alone.chosen().rows.sum())) for rows, alone in batch.sequences()]
-    sums = [LossSum(model, None, alone.chosen(), loss_sum.beta) for _, alone, _ in own]
-    gradients = [loss_gradients(model, scored.parameters, sum_of) for sum_of in sums]
+    gradients = [loss_gradients(model, scored.parameters, alone.chosen()) for _, alone, _ in own]
     dtype = accumulation_dtype(next(iter(scored.parameters.values())))
     whole = {name: torch.stack([g[name].to(dtype) for g in gradients]).sum(0) for name in scored.parameters}
     tokens = sum(count for _, _, count in own)
@@ -239,3 +240,31 @@ def estimator_of(
     if config.estimator == "exact":
         return Exact(scored, batch, config, parts)
     return Difference(model, scored, batch, config, parts, steps)
+
+
+class _LossSum:
+    """The loss whose gradient values the batch: a sum over response tokens, or over pairs.
+
+    Attributes:
+        omega (`torch.Tensor` or `None`): `(P,)`, beta * sigmoid(-s) of each pair, once the loss was computed.
+    """
+
+    def __init__(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, beta: float) -> None:
+        self.batch, self.beta = batch, beta
+        self.ref_logps = reference_logps(model, ref_model, batch) if batch.pairs else None
+        self.omega: torch.Tensor | None = None
+
+    def of(self, rows: torch.Tensor, alone: Batch) -> _LossSum:
+        """The same loss of some of the rows, `alone`."""
+        part = copy.copy(self)
+        part.batch = alone
+        part.ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
+        return part
+
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        logps = token_logps(model, self.batch)
+        if self.ref_logps is None:
+            return -logps.sum()
+        pairs = pair_logps(self.batch, logps, self.ref_logps)
+        self.omega = self.beta * (-self.beta * pairs.delta.detach()).sigmoid()
+        return LOSSES["sigmoid"](pairs, self.beta, 0.0).sum()

@@ -131,11 +131,7 @@ def preferences() -> Iterator[Setting]:
     yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
     both = {"task": "dpo", "precondition": True}
     yield values("DPO: difference, Adam's step", estimator="difference", setting=both)
-    pairs: dict[str, object] = {"target_loss": "dpo", "setting": {"task": "dpo"}}
     yield Setting("DPO: validation only", "only", task="dpo")
-    yield values("DPO: ghost K=3, DPO target", **pairs)
-    yield values("DPO: difference, DPO target", estimator="difference", **pairs)
-    yield values("DPO: difference, DPO target, Adam's step", estimator="difference", **{**pairs, "setting": both})
     yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
 
 
@@ -161,14 +157,7 @@ MAIN = (
     "L2 0.001",
     "L2 0.001 + difference",
 )
-MILD = (
-    "all tokens",
-    "validation only",
-    "difference",
-    "difference, Adam's step",
-    "difference, DPO target",
-    "difference, DPO target, Adam's step",
-)
+MILD = ("all tokens", "validation only", "difference", "difference, Adam's step")
 QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3", "difference")
 
 

@@ -51,7 +51,7 @@ def test_every_kind_of_setting_runs(scripts, small):
     """One of each selection and task; the rows that a selection must treat alike are the same."""
     _, plan, folder, _ = small
     groups = [*scripts["main"].supervised(), *scripts["main"].without_noise(), *scripts["main"].preferences()]
-    kinds = {(s.selection, s.task, s.noise, s.kl > 0, s.l2 > 0, s.precondition, "target" in s.name): s for s in groups}
+    kinds = {(s.selection, s.task, s.noise, s.kl > 0, s.l2 > 0, s.precondition): s for s in groups}
     kinds["nf4"] = next(scripts["main"].in_nf4())
     before = {}
     for setting in kinds.values():

@@ -109,7 +109,6 @@ DPO = {
     "difference": feature(estimator="difference"),
     "exact": feature(estimator="exact"),
     "adams_step": feature(precondition=True, optim="adamw_torch", learning_rate=1e-2),
-    "dpo_target": feature(target_loss="dpo"),
     "above_zero": feature(threshold="zero"),
     "conversational": feature("chat"),
     "truncation": feature(max_length=12, truncation_mode="keep_end"),
@@ -172,8 +171,7 @@ def make(
     if options.pop("stream", False):
         data = data.to_iterable_dataset()
     if ours:
-        of_target = dpo_data if case["args"].get("target_loss") == "dpo" else sft_data
-        options.setdefault("target_dataset", of_target(case["form"], count=4, first=50))
+        options.setdefault("target_dataset", sft_data(case["form"], count=4, first=50))
     elif kind == "sft":
         options.pop("ref_model", None)
     return trainer_class(
@@ -476,45 +474,6 @@ def test_target_is_the_gradient_of_trls_own_sft_loss(kind, form, tmp_path):
             assert error(gradient, parameters[name].grad) < 1e-4, name
             compared += 1
     assert compared >= 14
-
-
-@pytest.mark.parametrize("given", [True, False], ids=["dataset", "held out"])
-@pytest.mark.parametrize("form", ["plain", "chat"])
-@pytest.mark.filterwarnings("ignore")
-def test_target_is_the_gradient_of_trls_own_dpo_loss(form, given, tmp_path):
-    """With target_loss="dpo", of the stock DPO trainer, on the same pairs, at an adapter that is not the reference."""
-    data = dpo_data(form, count=5, first=60) if given else None
-    anew = {"target_parts": 1, "target_decay": None, "target_every": 1, "target_size": 5, "target_batch_size": 2}
-    case = feature(form, max_steps=2, target_loss="dpo", beta=0.3, **anew, options=lambda: {"target_dataset": data})
-    trainer = make("dpo", tuning.TRAINERS["dpo"][0], case, tmp_path)
-    if not given:
-        left = {str(row["prompt"]) for row in trainer.train_dataset}
-        rows = [row for row in dpo_data(form) if str(row["prompt"]) not in left]
-        data = Dataset.from_list(rows)
-    before = []
-    trainer.add_callback(type("Keep", (TrainerCallback,), {
-        "on_step_begin": lambda self, args, state, control, model=None, **kwargs: before.append(dict(trained(model)))
-    })())  # fmt: skip
-    trainer.train()
-    stock = tuning.TRAINERS["dpo"][1](
-        base(), args=arguments("dpo", tmp_path, per_device_train_batch_size=5, gradient_checkpointing=False, beta=0.3),
-        train_dataset=data, processing_class=tokenizer(chat=form != "plain"), peft_config=lora(),
-    )  # fmt: skip
-    stock.model.load_state_dict(before[-1], strict=False)
-    (batch,) = stock.get_train_dataloader()
-    stock.compute_loss(stock.model, dict(batch)).backward()
-    parameters, target = dict(stock.model.named_parameters()), trainer.alphatoken.target
-    assert target.tokens == 5
-    for name, gradient in target.gradients.items():
-        assert error(gradient, parameters[name].grad) < 1e-3, name
-
-
-def test_the_dpo_loss_is_a_target_of_pairs_in_a_dpo_trainer(tmp_path):
-    with pytest.raises(ValueError, match=r"target_loss is \"dpo\".*AlphaTokenSFTTrainer is no DPOTrainer"):
-        make("sft", tuning.TRAINERS["sft"][0], feature(target_loss="dpo"), tmp_path)
-    case = feature(target_loss="dpo", options=lambda: {"target_dataset": sft_data()})
-    with pytest.raises(ValueError, match=r"target_dataset has the columns \['prompt', 'completion'\]"):
-        make("dpo", tuning.TRAINERS["dpo"][0], case, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
