@@ -109,11 +109,13 @@ class Fisher:
         )
 
     def to(self, device: torch.device) -> Fisher:
-        """With factors on `device`. Dense diagonals, which may be large, stay where they are."""
-        if all(factor[0].device == device for factor in self.factors.values() if len(factor) == 2):
+        """With its tensors on `device`; itself where they are there."""
+        held: tuple[Mapping[str, tuple[torch.Tensor, ...]], ...] = (self.factors, self.others)
+        if all(tensor.device == device for named in held for tensors in named.values() for tensor in tensors):
             return self
-        moved = {n: f if len(f) == 1 else tuple(part.to(device) for part in f) for n, f in self.factors.items()}
-        return replace(self, factors=moved)
+        factors = {name: tuple(part.to(device) for part in parts) for name, parts in self.factors.items()}
+        others = {name: (diagonal.to(device), start.to(device)) for name, (diagonal, start) in self.others.items()}
+        return replace(self, factors=factors, others=others)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears under its name only when it is whole."""

@@ -203,7 +203,6 @@ def test_waits_for_the_device(checkpointing):
     model, batch = lora_model("llama", dtype=torch.float32).cuda(), on_device(sft_batch("none"))
     checkpointed(model, "non_reentrant" if checkpointing else "off")
     gate = gate_for(model, target_every=10**6)
-    gate.fisher = gate.fisher.factored()  # a dense one is copied to the device at each step, layer by layer
     sft_loss(model, batch).backward()
     sft_loss(model, batch, gate).backward()
     torch.optim.SGD(model.parameters(), 1e-4).step()

@@ -477,10 +477,11 @@ def test_progress_can_be_seen_and_silenced(capfd):
     assert "%" in loud.err + loud.out
 
 
-def test_factors_go_to_another_device_and_dense_diagonals_stay():
-    factored = Fisher({"one": (torch.rand(3), torch.rand(4))}, 7, (1.0,))
-    both = Fisher({**factored.factors, "two": (torch.rand(3, 4),)}, 7, (1.0,))
-    assert factored.to(torch.device("cpu")) is factored
-    moved = both.to(torch.device("meta"))
-    assert [tensor.device.type for name in ("one", "two") for tensor in moved.factors[name]] == ["meta", "meta", "cpu"]
+def test_to_another_device():
+    factors = {"one": (torch.rand(3), torch.rand(4)), "two": (torch.rand(3, 4),)}
+    fisher = Fisher(factors, 7, (1.0,), {"norm": (torch.rand(3), torch.rand(3))})
+    assert fisher.to(torch.device("cpu")) is fisher
+    moved = fisher.to(torch.device("meta"))
+    assert all(tensor.is_meta for part in (moved.factors, moved.others) for ts in part.values() for tensor in ts)
+    assert (list(moved.factors), list(moved.others)) == (["one", "two"], ["norm"])
     assert (moved.prompts, moved.base) == (7, (1.0,))
