@@ -11,7 +11,8 @@ holds whole logits: TRL's fused one, or chunks of rows without TRL.
 
 Time: medians over rounds in which the kinds of step run in turn, forward and back. "+ refresh" adds what keeping the
 target fresh costs at the default schedule, 8 validation sequences to a step of 64, at the time that `target_gradient`
-took here on a batch of as many sequences as a step's. Memory: each kind alone, the peak of tensors and of what the
+took here on a batch of as many sequences as a step's. Operations, views included: what the host has to dispatch in a
+step, and a fast device to wait for. Memory: each kind alone, the peak of tensors and of what the
 allocator reserved, model included; "beyond" compares what a step and its gate add to the model and optimizer. CUDA's
 own context (in the heading) and the optimizer's paged state come on top of the reserved. On a CPU what was allocated
 within a step counts. Tables are written as they come.
@@ -36,6 +37,7 @@ from arithmetic import budget
 from llamas import SIZES, build, optimizer_of
 from step_cost import EFFECTIVE, VALIDATION, batch_of, peak_bytes, uniform_fisher
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, dpo_loss, target_gradient
 from alphatoken_loss.batches import read_batch
@@ -56,6 +58,18 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch dispatches, views included: what the host has to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Bench:
@@ -146,6 +160,9 @@ class Bench:
                 step = self.named(name)
                 step()  # makes the optimizer's state, finds the difference's step length
                 self.memory(table[name], step)
+                with Operations() as operations:
+                    step()
+                table[name]["operations"] = operations.count
             step = None  # type: ignore[assignment]
         steps: dict[str, Step] = {}
         for name in (name for name in names if "error" not in table[name]):
@@ -190,6 +207,7 @@ COLUMNS = {
     "seconds": "s/step",
     "time ratio": "time",
     "with refresh": "+ refresh",
+    "operations": "operations",
     "peak GiB": "peak GiB",
     "reserved GiB": "reserved GiB",
     "memory ratio": "memory",
@@ -200,7 +218,7 @@ COLUMNS = {
 def markdown(title: str, table: dict[str, Row]) -> str:
     lines = [f"| {title} | {' | '.join(COLUMNS.values())} | goal: time, memory |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, row in table.items():
-        figures = [f"{row[key]:.3f}" if key in row else "" for key in COLUMNS]
+        figures = [f"{row[key]:.{0 if key == 'operations' else 3}f}" if key in row else "" for key in COLUMNS]
         goal = GOALS.get(name, "every row within 12 GiB" if (name, title[:6]) == ("plain", "8b dpo") else "")
         lines.append(f"| {name} | {' | '.join(figures)} | {row.get('error', goal)} |")
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def test_all_rows_without_trl_and_datasets(tmp_path):
         assert list(task) == rows
         for name, row in task.items():
             wanted = {"seconds", "time ratio", "resident GiB", "peak GiB", "reserved GiB", "memory ratio"}
-            wanted |= {"beyond ratio"} | ({"with refresh"} if name in rows[1:3] else set())
+            wanted |= {"beyond ratio", "operations"} | ({"with refresh"} if name in rows[1:3] else set())
             assert set(row) == wanted
             assert all(math.isfinite(figure) and figure > 0 for figure in row.values()), row
         assert task["plain"]["time ratio"] == 1
