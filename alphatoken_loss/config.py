@@ -11,7 +11,8 @@ class AlphaTokenConfig:
     """Settings of token valuation and selection (arXiv 2606.01635).
 
     Defaults are the paper's where it has one, but for the target's schedule and the form of the Fisher; `paper()` has
-    the paper's all. What benchmarks/fidelity.py and tradeoff.py say of each stands beside it.
+    the paper's all, `best()` those that train best. What benchmarks/fidelity.py and tradeoff.py say of each stands
+    beside it.
 
     Args:
         rho (`float`, *optional*, defaults to 0.5):
@@ -123,6 +124,17 @@ class AlphaTokenConfig:
             "fisher": "dense",
         }
         return cls(**{**settings, **changes})
+
+    @classmethod
+    def best(cls, **changes: Any) -> AlphaTokenConfig:
+        """What trained best in benchmarks/tradeoff.py, for where quality counts more than a step's time: the difference
+        estimator, with a target of all validation examples before every step. Give the optimizer besides
+        (`AlphaToken(..., optimizer=optimizer)`, `precondition=True`).
+
+        Args:
+            changes: other values for some of the fields.
+        """
+        return cls(**{"estimator": "difference", "target_parts": 1, "target_decay": None, **changes})
 
     @property
     def scored_layers(self) -> int | Literal["all"]:

@@ -501,3 +501,22 @@ def test_a_context_without_a_forward_warns():
     alphatoken = AlphaToken(model, target=[batch], config=AlphaTokenConfig(num_layers=2, stability_weight=0.0))
     with pytest.warns(UserWarning, match="nothing was masked"), alphatoken(batch), torch.no_grad():
         model(**batch)
+
+
+def test_presets():
+    """method.md's facts of the paper; the estimator that trains best; fields can be changed, unknown ones not."""
+    paper, best = AlphaTokenConfig.paper(), AlphaTokenConfig.best()
+    assert (paper.rho, paper.stability_weight, paper.scored_layers, paper.causal_window) == (0.5, 1.5, 3, 32)
+    assert (paper.estimator, paper.threshold, paper.threshold_scope, paper.fisher) == (
+        "ghost", "quantile", "batch", "dense"
+    )  # fmt: skip
+    for preset in (paper, best):
+        assert (preset.target_every, preset.target_parts, preset.target_decay) == (1, 1, None)
+    assert (best.estimator, best.scored_layers) == ("difference", "all")
+    assert AlphaTokenConfig.paper(rho=0.3).rho == AlphaTokenConfig.best(rho=0.3).rho == 0.3
+    assert AlphaTokenConfig.best(estimator="ghost").scored_layers == 3
+    for preset in (AlphaTokenConfig.paper, AlphaTokenConfig.best):
+        with pytest.raises(TypeError, match="lambda_"):
+            preset(lambda_=1.0)
+        with pytest.raises(ValueError, match="rho is 2"):
+            preset(rho=2)
