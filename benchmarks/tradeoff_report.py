@@ -195,8 +195,8 @@ HEAD = """# Trade-off of adapting and forgetting
 Written by `python benchmarks/tradeoff.py`: {about}.
 
 Losses are in nats a token, lower is better. Target: clean C++ answers. Retention: the mean of the losses on held-out
-prose and Python, 48 pieces of 96 tokens each, drawn from all held-out documents, without those that share 12 tokens in a
-row with what was trained on. Tasks: the little tasks of pretraining. ± is the standard deviation over seeds or, in
+prose and Python, 48 pieces of 96 tokens each, drawn from all held-out documents, without those that share 12 tokens in
+a row with what was trained on. Tasks: the little tasks of pretraining. ± is the standard deviation over seeds or, in
 differences paired by seed, the half-width of a 95 % interval (Student's t) over training seeds alone: the test texts
 are the same for all runs. Time is that of a step, measured apart; one-off costs (Fisher, first target, RHO-1's
 reference) are left out. At equal time a slower setting has taken fewer steps, which by itself retains more: read its
