@@ -12,10 +12,10 @@ holds whole logits: TRL's fused one, or chunks of rows without TRL.
 Time: medians over rounds in which the kinds of step run in turn, forward and back. "+ refresh" adds what keeping the
 target fresh costs at the default schedule, 8 validation sequences to a step of 64, at the time that `target_gradient`
 took here on a batch of as many sequences as a step's. Operations, views included: what the host has to dispatch in a
-step, and a fast device to wait for. Memory: each kind alone, the peak of tensors and of what the
-allocator reserved, model included; "beyond" compares what a step and its gate add to the model and optimizer. CUDA's
-own context (in the heading) and the optimizer's paged state come on top of the reserved. On a CPU what was allocated
-within a step counts. Tables are written as they come.
+step, and a fast device to wait for. Memory: each kind alone, the peak of tensors and of what the allocator reserved,
+model included; "beyond" compares what a step and its gate add to the model and optimizer. CUDA's own context (in the
+heading) and the optimizer's paged state come on top of the reserved. On a CPU what was allocated within a step counts.
+Tables are written as they come.
 """
 
 from __future__ import annotations
