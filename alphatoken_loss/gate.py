@@ -373,7 +373,9 @@ class AlphaToken:
                 self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
 
     def _ensure_fisher(self, scored: Scored, batch: Batch) -> None:
-        if self.fisher is None and self.config.stability_weight > 0:
+        if self.config.stability_weight == 0:
+            return
+        if self.fisher is None:
             batches = [batch.chosen()]
             if self.target_batches is not None:
                 batches = [read_batch(b).chosen().to(scored.device) for b in self.target_batches]
@@ -381,8 +383,7 @@ class AlphaToken:
                 return  # nothing to value here, nor to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
-        if self.fisher is not None:
-            self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
+        self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
 
     def _refresh(self, scored: Scored) -> None:
         """Count optimizer steps, and estimate the target anew when it is old enough."""

@@ -25,7 +25,7 @@ import platform
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
@@ -75,11 +75,10 @@ def supervised() -> Iterator[Setting]:
     yield Setting("oracle", "oracle")
     yield values("difference", estimator="difference")
     yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
-    options: dict[str, object] = {"estimator": "difference", "target_parts": 1, "target_decay": None}
-    yield values("difference, Adam's step, all 32", **options, setting={"precondition": True})
-    both: dict[str, object] = {"precondition": True, "kl": 0.3}
-    yield values("difference, Adam's step, all 32, KL 0.3", **options, setting=both)
-    options = {"estimator": "difference", "threshold": "zero"}
+    best = Setting("difference, Adam's step, all 32", "values", AlphaTokenConfig.best(), precondition=True)
+    yield best
+    yield replace(best, name="difference, Adam's step, all 32, KL 0.3", kl=0.3)
+    options: dict[str, object] = {"estimator": "difference", "threshold": "zero"}
     yield values("difference, Adam's step, above zero", **options, setting={"precondition": True})
     yield values("ghost K=3")
     yield Setting("ghost K=3, paper preset", "values", AlphaTokenConfig.paper())

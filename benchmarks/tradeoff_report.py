@@ -205,10 +205,10 @@ two columns together.
 
 
 def report(results: list[Run], paces: Paces, about: str) -> str:
-    parts = [HEAD.format(about=about)]
-    if "all tokens" in next(iter(grouped(results).get("noise", {0: {}}).values())):
-        parts += ["## In short\n", short(grouped(results)["noise"], paces)]
-    for kind, rates in grouped(results).items():
+    parts, found = [HEAD.format(about=about)], grouped(results)
+    if any(run["name"] == "all tokens" for run in results):
+        parts += ["## In short\n", short(found["noise"], paces)]
+    for kind, rates in found.items():
         for lr, groups in rates.items():
             base = next((name for name in groups if name.endswith("all tokens")), None)
             if base is None:
