@@ -1,21 +1,26 @@
 """Token values for fine-tuning that forgets less: AlphaToken (arXiv 2606.01635) for LoRA and QLoRA models."""
 
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from .config import AlphaTokenConfig
-from .fisher import Fisher, estimate_fisher
+from .directions.estimate import estimate_fisher
+from .directions.fisher import Fisher
+from .directions.target import Target, target_gradient
 from .gate import AlphaToken
-from .losses import dpo_loss, sft_loss
-from .selections import excess_loss_weights, log_ratio_weights, random_weights
-from .target import Target, target_gradient
+from .losses.dpo import dpo_loss
+from .losses.sft import sft_loss
+from .selection.rules import excess_loss_weights, log_ratio_weights, random_weights
 from .values import TokenValues
 from .weights import alphatoken_weights
 
 if TYPE_CHECKING:
-    from .arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
-    from .samples import SampleWriter
-    from .show import show_tokens
-    from .trainers import AlphaTokenDPOTrainer, AlphaTokenMixin, AlphaTokenSFTTrainer
+    from .tools.report.samples import SampleWriter
+    from .tools.show.tokens import show_tokens
+    from .trl.arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
+    from .trl.mixin import AlphaTokenMixin
+    from .trl.trainers import AlphaTokenDPOTrainer, AlphaTokenSFTTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,21 +47,24 @@ __all__ = [
     "target_gradient",
 ]
 
+# Imported when first asked for: TRL takes seconds, and what shows and records serves only those who look.
+_TRAINERS = {
+    "AlphaTokenArguments": "trl.arguments",
+    "AlphaTokenDPOConfig": "trl.arguments",
+    "AlphaTokenDPOTrainer": "trl.trainers",
+    "AlphaTokenMixin": "trl.mixin",
+    "AlphaTokenSFTConfig": "trl.arguments",
+    "AlphaTokenSFTTrainer": "trl.trainers",
+}
+_LATER = {**_TRAINERS, "SampleWriter": "tools.report.samples", "show_tokens": "tools.show.tokens"}
+
+if importlib.util.find_spec("trl") is None:  # `import *` asks for every name
+    __all__ = [name for name in __all__ if name not in _TRAINERS]
+
 
 def __getattr__(name: str) -> object:
-    """Import TRL only for those who use its trainers, and what shows and records only for those who do."""
-    if name == "show_tokens":
-        from .show import show_tokens
-
-        return show_tokens
-    if name == "SampleWriter":
-        from .samples import SampleWriter
-
-        return SampleWriter
-    if name in __all__:
-        from . import arguments, trainers
-
-        return getattr(arguments if hasattr(arguments, name) else trainers, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 
 from . import __version__
 
-_COMMANDS = ("score", "report")  # modules of this package with an `add_parser`
+_COMMANDS = ("tools.score.command", "tools.report.report")  # modules of this package with an `add_parser`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,8 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in _COMMANDS:
-        if importlib.util.find_spec(f"alphatoken_loss.{name}") is not None:
-            importlib.import_module(f"alphatoken_loss.{name}").add_parser(subparsers)
+        importlib.import_module(f"alphatoken_loss.{name}").add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0

@@ -18,18 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches import Batch, read_batch
-from .blocks import Scored, checkpointed, draws_noise, find_blocks, find_scored, trained_behind
+from .batches.batch import Batch
+from .batches.read import read_batch
 from .config import AlphaTokenConfig
-from .difference import Difference, Steps
-from .exact import Exact
-from .fisher import Fisher, fisher_of_batches
-from .ghost import Ghost, NonFiniteRows
-from .kl import Penalty, check_kl_coef
-from .replay import saved_tensors_hooked
-from .target import Target, estimate_target, in_parts
+from .directions.estimate import fisher_of_batches
+from .directions.fisher import Fisher
+from .directions.parts import Parts, check_target, directions
+from .directions.target import Target, estimate_target, in_parts
+from .estimators.difference import Difference
+from .estimators.exact import Exact
+from .estimators.ghost import Ghost
+from .estimators.steps import Steps
+from .estimators.table import estimator_of
+from .estimators.values import NonFiniteRows
+from .losses.kl import Penalty, check_kl_coef
+from .models.modes import checkpointed, draws_noise, saved_tensors_hooked
+from .models.sites import Scored, find_scored
+from .models.structure import find_blocks, trained_behind
+from .selection.thresholds import select
 from .values import TokenValues
-from .weights import Parts, alphatoken_weights, check_target, directions, estimator_of, select
+from .weights import alphatoken_weights
 
 
 class _Gate(torch.autograd.Function):

@@ -10,23 +10,26 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
-from . import foreach
-from .batches import Batch, read_batch
-from .blocks import Scored, find_scored
+from .batches.batch import Batch
+from .batches.read import read_batch
 from .config import AlphaTokenConfig
-from .difference import Difference, Steps
-from .exact import Exact
-from .fisher import Fisher, fisher_of_batches
-from .ghost import Ghost, Others, accumulation_dtype
-from .logps import token_logps
-from .precondition import preconditioned
-from .preference import LOSSES, check_loss, pair_logps, reference_logps
-from .replay import loss_gradients, rows_without_graph
-from .selection import keep_mask
-from .target import Target, estimate_target
+from .directions.estimate import fisher_of_batches
+from .directions.fisher import Fisher
+from .directions.gradients import loss_gradients
+from .directions.parts import Parts, check_target, directions
+from .directions.target import Target, estimate_target
+from .estimators.ghost import Ghost
+from .estimators.others import Others
+from .estimators.steps import Steps
+from .estimators.table import estimator_of
+from .losses.logps import token_logps
+from .losses.preference import LOSSES, check_loss, pair_logps, reference_logps
+from .models.forwards import rows_without_graph
+from .models.sites import Scored, find_scored
+from .models.tensors import accumulation_dtype
+from .selection.thresholds import select
 from .values import TokenValues
 
-Parts = dict[str, Mapping[str, torch.Tensor]]
 TargetLike = Target | Iterable[Mapping[str, Any]] | None
 
 
@@ -168,78 +171,6 @@ def _against_others(
                 found.setdefault(name, torch.zeros(batch.shape, dtype=value.dtype, device=value.device))
                 found[name][places] += value
     return TokenValues(**found)
-
-
-def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
-    """`(B, T)` bool at the labels: the tokens that are kept."""
-    groups = batch.groups(config.threshold_scope).roll(1, 1)  # no row stands in the last column
-    if config.threshold == "zero":
-        return (groups >= 0) & (values.total > 0)
-    return keep_mask(values.total, groups, rho=config.rho)
-
-
-def check_target(target: object, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise ValueError for an optimizer without a target."""
-    if target is None and optimizer is not None:
-        raise ValueError(
-            "An optimizer was given without a target. The other sequences of a batch, which stand in for one, are not "
-            "preconditioned: pass target, or no optimizer."
-        )
-
-
-def directions(
-    scored: Scored,
-    target: Target | None,
-    fisher: Fisher | None,
-    ref_model: nn.Module | None,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Parts:
-    """Part of the value, "target" and "drift", whichever there are -> parameter name -> its gradient, as the optimizer
-    will scale it where one is given."""
-    parts: Parts = {}
-    if target is not None:
-        target.check(scored)
-        parts["target"] = target.gradients
-    if fisher is not None:
-        parts["drift"] = fisher.drift(scored, ref_model)
-    parts = {
-        name: {n: part[n].to(p.device, accumulation_dtype(p)) for n, p in scored.parameters.items()}
-        for name, part in parts.items()
-    }
-    if optimizer is not None:
-        parts.update(preconditioned(parts, scored.parameters, optimizer))
-    return parts
-
-
-def estimator_of(
-    model: nn.Module,
-    scored: Scored,
-    batch: Batch,
-    config: AlphaTokenConfig,
-    parts: Parts,
-    steps: Steps,
-    *,
-    apart: bool,
-    in_graph: bool = False,
-) -> Ghost | Exact | Difference:
-    """The estimator that the config names, for one forward of one batch.
-
-    Args:
-        apart (`bool`): value adaptation and stability apart. The ghost estimator always does; the others need a pass
-            for each.
-        in_graph (`bool`): see `Ghost`.
-    """
-    if config.estimator == "ghost":
-        return Ghost(scored, batch, config, parts, in_graph=in_graph)
-    if not apart:
-        total = parts.get("target")
-        if "drift" in parts:
-            drift, weight = parts["drift"], config.stability_weight
-            total = foreach.scaled(drift, weight) if total is None else foreach.added(total, drift, weight)
-        parts = {} if total is None else {"total": total}
-    if config.estimator == "exact":
-        return Exact(scored, batch, config, parts)
-    return Difference(model, scored, batch, config, parts, steps)
 
 
 class _LossSum:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from llamas import RANK, config_of
 from transformers import LlamaConfig
 
-from alphatoken_loss.logps import _CHUNK_LOGITS
+from alphatoken_loss.losses.logps import _CHUNK_LOGITS
 
 GIB = 2**30
 

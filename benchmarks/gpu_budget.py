@@ -40,9 +40,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, dpo_loss, target_gradient
-from alphatoken_loss.batches import read_batch
-from alphatoken_loss.logps import _trls_head, token_logps
-from alphatoken_loss.preference import reference_logps
+from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.losses.logps import _trls_head, token_logps
+from alphatoken_loss.losses.preference import reference_logps
 
 Step = Callable[[], object]
 Row = dict[str, Any]

@@ -43,8 +43,8 @@ from alphatoken_loss import (
     sft_loss,
     target_gradient,
 )
-from alphatoken_loss.batches import read_batch
-from alphatoken_loss.logps import token_logps
+from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.losses.logps import token_logps
 
 Step = Callable[[], object]
 FORWARD = "forward, no grad, no head"

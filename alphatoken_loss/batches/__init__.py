@@ -1,0 +1,1 @@
+"""Every form of batch that comes in -> one view of it."""

@@ -1,0 +1,120 @@
+"""Every form of batch that comes in -> one view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .batch import IGNORE, Batch
+
+_NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "num_items_in_batch"}
+
+
+def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None) -> Batch:
+    """Read a batch in any of the forms in README, "Batches".
+
+    Args:
+        batch (`Mapping`): what TRL's SFT and preference collators yield, or separate `chosen_*` / `rejected_*` keys.
+        pairs (`bool`, *optional*): require (True) or refuse (False) preference pairs; by default both are read.
+
+    Raises:
+        TypeError: `batch` is not a mapping.
+        ValueError: keys are missing, shapes disagree, or the pairs are not an even number of rows.
+    """
+    if isinstance(batch, Batch):
+        read = batch
+    elif not isinstance(batch, Mapping):
+        raise TypeError(f"batch is a {type(batch).__name__}; it must be a mapping of names to tensors.")
+    elif "chosen_input_ids" in batch or "rejected_input_ids" in batch:
+        read = _stack_branches(batch)
+    else:
+        read = _read_stacked(batch, pairs)
+    if pairs is not None and read.pairs != pairs:
+        came, wanted = ("preference pairs", "`labels`") if read.pairs else ("`labels`", "`completion_mask`")
+        raise ValueError(
+            f"The batch holds {came} where one with {wanted} is needed; its keys are {sorted(read.inputs)}."
+        )
+    _check_shapes(read)
+    return read
+
+
+def _read_stacked(batch: Mapping[str, Any], pairs: bool | None) -> Batch:
+    if "input_ids" not in batch:
+        raise ValueError(f"The batch has no `input_ids`; its keys are {sorted(batch)}.")
+    ids = batch["input_ids"]
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL and value is not None}
+    is_pairs = "completion_mask" in batch and ("labels" not in batch or pairs is True)
+    if is_pairs:
+        mask = batch["completion_mask"]
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"completion_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must agree."
+            )
+        if ids.shape[0] % 2:
+            raise ValueError(
+                f"A stacked preference batch holds the chosen answers and then as many rejected ones, but this one "
+                f"has {ids.shape[0]} rows. Give an even number."
+            )
+        chosen, rejected = batch.get("ref_chosen_logps"), batch.get("ref_rejected_logps")
+        ref_logps = None if chosen is None or rejected is None else (chosen, rejected)
+        return Batch(inputs, ids.masked_fill(mask == 0, IGNORE), True, ref_logps)
+    if batch.get("labels") is None:
+        raise ValueError(
+            "The batch has neither `labels` (-100 where a token is not trained on) nor `completion_mask` (stacked "
+            f"preference pairs); its keys are {sorted(batch)}. Add one of them."
+        )
+    return Batch(inputs, batch["labels"])
+
+
+def _stack_branches(batch: Mapping[str, Any]) -> Batch:
+    """`chosen_*` and `rejected_*`, padded on the right to one length, chosen first."""
+    branches = []
+    for branch in ("chosen", "rejected"):
+        ids = batch.get(f"{branch}_input_ids")
+        if ids is None:
+            raise ValueError(f"The batch has no `{branch}_input_ids`; its keys are {sorted(batch)}.")
+        attention = batch.get(f"{branch}_attention_mask")
+        labels, completion = batch.get(f"{branch}_labels"), batch.get(f"{branch}_completion_mask")
+        if labels is None and completion is None:
+            raise ValueError(
+                f"The batch has neither `{branch}_labels` nor `{branch}_completion_mask`; its keys are "
+                f"{sorted(batch)}. Add one of them."
+            )
+        if labels is None:
+            labels = ids.masked_fill(completion == 0, IGNORE)
+        branches.append((ids, torch.ones_like(ids) if attention is None else attention, labels))
+    if branches[0][0].shape[0] != branches[1][0].shape[0]:
+        raise ValueError(
+            f"The batch has {branches[0][0].shape[0]} chosen and {branches[1][0].shape[0]} rejected rows; "
+            "give one rejected answer for each chosen one."
+        )
+    length = max(ids.shape[1] for ids, _, _ in branches)
+    ids, attention, labels = (
+        torch.cat([F.pad(branch[part], (0, length - branch[part].shape[1]), value=fill) for branch in branches])
+        for part, fill in ((0, 0), (1, 0), (2, IGNORE))
+    )
+    chosen, rejected = batch.get("ref_chosen_logps"), batch.get("ref_rejected_logps")
+    ref_logps = None if chosen is None or rejected is None else (chosen, rejected)
+    return Batch({"input_ids": ids, "attention_mask": attention}, labels, True, ref_logps)
+
+
+def _check_shapes(batch: Batch) -> None:
+    if batch.labels.dim() != 2:
+        raise ValueError(f"labels have shape {tuple(batch.labels.shape)}; they must be (batch, time).")
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        value = batch.inputs.get(name)
+        if not isinstance(value, torch.Tensor) or value.dim() != 2:
+            continue
+        broadcast = name == "position_ids" and value.shape == (1, batch.shape[1])
+        if tuple(value.shape) != batch.shape and not broadcast:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} and the labels {batch.shape}; they must agree.")
+    if batch.ref_logps is not None:
+        for branch, logps in zip(("chosen", "rejected"), batch.ref_logps, strict=True):
+            if logps.shape != (batch.shape[0] // 2,):
+                raise ValueError(
+                    f"ref_{branch}_logps has shape {tuple(logps.shape)}; {batch.shape[0] // 2} pairs need "
+                    f"({batch.shape[0] // 2},)."
+                )

@@ -1,0 +1,110 @@
+"""The drift gradient: which way the scored parameters have moved away from the reference (Eqs. 10, 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from ..models.reference import REFERENCE_ADAPTER, same_module
+from ..models.sites import LinearSite, LoraSite, Scored
+from ..models.tensors import accumulation_dtype, positive
+from .fisher import Fisher
+
+
+def drift(fisher: Fisher, scored: Scored, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
+    """Gradient of 0.5 * sum(F * dW^2) with respect to each scored parameter (Eqs. 10, 11).
+
+    dW = s B A - s_ref B_ref A_ref is the adapter delta (second part zero when the reference is the base model),
+    or W - W_ref for a linear that is trained itfisher. Factored, no `(d_out, d_in)` matrix is formed for LoRA.
+
+    Returns:
+        `dict`: parameter name -> tensor of the parameter's shape, float32 (float64 for a float64 model).
+    """
+    fisher.check(scored)
+    with torch.no_grad(), torch.autocast(scored.device.type, enabled=False):
+        found: dict[str, torch.Tensor] = {}
+        alike: dict[Hashable, list[tuple[LoraSite, LoraSite | None]]] = {}
+        for site in scored.sites:
+            if isinstance(site, LoraSite):
+                reference = _reference_lora(site, ref_model)
+                alike.setdefault(_kind(fisher, site, reference), []).append((site, reference))
+            else:
+                found.update(_linear_drift(fisher, site, ref_model))
+        for pairs in alike.values():
+            found.update(_lora_drift(fisher, *zip(*pairs, strict=True)))
+        for name, parameter in scored.others.items():
+            dtype = accumulation_dtype(parameter)
+            diagonal, start = (tensor.to(parameter.device, dtype) for tensor in fisher.others[name])
+            found[name] = diagonal * (parameter.to(dtype) - start)
+    return {name: found[name] for name in scored.parameters}
+
+
+def _kind(fisher: Fisher, site: LoraSite, reference: LoraSite | None) -> Hashable:
+    """Sites of one kind are taken together: the same few kernels for all of them, on stacks of their factors."""
+    if len(fisher.factors[site.name]) == 1:
+        return site.name  # a stack of dense diagonals would be large
+    weights = site.a.weight, site.b.weight
+    start = None if reference is None else (reference.scaling, reference.a.weight.shape)
+    return site.scaling, start, *((w.shape, w.dtype, w.device) for w in weights)
+
+
+def _lora_drift(
+    fisher: Fisher, sites: Sequence[LoraSite], references: Sequence[LoraSite | None]
+) -> dict[str, torch.Tensor]:
+    like, scaling = sites[0].b.weight, sites[0].scaling
+    like = like.new_empty((), dtype=accumulation_dtype(like))
+    a, b = _stacked((s.a.weight for s in sites), like), _stacked((s.b.weight for s in sites), like)
+    left, right = scaling * b, a  # dW = left @ right
+    starts = [start for start in references if start is not None]
+    if starts:
+        left = torch.cat([left, -starts[0].scaling * _stacked((s.b.weight for s in starts), like)], -1)
+        right = torch.cat([right, _stacked((s.a.weight for s in starts), like)], -2)
+    factors = zip(*(fisher.factors[site.name] for site in sites), strict=True)
+    factor = [_stacked(tensors, like) for tensors in factors]
+    if len(factor) == 1:
+        pulled = scaling * factor[0] * (left @ right)
+        at_a, at_b = b.mT @ pulled, pulled @ a.mT
+    else:
+        row, column = factor
+        weighted = (row * (scaling / positive(row.sum(-1, keepdim=True))))[..., None] * left
+        right = right * column[:, None]
+        at_a, at_b = (b.mT @ weighted) @ right, weighted @ (right @ a.mT)
+    drifts = zip((site.parameters for site in sites), at_a, at_b, strict=True)
+    return {name: drift for names, *both in drifts for name, drift in zip(names, both, strict=True)}
+
+
+def _linear_drift(fisher: Fisher, site: LinearSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
+    if ref_model is None:
+        raise ValueError(
+            f"{site.name} is trained itself and ref_model is None, so there is nothing to measure drift from. Pass "
+            "the model that training started from as ref_model, or set stability_weight=0."
+        )
+    dtype = accumulation_dtype(site.weight)
+    reference = LinearSite(site.name, site.block, same_module(site.name, ref_model))
+    drift = fisher.diagonal(site.name).to(site.weight.device, dtype) * (
+        site.weight.to(dtype) - reference.weight.to(site.weight.device, dtype)
+    )
+    return {name: drift.T if site.transposed else drift for name in site.parameters}
+
+
+def _stacked(tensors: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    first, *rest = (tensor.to(like) for tensor in tensors)
+    return torch.stack([first, *rest]) if rest else first[None]  # one that is dense is not copied
+
+
+def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | None:
+    """The adapter that the reference has at a site, if any."""
+    from peft.tuners.lora import LoraLayer
+
+    if ref_model is None:
+        has_reference = REFERENCE_ADAPTER in site.layer.lora_A
+        return LoraSite(site.name, site.block, site.layer, REFERENCE_ADAPTER) if has_reference else None
+    layer = same_module(site.name, ref_model)
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        return None
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) > 1:
+        raise ValueError(f"{site.name}: ref_model has several active adapters ({active}). Activate one.")
+    return LoraSite(site.name, site.block, layer, active[0]) if active else None

@@ -1,0 +1,198 @@
+"""The reference's diagonal Fisher, and the drift gradient it gives on the adapters (arXiv 2606.01635, Eqs. 5, 10, 11).
+
+For a linear with input h and output gradient d at a response token, the dense Fisher is the mean over prompts of the
+sum over sampled tokens of (d * d)(h * h)^T. The factored form keeps its row sums, column sums and total: F = row
+col^T / total, the rank-one matrix with the same marginals (Adafactor, arXiv 1804.04235, section 3).
+
+Parameters that are no linear's weight (other adapters, norms, biases, embeddings) get the diagonal of their own Fisher:
+the mean over prompts of the squared gradient of the whole completion's log-likelihood. Gradients of tokens sampled one
+after the other are uncorrelated, so its expectation is the same sum over tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files import write_whole
+from ..models.sites import Scored
+from ..models.structure import causal_lm
+from ..models.tensors import positive
+
+_FORMAT = "alphatoken_loss.fisher.1"
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal Fisher information of the scored layers' weights at the reference.
+
+    Attributes:
+        factors (`dict`): module name, as in `model.named_modules()` (the LoRA layer, or the plain linear), ->
+            `(row, column)`, of shapes `(d_out,)` and `(d_in,)` with equal sums, when factored, or `(diagonal,)` of
+            shape `(d_out, d_in)` when dense. Units: squared gradient of the log-likelihood, per prompt.
+        prompts (`int`): over how many prompts it was averaged.
+        base (`tuple`): some numbers out of the model's input embedding, by which another model is told apart.
+        others (`dict`): for scored parameters that are neither LoRA nor a linear's weight, name, as in
+            `model.named_parameters()`, -> `(diagonal, reference)` of the parameter's shape: its Fisher, and the value
+            it had when this was estimated, from which its drift is measured.
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, ...]]
+    prompts: int = 0
+    base: tuple[float, ...] = ()
+    others: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The modules it covers."""
+        return list(self.factors)
+
+    @property
+    def form(self) -> str:
+        """`"factored"` or `"dense"`."""
+        return "dense" if all(len(factor) == 1 for factor in self.factors.values()) else "factored"
+
+    def diagonal(self, name: str) -> torch.Tensor:
+        """The `(d_out, d_in)` diagonal that stands for one module, written out.
+
+        Raises:
+            KeyError: the module is not covered.
+        """
+        if name not in self.factors:
+            raise KeyError(f"The Fisher has no module {name!r}; it covers {_some(self.names)}.")
+        factor = self.factors[name]
+        if len(factor) == 1:
+            return factor[0]
+        row, column = factor
+        return torch.outer(row, column / positive(row.sum()))
+
+    @classmethod
+    def from_diagonals(cls, diagonals: Mapping[str, torch.Tensor], *, prompts: int = 0) -> Fisher:
+        """A dense Fisher from `(d_out, d_in)` diagonals by module name."""
+        return cls({name: (diagonal,) for name, diagonal in diagonals.items()}, prompts)
+
+    def factored(self) -> Fisher:
+        """The factored form: the same row and column sums, rank one."""
+        return Fisher(
+            {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()},
+            self.prompts,
+            self.base,
+            self.others,
+        )
+
+    def to(self, device: torch.device) -> Fisher:
+        """With its tensors on `device`; itself where they are there."""
+        held: tuple[Mapping[str, tuple[torch.Tensor, ...]], ...] = (self.factors, self.others)
+        if all(tensor.device == device for named in held for tensors in named.values() for tensor in tensors):
+            return self
+        factors = {name: tuple(part.to(device) for part in parts) for name, parts in self.factors.items()}
+        others = {name: (diagonal.to(device), start.to(device)) for name, (diagonal, start) in self.others.items()}
+        return replace(self, factors=factors, others=others)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears under its name only when it is whole."""
+        path = Path(path)
+        tensors = {
+            f"{name}|{part}": tensor.detach().cpu().contiguous()
+            for name, factor in self.factors.items()
+            for part, tensor in enumerate(factor)
+        }
+        for name, pair in self.others.items():
+            tensors |= {f"{name}|other{part}": tensor.detach().cpu().contiguous() for part, tensor in enumerate(pair)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = json.dumps({"prompts": self.prompts, "base": self.base})
+        write_whole(path, lambda file: save_file(tensors, file, metadata={"format": _FORMAT, "about": about}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Fisher:
+        """Read what `save` wrote. Whether it fits a model shows when it is first used with one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a saved Fisher.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No Fisher at {path}. Make one with estimate_fisher(...).save(path).")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except Exception as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}).") from error
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a saved Fisher: its format is {about.get('format')!r}, not {_FORMAT!r}.")
+        factors: dict[str, tuple[torch.Tensor, ...]] = {}
+        others: dict[str, Any] = {}
+        for key in sorted(tensors):  # part 0 before part 1
+            name, _, part = key.rpartition("|")
+            into = others if part.startswith("other") else factors
+            into[name] = (*into.get(name, ()), tensors[key])
+        saved = json.loads(about["about"])
+        return cls(factors, saved["prompts"], tuple(saved["base"]), others)
+
+    def check(self, scored: Scored) -> None:
+        """See that it was made for these scored modules.
+
+        Raises:
+            ValueError: the modules are not the scored ones, or a shape differs.
+        """
+        beyond = sorted(set(self.factors) - {site.name for site in scored.sites}) + sorted(
+            set(self.others) - set(scored.others)
+        )
+        if beyond:
+            raise ValueError(
+                f"The Fisher covers {beyond[0]} ({len(beyond)} such entries), which is not scored. It was made for "
+                "another model, adapter layout, estimator or num_layers: estimate it again with this config."
+            )
+        for name, parameter in scored.others.items():
+            if name not in self.others or self.others[name][0].shape != parameter.shape:
+                raise ValueError(
+                    f"The Fisher has no entry of shape {tuple(parameter.shape)} for the scored parameter {name}. It "
+                    "was made for another model, adapter layout, estimator or num_layers: estimate it again with this "
+                    "config."
+                )
+        for site in scored.sites:
+            if site.name not in self.factors:
+                raise ValueError(
+                    f"The Fisher has no entry for the scored module {site.name}; it covers {_some(self.names)}. It was "
+                    "made for another model, adapter layout or num_layers: estimate it again with this config."
+                )
+            factor = self.factors[site.name]
+            came = tuple(factor[0].shape) if len(factor) == 1 else (len(factor[0]), len(factor[1]))
+            if came != site.shape:
+                raise ValueError(
+                    f"The Fisher of {site.name} is for a weight of shape {came}, the model's is {site.shape}. It was "
+                    "made for another model: estimate it again."
+                )
+
+    def check_base(self, model: nn.Module) -> None:
+        """See that it was made for this base model, as far as the input embedding tells; precision does not matter.
+
+        Raises:
+            ValueError: the embedding is another one.
+        """
+        here, made = torch.tensor(base_of(model)), torch.tensor(self.base)
+        if len(made) and (made - here).norm() > 0.1 * made.norm():
+            raise ValueError(
+                "The Fisher was made for another base model: its input embedding differs from this model's. Estimate "
+                "it again."
+            )
+
+
+def base_of(model: nn.Module) -> tuple[float, ...]:
+    weight = causal_lm(model).get_input_embeddings().weight.detach()  # type: ignore[operator]
+    places = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long().to(weight.device)
+    return tuple(weight[places // weight.shape[-1], places % weight.shape[-1]].double().tolist())
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} modules" + (f", such as {names[0]}" if names else "")

@@ -1,0 +1,80 @@
+"""The direction of token values as Adam will take it.
+
+A step of Adam moves the adapter by -lr P g, with P = 1 / (sqrt(v) + eps) from its running average v of squared
+gradients, so what training on token t does to an objective with gradient D is, to first order,
+
+    <P grad l_t, D> = <grad l_t, P D>:
+
+the ordinary value along P D. P is that of the steps so far; momentum, which no token of this batch can change, is left
+out, and so is a common scale. Entries whose sqrt(v) is below a hundredth of the root mean square over all scored
+parameters count as that, see `_FLOOR`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..models import tensors as foreach
+
+# Of the root mean square of sqrt(v) over all scored parameters: entries that training has hardly reached (an A whose B
+# was 0 until now, what 8 bits round to 0) would otherwise make up the whole direction.
+_FLOOR = 0.01
+
+
+def preconditioned(
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Each direction times Adam's P; as they are before the optimizer's first step.
+
+    Args:
+        parts (`dict`): part of the value -> parameter name -> direction.
+        parameters (`dict`): the scored parameters by name.
+        optimizer (`torch.optim.Optimizer`): one that keeps second moments: torch's Adam and AdamW and those of the same
+            state, and bitsandbytes', 8-bit and paged ones included.
+
+    Raises:
+        ValueError: the optimizer has made a step and keeps no second moments, or not those of a scored parameter.
+    """
+    if not optimizer.state:
+        return {part: dict(direction) for part, direction in parts.items()}
+    small = _epsilons(optimizer)
+    roots = {name: _second_moment(optimizer, name, p).sqrt() + small.get(id(p), 0.0) for name, p in parameters.items()}
+    mean = foreach.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
+    floor = _FLOOR * torch.where(mean > 0, mean, 1.0)
+    roots = {name: root.maximum(floor.to(root.device)) for name, root in roots.items()}
+    return {part: foreach.divided(direction, roots) for part, direction in parts.items()}
+
+
+def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """By parameter, what Adam adds to the root of its v, taken before the bias correction, one scale for all."""
+    found = {}
+    for group in optimizer.param_groups:
+        states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
+        step = float(states[0].get("step", 0)) if states else 0.0
+        correction = 1 - group.get("betas", (0.0, 0.0))[1] ** step
+        found.update(dict.fromkeys(map(id, group["params"]), group.get("eps", 0.0) * correction**0.5))
+    return found
+
+
+def _second_moment(optimizer: torch.optim.Optimizer, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The running average of squared gradients, in float32 or better, of the parameter's shape."""
+    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" in state:
+        second = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # AMSGrad's
+        return second.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    second = state.get("state2")  # bitsandbytes; in 8 bits, block by block
+    if second is not None and (second.dtype != torch.uint8 or "absmax2" in state):
+        if second.dtype == torch.uint8:
+            from bitsandbytes.functional import dequantize_blockwise
+
+            second = dequantize_blockwise(second, absmax=state["absmax2"], code=state["qmap2"], blocksize=256)
+        return second.detach().float().view(parameter.shape)
+    raise ValueError(
+        f"The {type(optimizer).__name__} keeps no second moment of {name} (exp_avg_sq, or bitsandbytes' state2), but "
+        f"{sorted(map(str, state)) or 'nothing'}. Give the Adam that trains this parameter, or no optimizer."
+    )

@@ -1,0 +1,140 @@
+"""The target gradient: which way the scored adapters would move to lower the validation loss (Eq. 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from ..config import AlphaTokenConfig
+from ..losses.logps import token_logps
+from ..models import tensors as foreach
+from ..models.processes import all_sum
+from ..models.replay import capture_without_graph
+from ..models.sites import Scored, find_scored
+from ..models.tensors import accumulation_dtype
+from .gradients import loss_gradients
+
+
+@dataclass(frozen=True)
+class Target:
+    """Gradient of the mean validation loss over the scored adapters.
+
+    Attributes:
+        gradients (`dict`): parameter name, as in `model.named_parameters()`, -> tensor of the parameter's shape in
+            float32 (float64 for a float64 model): (1 / N) * sum over the N validation response tokens of the gradient
+            of -log p.
+        tokens (`float`): N; of a running average, the average of those it was made from.
+    """
+
+    gradients: Mapping[str, torch.Tensor]
+    tokens: float
+
+    def averaged(self, newer: Target, decay: float) -> Target:
+        """An exponential average of validation sums over one of tokens: as unbiased at its start as later."""
+        kept, added = decay * self.tokens, (1 - decay) * newer.tokens
+        before = foreach.scaled(self.gradients, kept / (kept + added))
+        return Target(foreach.added(before, newer.gradients, added / (kept + added)), kept + added)
+
+    def check(self, scored: Scored) -> None:
+        """See that it was made for these scored parameters.
+
+        Raises:
+            ValueError: a scored parameter is missing or of another shape.
+        """
+        for name, parameter in scored.parameters.items():
+            gradient = self.gradients.get(name)
+            if gradient is None or gradient.shape != parameter.shape:
+                came = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
+                raise ValueError(
+                    f"The target has {came} for the scored parameter {name} of shape {tuple(parameter.shape)}. It was "
+                    "made for another model, adapter or num_layers: make it again with target_gradient(model, batches, "
+                    "config=config)."
+                )
+
+
+def target_gradient(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, config: AlphaTokenConfig | None = None
+) -> Target:
+    """Gradient of the mean loss over validation response tokens, over the scored adapters (G of Eq. 8).
+
+    Each batch is run forward with a graph of the scored blocks and the head only, and back through these; if the model
+    is checkpointed, without a graph, and the blocks are then run again one at a time. The peak memory is below a
+    training step's. Dropout is off. `.grad` and the model's mode are not touched.
+
+    Args:
+        model (`nn.Module`): the model in training.
+        batches (`Iterable`): SFT batches of clean target-task examples (`input_ids`, `labels`, ...), of any sizes.
+            For a preference batch its chosen answers count.
+        config (`AlphaTokenConfig`, *optional*): its `num_layers` and `estimator` say what is scored.
+
+    Returns:
+        `Target`
+
+    Raises:
+        ValueError: no batch has a response token.
+
+    Example:
+        >>> target = target_gradient(model, validation_batches)
+        >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
+    """
+    config = config or AlphaTokenConfig()
+    return estimate_target(model, find_scored(model, config.scored_layers, config.estimator), batches)
+
+
+def in_parts(batches: Sequence[Mapping[str, Any]], count: int) -> list[list[Batch]]:
+    """Share the rows of batches out over up to `count` parts, in their order.
+
+    Runs of rows, not every fourth: a process of several that holds every n-th row then has the n-th share of each part.
+    """
+    read = [read_batch(batch).chosen() for batch in batches]
+    total = sum(batch.shape[0] for batch in read)
+    parts: list[list[Batch]] = []
+    for number in range(count):
+        first, last, start = total * number // count, total * (number + 1) // count, 0
+        parts.append([])
+        for batch in read:
+            rows = slice(max(first - start, 0), max(last - start, 0))
+            start += batch.shape[0]
+            parts[-1].append(batch.of_rows(rows))
+    return [part for part in parts if any(bool(batch.rows.any()) for batch in part)]
+
+
+def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
+    return -token_logps(model, batch).sum()
+
+
+def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any] | Batch]) -> Target:
+    sums: dict[str, torch.Tensor] = {}
+    count = 0
+    if isinstance(batches, Mapping):
+        batches = [batches]
+    # Block by block where memory is short; else by an ordinary backward from a graph of the scored blocks alone.
+    by_blocks = scored.in_blocks and any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
+    first = scored.blocks[0] if scored.in_blocks else None
+    for raw in batches:
+        batch = read_batch(raw).chosen()
+        tokens = int(batch.rows.sum())  # where the batch lies: on the host, an accelerator is not waited for
+        if not tokens:
+            continue
+        batch = batch.to(scored.device)
+        if by_blocks:
+            capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
+            gradients = capture.gradients(rows, scored.parameters)
+        else:
+            gradients = loss_gradients(model, scored.parameters, batch, first=first)
+        gradients = {name: gradient.to(accumulation_dtype(gradient)) for name, gradient in gradients.items()}
+        sums = foreach.added(sums, gradients) if sums else gradients
+        count += tokens
+    if not sums:  # a rank without a batch still takes part in the sum
+        sums = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in scored.parameters.items()}
+    count = all_sum(list(sums.values()), count)
+    if not count:
+        raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
+    return Target(foreach.scaled(sums, 1 / count), count)

@@ -1,0 +1,1 @@
+"""From a batch's forward and backward to token values."""

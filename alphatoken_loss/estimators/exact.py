@@ -1,0 +1,106 @@
+"""The exact estimator: first-order token values by forward-mode differentiation.
+
+The value of token t is <grad l_t, D>, D = target + lambda * drift. Moving the parameters of the scored blocks along D
+moves the last block's output h with velocity dh; with r_t the gradient of the loss at h_t the value is <r_t, dh_t>. The
+blocks are run again from the saved input of the first, in one pass, with duals in the place of their parameters. What
+lies behind (norm, head, vocabulary) takes no part, so no [tokens, vocabulary] tangent exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..models import tensors as foreach
+from ..models.modes import without_noise
+from ..models.replay import Capture, capturing
+from ..models.sites import Scored
+from ..values import TokenValues
+from .forward_mode import forward_mode
+from .values import values_of_changes
+
+
+class Exact:
+    """Values one batch by running its scored blocks once more, in forward mode.
+
+    Args:
+        parts (`dict`): part of the value -> parameter name -> direction of the parameter's shape. Either `"total"`, or
+            `"target"` and `"drift"`.
+    """
+
+    def __init__(
+        self, scored: Scored, batch: Batch, config: AlphaTokenConfig, parts: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
+        self.scored, self.batch, self.config = scored, batch, config
+        self.parts, self.directions = tuple(parts), dict(parts)
+        self.capture = Capture(scored, batch)
+        self.seconds = 0.0
+        self.changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def seen(self) -> bool:
+        return self.capture.seen
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+        """Keep the blocks' inputs of one forward and pass the last one's output through `on_hidden`."""
+
+        def leave(hidden: torch.Tensor) -> torch.Tensor:
+            started = time.perf_counter()
+            for part, direction in self.directions.items():
+                length = foreach.length_of(direction)
+                # Along a direction of length 1: small gradients would vanish in float16.
+                unit = {name: tensor / torch.where(length > 0, length, 1.0) for name, tensor in direction.items()}
+                step = torch.where(length > 0, 1 / length, torch.where(length == 0, 1.0, torch.nan))
+                self.changes[part] = hidden_velocity(self.capture, unit), step
+            self.directions.clear()
+            self.seconds += time.perf_counter() - started
+            self.capture.release()
+            return on_hidden(hidden)
+
+        with capturing(self.capture, leave, training=training):
+            yield
+
+    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+        """From the gradient `(B, T, hidden)` at the last block's output."""
+        return values_of_changes(self.scored, self.batch, self.config, self.parts, rows, self.changes)
+
+    def release(self) -> None:
+        self.changes = {}
+        self.capture.release()
+
+
+def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Velocity `(B, T, hidden)` of the last block's output as the scored parameters move along `direction`."""
+    blocks = capture.scored.blocks
+    places = {id(p): direction[name] for name, p in capture.scored.parameters.items()}
+    device, enabled, dtype = capture.autocast
+    hidden = capture.calls[0].hidden.detach()
+    capture.replaying = True
+    try:
+        with (
+            torch.no_grad(),
+            without_noise(*blocks),
+            torch.autocast(device, dtype, enabled),
+            forward_mode(capture.scored, capture.batch),
+            forward_ad.dual_level(),
+        ):
+            for block, call in zip(blocks, capture.calls, strict=True):
+                moving = {
+                    name: forward_ad.make_dual(p.detach(), places[id(p)].to(p))
+                    for name, p in block.named_parameters()
+                    if id(p) in places
+                }
+                again = call.on(hidden)
+                output = torch.func.functional_call(block, moving, again.args, again.kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
+            velocity = forward_ad.unpack_dual(hidden).tangent
+            return torch.zeros_like(hidden) if velocity is None else velocity.clone()
+    finally:
+        capture.replaying = False

@@ -1,0 +1,216 @@
+"""What a block needs to be run in forward mode: rules for attention and for frozen or LoRA linears."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..batches.batch import Batch
+from ..models.attention import KERNELS, AttentionCall, replaced_attention
+from ..models.sites import LoraSite, Scored
+
+_QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes' weights, by name: importing it takes seconds
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A quantised linear's own forward, with the rule of a linear: its weight carries no tangent."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, run: Callable[..., torch.Tensor], module: nn.Module) -> Any:
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.module, ctx.dtype = inputs[2], output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
+        weight = _weight_of(ctx.module)
+        return F.linear(tangent.to(weight.dtype), weight).to(ctx.dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """A LoRA layer's own forward, y = W x + s B A x, with the rule that A and B move and W does not."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, run: Callable[..., torch.Tensor], site: LoraSite
+    ) -> Any:
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, a, b, _, ctx.site = inputs
+        ctx.save_for_forward(x, a, b)
+        ctx.dtype = output.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, dx: torch.Tensor, da: torch.Tensor, db: torch.Tensor, *_: None) -> torch.Tensor:
+        x, a, b = ctx.saved_tensors
+        scaling = ctx.site.scaling
+        weight = _weight_of(ctx.site.layer.get_base_layer())
+        low = torch.cat([F.linear(dx.to(a), a) + F.linear(x.to(a), da), F.linear(x.to(a), a)], -1)
+        velocity = F.linear(dx.to(weight), weight)
+        # d(s B A x) = s [A dx + dA x, A x] [B, dB]^T, added in place: no further temporary of the output's size.
+        up = (scaling * torch.cat([b, db], 1)).T
+        velocity.flatten(0, -2).addmm_(low.flatten(0, -2).to(velocity), up.to(velocity))
+        return velocity.to(ctx.dtype)
+
+
+@contextlib.contextmanager
+def forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
+    """Give blocks what forward mode needs: attention in plain operations, and a rule for quantised linears.
+
+    Raises:
+        NotImplementedError: some module drops or refuses tangents; the message names it.
+    """
+    blocks = scored.blocks
+    named = ((i, name, module) for i, block in enumerate(blocks) for name, module in block.named_modules())
+    names = {id(module): f"scored block {i}: {name or type(module).__name__}" for i, name, module in named}
+    modules = [module for block in blocks for module in block.modules()]
+    leaves = {module for module in modules if next(module.children(), None) is None}
+    quantised = [m for m in leaves if type(getattr(m, "weight", None)).__name__ in _QUANTISED]
+    ruled = {site.layer: site for site in scored.sites if isinstance(site, LoraSite) and _only_factors_move(site)}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        running.pop()
+        moves = module in leaves and any(_moves(argument) for argument in args)
+        if moves and isinstance(output, torch.Tensor) and output.is_floating_point() and not _moves(output):
+            raise _no_rule(names[id(module)], module)
+
+    handles: list[Any] = []
+    patched: list[nn.Module] = []
+    with contextlib.ExitStack() as stack:
+        # Attention outside transformers' interface: the math kernel alone of torch's has a rule.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(
+            replaced_attention(blocks, lambda kernel, function: forward_mode_attention(function, batch))
+        )
+        try:
+            for module in modules:
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave))
+            for module in {*quantised, *ruled}:
+                if "forward" not in module.__dict__:
+                    site = ruled.get(module)
+                    module.forward = _frozen(module) if site is None else _lora(site)
+                    patched.append(module)
+            yield
+        except (NotImplementedError, RuntimeError) as error:
+            if not isinstance(error, _NoRule) and running and "forward" in str(error).lower():
+                raise _no_rule(names[id(running[-1])], running[-1]) from error
+            raise
+        finally:
+            for module in patched:
+                del module.forward
+            for handle in handles:
+                handle.remove()
+
+
+def _only_factors_move(site: LoraSite) -> bool:
+    """Whether `_LoraLinear` says all of a layer: no bias is trained, and the base is y = W x + b."""
+    moving = [p for p in site.layer.parameters() if p.requires_grad]
+    return isinstance(site.layer.get_base_layer(), nn.Linear) and all(
+        p is site.a.weight or p is site.b.weight for p in moving
+    )
+
+
+def _weight_of(module: nn.Module) -> torch.Tensor:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    if type(weight).__name__ not in _QUANTISED:
+        return weight.detach()
+    # Not PEFT's `dequantize_module_weight`, which resets the scales of an 8-bit linear.
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach()
+
+
+def _frozen(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    run = module.forward
+    return lambda x: _FrozenLinear.apply(x, run, module)
+
+
+def _lora(site: LoraSite) -> Callable[[torch.Tensor], torch.Tensor]:
+    run = site.layer.forward
+    return lambda x: _LoraLinear.apply(x, site.a.weight, site.b.weight, run, site)
+
+
+def _moves(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+class _NoRule(NotImplementedError):
+    pass
+
+
+def _no_rule(name: str, module: nn.Module) -> _NoRule:
+    return _NoRule(
+        f"{name} ({type(module).__module__}.{type(module).__name__}) has no forward-mode derivative, which the exact "
+        'estimator needs. Use estimator="difference", which needs none, or estimator="ghost".'
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """A kernel's own attention, with a forward-mode rule: its output's velocity, a chunk of queries at a time."""
+
+    @staticmethod
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        run: Callable[..., torch.Tensor],
+        call: AttentionCall,
+        batch: Batch,
+    ) -> torch.Tensor:
+        return run(query, key, value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        query, key, value, _, ctx.call, ctx.batch = inputs
+        ctx.save_for_forward(query, key, value)
+
+    @staticmethod
+    def jvp(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, *_: None) -> torch.Tensor:
+        query, key, value = ctx.saved_tensors
+        return ctx.call.velocity(query, key, value, d_query, d_key, d_value, ctx.batch)
+
+
+def forward_mode_attention(registered: Callable[..., Any] | None, batch: Batch) -> Callable[..., Any]:
+    """What stands in the place of a registry's entry while blocks run in forward mode."""
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        function = registered or sys.modules[type(module).__module__].eager_attention_forward
+        call = AttentionCall.read(query, key, attention_mask, kwargs, _no_forward_mode)
+
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(KERNELS):
+                output: torch.Tensor = function(module, query, key, value, attention_mask, *args, **kwargs)[0]
+            return output.clone(memory_format=torch.contiguous_format)  # no view: a velocity has its own memory
+
+        return _Attention.apply(query, key, value, run, call, batch), None
+
+    return attention
+
+
+def _no_forward_mode(option: str) -> Exception:
+    return NotImplementedError(f"attention with `{option}` has no forward-mode rule here")

@@ -1,0 +1,173 @@
+"""The ghost estimator: position-local token values as contractions d^T C h (arXiv 2606.01635, Eqs. 8 to 12).
+
+For a scored linear with input h_t and output gradient d_t, and a matrix C of the weight's shape (the validation
+gradient G, or the drift gradient V), the value of position t is d_t^T C h_t. On a LoRA layer y = W0 x + s B A x,
+with d the gradient at B's output, A's output gradient is B^T d, so both linears are contracted from d, x and A x, and
+every temporary has rank-sized rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..directions.parts import Parts
+from ..models.replay import Capture, capturing
+from ..models.sites import Scored
+from ..models.taps import Taps
+from ..models.tensors import accumulation_dtype
+from ..values import TokenValues
+from .contractions import Contractor
+from .others import Others
+from .values import NonFiniteRows
+
+
+class Ghost:
+    """Values one batch by going back through its scored blocks, in its forward's graph or by running them again.
+
+    Args:
+        parts (`dict`): "target" and "drift", those there are -> parameter name -> direction of the parameter's shape.
+        in_graph (`bool`): tap the forward that is watched. Only where blocks are neither checkpointed nor noisy.
+        others: see `ghost_values`.
+    """
+
+    seconds = 0.0  # in the forward; going back is timed by the gate
+
+    def __init__(
+        self,
+        scored: Scored,
+        batch: Batch,
+        config: AlphaTokenConfig,
+        parts: Parts,
+        *,
+        in_graph: bool = False,
+        others: Others | None = None,
+    ) -> None:
+        self.config, self.others = config, others
+        self.capture = Capture(scored, batch)
+        self.taps = Taps(scored, batch.shape, causal=config.causal_window > 0) if in_graph else None
+        self.parts = parts
+
+    @property
+    def seen(self) -> bool:
+        return self.capture.seen
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+        """Keep what one forward leaves, and pass the last block's output through `on_hidden`."""
+
+        def leave(hidden: torch.Tensor) -> torch.Tensor:
+            if self.taps is not None:
+                self.capture.graph = (self.taps, hidden)
+            return on_hidden(hidden)
+
+        with contextlib.ExitStack() as stack:
+            if self.taps is not None:
+                stack.enter_context(self.taps.installed(self.capture.scored.sites))
+            stack.enter_context(capturing(self.capture, leave, training=training))
+            yield
+
+    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+        """From the gradient `(B, T, hidden)` at the last block's output."""
+        return ghost_values(
+            self.capture,
+            rows,
+            self.parts,
+            causal_window=self.config.causal_window,
+            stability_weight=self.config.stability_weight,
+            norms=norms,
+            others=self.others,
+        )
+
+    def release(self) -> None:
+        self.parts = {}
+        self.capture.release()
+
+
+def ghost_values(
+    capture: Capture,
+    rows: torch.Tensor,
+    parts: Parts,
+    *,
+    causal_window: int,
+    stability_weight: float,
+    norms: bool = False,
+    others: Others | None = None,
+) -> TokenValues:
+    """Value every response token of a batch from the gradient at the last block's output.
+
+    Args:
+        capture (`Capture`): what the forward left.
+        rows (`torch.Tensor`): `(B, T, hidden)` gradient of the loss (a sum over tokens, times any positive factor).
+        parts (`dict`): see `Ghost`.
+        norms (`bool`): compute ghost norms too.
+        others (`Others`, *optional*): make the target from the rest of the batch; `parts` then has no "target".
+
+    Raises:
+        FloatingPointError: rows are finite and values are not; the message names the linear.
+    """
+    batch = capture.batch
+
+    def contract(check: bool) -> Contractor:
+        contractor = Contractor(
+            capture.scored,
+            batch,
+            parts,
+            window=causal_window,
+            norms=norms,
+            others=others,
+            check=check,
+        )
+        capture.visit(rows, contractor, causal=causal_window > 0)
+        return contractor
+
+    found = contract(check=False)
+    names = (("target",) if others is not None else ()) + tuple(parts)
+    empty = torch.zeros(batch.shape, dtype=accumulation_dtype(rows), device=rows.device)
+
+    def term(accumulated: torch.Tensor | float, name: str) -> torch.Tensor:
+        if not isinstance(accumulated, torch.Tensor) or name not in names:
+            return empty
+        return batch.at_labels(accumulated[..., names.index(name)])
+
+    direct_target, causal_target = term(found.direct, "target"), term(found.causal, "target")
+    direct_drift, causal_drift = term(found.direct, "drift"), term(found.causal, "drift")
+    adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
+    total = adaptation + stability_weight * stability
+    if not total.isfinite().all():
+        _blame(capture, rows, parts)
+        contract(check=True)  # a second walk, to name the linear
+        raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
+    grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
+    return TokenValues(
+        total, adaptation, stability, direct_target, causal_target, direct_drift, causal_drift, grad_norm
+    )
+
+
+def _blame(capture: Capture, rows: torch.Tensor, parts: Parts) -> None:
+    """Raise for what makes values not finite, where it lies before the walk."""
+    for name, parameter in capture.scored.parameters.items():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
+                "gradients, or go back to a checkpoint."
+            )
+    for name in capture.scored.parameters:
+        if not all(part[name].isfinite().all() for part in parts.values()):
+            raise FloatingPointError(
+                f"The target gradient or the drift of {name} is not finite. Look at the validation batches and the "
+                "Fisher."
+            )
+    if rows.isfinite().all():
+        if capture.in_float16:
+            raise NonFiniteRows("Gradients overflow float16 within the scored blocks. Use a lower loss scale, or bf16.")
+        return
+    for index, call in enumerate(capture.calls):
+        if not call.hidden.isfinite().all():
+            block = capture.scored.total - len(capture.scored.blocks) + index
+            raise NonFiniteRows(f"The input of block {block} of the model is not finite: an earlier layer overflowed.")
+    raise NonFiniteRows("The gradient of the loss is not finite at the last block's output. Look at the loss.")

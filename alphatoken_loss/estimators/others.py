@@ -1,0 +1,94 @@
+"""Sequences of one batch valued against each other, where there is no target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..batches.batch import Batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions of a batch arranged as groups that share a matrix C: `(B, T, n)` <-> `(G, N, n)`.
+
+    Attributes:
+        shape (`tuple`): `(B, T)`.
+        index (`torch.Tensor`, *optional*): `(G, N)` positions in the flattened batch; without it one group holds all.
+        present (`torch.Tensor`, *optional*): `(G, N, 1)` bool, False where `index` only fills a group up.
+    """
+
+    shape: tuple[int, int]
+    index: torch.Tensor | None = None
+    present: torch.Tensor | None = None
+
+    def to_groups(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.reshape(1, -1, tensor.shape[-1])
+        if self.index is None:
+            return flat
+        return flat[0][self.index].masked_fill(~self.present, 0)  # type: ignore[operator]
+
+    def to_batch(self, grouped: torch.Tensor) -> torch.Tensor:
+        if self.index is None:
+            return grouped.view(*self.shape, -1)
+        flat = grouped.new_zeros(self.shape[0] * self.shape[1], grouped.shape[-1])
+        present = self.present[..., 0]  # type: ignore[index]
+        flat[self.index[present]] = grouped[present]
+        return flat.view(*self.shape, -1)
+
+    @classmethod
+    def of_groups(cls, groups: torch.Tensor) -> Layout:
+        """From `(B, T)` int64 group numbers 0 .. G - 1."""
+        flat = groups.flatten()
+        order = flat.argsort(stable=True)
+        sizes = torch.bincount(flat)
+        column = torch.arange(int(sizes.max()), device=groups.device)
+        present = column < sizes[:, None]
+        index = torch.zeros_like(present, dtype=torch.long)
+        index[present] = order
+        return cls((groups.shape[0], groups.shape[1]), index, present[..., None])
+
+
+@dataclass(frozen=True)
+class Others:
+    """Each group of sequences is valued against the mean gradient of the other groups, made in the same walk.
+
+    Attributes:
+        groups (`torch.Tensor`): `(B, T)` int64, 0 .. G - 1.
+        validating (`torch.Tensor`): `(B, T)` factors that turn a position's gradient into what counts for others: the
+            gradient of the response's negative log-likelihood, or 0.
+        counts (`torch.Tensor`): `(G,)` response tokens that a group validates with.
+    """
+
+    groups: torch.Tensor
+    validating: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, omega: torch.Tensor | None = None) -> Others:
+        """Sequences against sequences; for pairs, pairs against the chosen answers of the other pairs.
+
+        Args:
+            omega (`torch.Tensor`, *optional*): `(P,)`, what multiplies each pair's gradients in a preference loss.
+
+        Raises:
+            ValueError: there is only one sequence (one pair) with a response.
+        """
+        groups, validating = batch.segments, torch.ones(batch.shape, dtype=torch.float64, device=batch.labels.device)
+        if batch.pairs:
+            half = batch.shape[0] // 2
+            groups = torch.arange(half, device=groups.device).repeat(2)[:, None].expand(batch.shape)
+            validating[half:] = 0
+            if omega is not None:
+                validating[:half] /= omega.double().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        counted = batch.rows & (validating > 0)
+        counts = torch.zeros(int(groups.max()) + 1, dtype=torch.float64, device=groups.device)
+        counts.index_add_(0, groups[counted], torch.ones_like(groups[counted], dtype=counts.dtype))
+        if int((counts > 0).sum()) < 2:
+            kind = "pair" if batch.pairs else "sequence"
+            raise ValueError(
+                f"The batch holds one {kind} with a response and there is no target, so nothing is left to validate it "
+                f"against. Pass target=target_gradient(model, validation_batches), or a batch of two {kind}s or more."
+            )
+        return cls(groups, validating, counts)

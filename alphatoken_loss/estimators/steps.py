@@ -1,0 +1,73 @@
+"""How far the difference estimator nudges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+# Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
+_INT8_ROUNDOFF = 2.0**-8
+_TF32_ROUNDOFF = 2.0**-11
+_KEPT = ("length", "longest", "effect")
+LONGEST = 100.0  # times the length of the parameters themselves
+
+
+class Steps:
+    """Step lengths, carried from batch to batch: each step's effect sets the next one's length.
+
+    Attributes:
+        length (`dict`): part of the value -> |eps D| of its next nudge, a 0-dim tensor.
+        longest (`dict`): part -> what no nudge goes beyond, however little it does.
+        effect (`dict`): part -> relative change of the hidden state at its last nudge that had one.
+    """
+
+    def __init__(self, wanted: float | None = None) -> None:
+        self.wanted = wanted
+        self.length: dict[str, torch.Tensor] = {}
+        self.longest: dict[str, torch.Tensor] = {}
+        self.effect: dict[str, torch.Tensor] = {}
+        self._roundoff: float | None = None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {f"{kind}.{part}": tensor for kind in _KEPT for part, tensor in getattr(self, kind).items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for kind in _KEPT:
+            named = ((name.partition("."), tensor) for name, tensor in state.items())
+            setattr(self, kind, {part: tensor for (of, _, part), tensor in named if of == kind})
+
+    def effect_wanted(self, decoder: nn.Module, device: torch.device) -> float:
+        """`difference_rms`, or the square root of the unit roundoff of the coarsest precision in use."""
+        if self.wanted is not None:
+            return self.wanted
+        if self._roundoff is None:
+            self._roundoff = _roundoff(decoder, device)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float64
+        return max(self._roundoff, torch.finfo(autocast).eps / 2) ** 0.5
+
+    def learn(self, part: str, effect: torch.Tensor, wanted: float) -> None:
+        """Set the next step's length by this one's effect, which is nearly proportional; the device is not waited for.
+
+        A batch that shows none (no response token, or none that the nudge reaches) teaches nothing.
+        """
+        shown = effect.isfinite() & (effect > 0)
+        self.effect[part] = torch.where(shown, effect, self.effect.get(part, effect))
+        longer = self.length[part] * (wanted / effect).clamp(1e-2, 1e2)
+        self.length[part] = torch.where(shown, longer, self.length[part]).minimum(self.longest[part])
+
+
+def _roundoff(decoder: nn.Module, device: torch.device) -> float:
+    computing = {p.dtype for p in decoder.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2}
+    for module in decoder.modules():
+        compute_dtype = getattr(module, "compute_dtype", None)
+        if hasattr(module, "quant_state") and isinstance(compute_dtype, torch.dtype):
+            computing.add(compute_dtype)
+    # A float64 model's norms compute in float32 all the same, as transformers writes them.
+    roundoff = max(torch.finfo(dtype).eps / 2 for dtype in computing | {torch.float32})
+    if any(type(parameter).__name__ == "Int8Params" for parameter in decoder.parameters()):
+        roundoff = max(roundoff, _INT8_ROUNDOFF)
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        roundoff = max(roundoff, _TF32_ROUNDOFF)
+    return roundoff

@@ -1,0 +1,76 @@
+"""The preference loss: plain, with token weights, or valued on the way by an `AlphaToken`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches.read import read_batch
+from .logps import token_logps
+from .preference import LOSSES, check_loss, pair_logps, reference_logps
+from .weighting import Weights, check_weights, valuing
+
+
+def dpo_loss(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    batch: Mapping[str, Any],
+    weights: Weights = None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    return_metrics: bool = False,
+) -> Any:
+    """Preference loss of a batch of pairs, with the gradient of low-value tokens switched off (Eq. 14).
+
+    The value is that of the full sequences, so any loss on sequence log-probabilities is masked the same way:
+    for `"sigmoid"`, the gradient is omega * sum_t (w_t+ grad l_t+ - w_t- grad l_t-), omega = beta * sigmoid(-s).
+
+    Args:
+        model (`nn.Module`): the policy.
+        ref_model (`nn.Module` or `None`): the reference; `None` for the policy with adapters off or "ref" on. Not run
+            where the batch brings `ref_chosen_logps` and `ref_rejected_logps`.
+        batch (`Mapping`): stacked pairs with `completion_mask`, chosen first, or `chosen_*` / `rejected_*` keys.
+        weights (`torch.Tensor` or `AlphaToken`, *optional*): `None` for the plain loss; `(2P, T)` floats aligned with
+            the labels, chosen first; or an `AlphaToken`, which values this batch in its own backward pass.
+        beta (`float`): inverse temperature of the implicit reward, in 1 / nats.
+        loss_type (`str`): as TRL's: sigmoid, hinge, ipo, robust, exo_pair, apo_zero or apo_down.
+        label_smoothing (`float`): share of flipped preferences, of robust and exo_pair; the others have none.
+        return_metrics (`bool`): return `(loss, metrics)`, detached means over pairs by TRL's names: rewards/chosen,
+            rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected.
+
+    Returns:
+        `torch.Tensor`: scalar, the mean over pairs.
+
+    Raises:
+        ValueError: the batch holds no pairs, the weights are not of their shape, or an option is not known.
+    """
+    check_loss(loss_type, beta, label_smoothing)
+    read = read_batch(batch, pairs=True)
+    ref_logps = reference_logps(model, ref_model, read)
+    if isinstance(weights, torch.Tensor):
+        check_weights(weights, read)
+        logps = token_logps(model, read)
+        weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
+        logps = weighted + (logps - weighted).detach()
+    else:
+        with valuing(model, read, weights, beta=beta):
+            logps = token_logps(model, read)
+    pairs = pair_logps(read, logps, ref_logps)
+    loss = LOSSES[loss_type](pairs, beta, label_smoothing).mean()
+    if not return_metrics:
+        return loss
+    chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
+    metrics = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "logps/chosen": pairs.chosen.detach().mean(),
+        "logps/rejected": pairs.rejected.detach().mean(),
+    }
+    return loss, metrics

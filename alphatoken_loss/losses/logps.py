@@ -1,0 +1,170 @@
+"""Log-probabilities of a batch's labels, without whole logits where that saves memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from ..batches.batch import IGNORE, Batch
+from ..models.structure import causal_lm, find_decoder, learns_prompts
+
+_CHUNK_LOGITS = 2**25  # that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def token_logps(
+    model: nn.Module, batch: Batch, labels: torch.Tensor | None = None, *, fused: bool | None = None
+) -> torch.Tensor:
+    """Log-probability of each label given what precedes it: -CE(logits[:, t - 1], labels[:, t]) at column t.
+
+    Args:
+        labels (`torch.Tensor`, *optional*): `(B, T)`, by default the batch's.
+        fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits, or where TRL
+            is not installed chunks of rows, whose logits are computed again in the backward. By default where that
+            saves memory: TRL's kernels are for accelerators, and compute in float32.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model), 0 where the label is -100 and in column 0.
+    """
+    labels = batch.labels if labels is None else labels
+    if fused is None:
+        fused = _fused_pays(model)
+    if not fused:
+        return _logps_at_columns(model, batch, labels)
+    with _fused_head(model):
+        logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
+    return F.pad(logps, (1, 0))
+
+
+def _logps_at_columns(model: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """With the head only at columns where some row has a label to predict: prompts and padding cost it nothing."""
+    following = _following(labels)
+    wanted = (following != IGNORE).any(0)
+    # Finding columns waits for an accelerator, and virtual tokens would shift them.
+    if wanted.device.type != "cpu" or learns_prompts(model) or "logits_to_keep" not in _arguments(causal_lm(model)):
+        logits = model(**{**batch.inputs, "use_cache": False}).logits
+        return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
+    columns = wanted.nonzero().flatten()
+    logits = model(**{**batch.inputs, "use_cache": False}, logits_to_keep=columns).logits
+    logps = _scores(logits.flatten(0, 1), following[:, columns].flatten()).view(len(labels), -1)
+    return logps.new_zeros(labels.shape).index_copy(1, columns + 1, logps)
+
+
+def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _fused_pays(model: nn.Module) -> bool:
+    """Not on a CPU, in float64, with virtual tokens, or where the head is more than the matrix the fused one reads."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if learns_prompts(model):
+        return False
+
+    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    weight = head.weight
+    plain = not isinstance(head, BaseTunerLayer) and weight.is_floating_point()
+    return plain and weight.device.type != "cpu" and weight.dtype != torch.float64
+
+
+def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same from logits `(B, T, vocabulary)`; labels are shifted rather than logits, which would be copied."""
+    following = _following(labels).to(logits.device)
+    logps = _scores(logits.flatten(0, 1), following.flatten())
+    return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
+
+
+def logits_of_hidden(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """A causal LM's logits `(..., vocabulary)` from its last hidden state: the head, and what some put behind it."""
+    base = causal_lm(model)
+    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+    logits: torch.Tensor = base.get_output_embeddings()(hidden)  # type: ignore[operator]
+    scale = next((s for s in (getattr(config, name, None) for name in _MULTIPLIERS) if s is not None), None)
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X means a factor by it
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    if scale is not None:
+        logits = logits * scale
+    cap = next((c for c in (getattr(config, name, None) for name in _CAPS) if c is not None), None)
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def _following(labels: torch.Tensor) -> torch.Tensor:
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _scores(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return -F.cross_entropy(logits, following, ignore_index=IGNORE, reduction="none")
+
+
+@dataclass
+class _LogProbs(ModelOutput):
+    log_probs: torch.Tensor | None = None
+
+
+def chunked_logps(base: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `(B, T - 1)` of `labels[:, 1:]` from last hidden states, a chunk of rows at a time.
+
+    Only rows before a label meet the head, as in TRL's, at the price of a wait for their number. Each chunk's logits
+    are gone after its forward and again after its backward.
+    """
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    hidden, following = hidden[:, :-1].to(head.weight.device), labels[:, 1:].to(head.weight.device)
+    counts = following != IGNORE
+    size = max(1, _CHUNK_LOGITS // head.weight.shape[0])
+
+    def score(rows: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        return _scores(logits_of_hidden(base, rows), following)
+
+    found = [
+        checkpoint(score, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden[counts].split(size), following[counts].split(size), strict=True)
+    ]
+    logps = torch.cat(found)
+    return logps.new_zeros(counts.shape).masked_scatter(counts, logps)  # with a graph, even where nothing counts
+
+
+@functools.cache
+def _trls_head() -> Callable[[nn.Module], None] | None:
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return None
+    return add_fused_lm_head
+
+
+def _add_chunked_head(base: nn.Module) -> None:
+    """What TRL's `add_fused_lm_head` does, with `chunked_logps`: set `forward` on the instance."""
+
+    def forward(*args: Any, labels: torch.Tensor, fused_lm_head: bool, **kwargs: Any) -> _LogProbs:
+        hidden = find_decoder(base)(*args, **kwargs).last_hidden_state
+        return _LogProbs(chunked_logps(base, hidden, labels))
+
+    base.forward = forward
+
+
+@contextlib.contextmanager
+def _fused_head(model: nn.Module) -> Iterator[None]:
+    """A head that yields log-probabilities, for the time of one forward."""
+    base = causal_lm(model)
+    before = base.__dict__.get("forward")
+    try:
+        (_trls_head() or _add_chunked_head)(base)
+        yield
+    finally:
+        if before is None:
+            base.__dict__.pop("forward", None)
+        else:
+            base.__dict__["forward"] = before

@@ -1,0 +1,83 @@
+"""The supervised loss: plain, with token weights, or valued on the way by an `AlphaToken`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from .kl import Penalty, check_kl_coef
+from .logps import logps_of_logits, token_logps
+from .weighting import Weights, check_weights, valuing
+
+
+def sft_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    weights: Weights = None,
+    *,
+    ref_model: nn.Module | None = None,
+    kl_coef: float = 0.0,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    return_outputs: bool = False,
+) -> Any:
+    """Supervised fine-tuning loss: sum_t w_t l_t / sum_t w_t with l_t = -log p(y_t | y_<t) (arXiv 2606.01635, Eq. 13),
+    and `kl_coef` times the mean over all response tokens of KL(reference || model).
+
+    Args:
+        model (`nn.Module`): causal LM.
+        batch (`Mapping`): `input_ids` and `labels` `(B, T)`, and the model's other inputs.
+        weights (`torch.Tensor` or `AlphaToken`, *optional*):
+            `None`: the model's own loss. A `(B, T)` tensor of any floats, aligned with the labels: the weighted mean.
+            An `AlphaToken`: this batch is valued in its own backward pass; the loss has the unmasked value, and the
+            gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given).
+        ref_model (`nn.Module`, *optional*): the reference of the KL. By default the `AlphaToken`'s, or the model with
+            adapters off, or with its adapter "ref".
+        kl_coef (`float`): weight of the KL, which weights do not touch; 0 for none, and then no reference is run.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): what either sum is divided by instead, for gradient
+            accumulation.
+        return_outputs (`bool`): return `(loss, outputs)` with the model's outputs.
+
+    Returns:
+        `torch.Tensor`: scalar; a zero with a graph when no token counts.
+
+    Raises:
+        ValueError: the batch has no labels, the weights are not of their shape, `kl_coef` is negative or not finite, or
+            there is no reference of the model's vocabulary.
+    """
+    check_kl_coef(kl_coef)
+    read = read_batch(batch, pairs=False)
+    kl: dict[str, Any] = {"kl_coef": kl_coef, "num_items_in_batch": num_items_in_batch, "ref_model": ref_model}
+    if weights is not None and not isinstance(weights, torch.Tensor):
+        watching = valuing(model, read, weights, mean_over_kept=num_items_in_batch is None, **kl)
+    elif kl_coef > 0:
+        watching = Penalty(model, read, **kl).watching()
+    else:
+        watching = nullcontext()
+    with watching as penalised:
+        if isinstance(weights, torch.Tensor):
+            loss, outputs = _weighted_loss(model, read, weights, num_items_in_batch, return_outputs)
+        else:
+            count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            outputs = model(**{**read.inputs, "use_cache": False}, labels=read.labels, num_items_in_batch=count)
+            loss = outputs.loss
+    if kl_coef > 0:
+        loss = loss + penalised.kl
+    return (loss, outputs) if return_outputs else loss
+
+
+def _weighted_loss(
+    model: nn.Module, batch: Batch, weights: torch.Tensor, num_items: int | torch.Tensor | None, whole: bool
+) -> tuple[torch.Tensor, Any]:
+    """Eq. 13, and the model's outputs where they are wanted whole."""
+    check_weights(weights, batch)
+    outputs = model(**{**batch.inputs, "use_cache": False}) if whole else None
+    logps = token_logps(model, batch) if outputs is None else logps_of_logits(outputs.logits, batch.labels)
+    weights = batch.at_labels(weights.to(logps).roll(-1, 1))
+    total = weights.sum() if num_items is None else torch.as_tensor(num_items).to(logps)
+    return -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total), outputs

@@ -1,0 +1,57 @@
+"""What every watched forward of the model has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from ..batches.batch import Batch
+from .modes import refuse_inference_mode, without_noise
+from .structure import unwrap
+
+PACKED_WITH_CACHE = (
+    "The batch is packed and the model was called with a cache, which makes transformers attend across sequence "
+    "borders. Call it with use_cache=False."
+)
+SECOND_FORWARD = (
+    "A second forward with grad ran in one AlphaToken context, which values one batch by one forward. Open a context "
+    "for each forward; a reference belongs under torch.no_grad()."
+)
+
+
+def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) -> None:
+    """See that a forward ran on the batch that is valued; `virtual` tokens may stand before its own.
+
+    Raises:
+        ValueError: it did not.
+    """
+    if size != batch.shape[0] or (length < batch.shape[1] if virtual else length != batch.shape[1]):
+        raise ValueError(
+            f"The model ran on a batch of shape {(size, length)}, but the batch being valued has shape {batch.shape}. "
+            "Give the context the batch that the model runs on."
+        )
+
+
+def rows_without_graph(
+    model: nn.Module,
+    watching: Callable[[Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]],
+    loss_sum: Callable[[nn.Module], torch.Tensor],
+) -> torch.Tensor:
+    """The gradient at the hidden state that a watched forward passes through its callback, and no graph before it."""
+    leaves: list[torch.Tensor] = []
+
+    def cut(hidden: torch.Tensor) -> torch.Tensor:
+        leaves.append(hidden.detach().requires_grad_())
+        torch.set_grad_enabled(True)  # for norm, head and loss; `no_grad` below puts it back
+        return leaves[0]
+
+    refuse_inference_mode()
+    inner = unwrap(model)  # a distributed wrapper would take this forward for a training step's
+    with without_noise(inner):
+        with torch.no_grad(), watching(cut):
+            loss = loss_sum(inner)
+        (rows,) = torch.autograd.grad(loss, leaves)
+    return rows

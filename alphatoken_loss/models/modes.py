@@ -1,0 +1,105 @@
+"""The modes a model runs in: dropout, checkpointing, hooks on saved tensors; changed for a while and put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Up to transformers 5.20 or so a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
+HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
+
+
+def checkpointed(block: nn.Module) -> bool:
+    """Whether a block's forward is recomputed in backward.
+
+    Raises:
+        ValueError: it is recomputed in a way that hides its training forward from hooks.
+    """
+    if not (block.training and getattr(block, "gradient_checkpointing", False)):
+        return False
+    options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+    if options.get("use_reentrant") and HOOKS_INSIDE_CHECKPOINT:
+        raise ValueError(
+            "Reentrant checkpointing hides the training forward from hooks in this version of transformers. Use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, or transformers 5.23.'
+        )
+    return True
+
+
+@contextlib.contextmanager
+def without_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Run a forward that needs no gradient without gradient checkpointing, which would only warn."""
+    switched = [child for child in module.modules() if getattr(child, "gradient_checkpointing", False)]
+    try:
+        for child in switched:
+            child.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for child in switched:
+            child.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def without_noise(*modules: nn.Module) -> Iterator[None]:
+    """Run modules without dropout, NEFTune's noise and gradient checkpointing; what they compute else is unchanged.
+
+    4-bit linears run in training mode whatever theirs is: in evaluation mode on a CPU, bitsandbytes repacks their
+    weights in place, to a form without a backward. Other linears keep their mode.
+    """
+    touched: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in modules:
+            for child in module.modules():
+                mode = child.training
+                if hasattr(child, "quant_state"):
+                    mode = True
+                elif next(child.children(), None) is not None or _is_dropout(child) or isinstance(child, nn.Embedding):
+                    mode = False  # of an embedding, since a hook adds NEFTune's noise by its mode
+                if mode != child.training:
+                    touched.append((child, "training", child.training))
+                    child.training = mode
+                if getattr(child, "gradient_checkpointing", False):
+                    touched.append((child, "gradient_checkpointing", child.gradient_checkpointing))
+                    setattr(child, "gradient_checkpointing", False)  # noqa: B010
+        yield
+    finally:
+        for child, attribute, value in reversed(touched):
+            setattr(child, attribute, value)
+
+
+def draws_noise(module: nn.Module) -> bool:
+    """Whether a module in its present mode applies dropout."""
+    return any(
+        child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and _rate(child) > 0))
+        for child in module.modules()
+    )
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd | nn.RNNBase)
+
+
+def _rate(module: nn.Module) -> float:
+    return module.dropout if isinstance(module, nn.RNNBase) else module.p  # type: ignore[return-value]
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what autograd saves goes through hooks, which may give it back only once (TRL's offloading does)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def unhooked() -> contextlib.AbstractContextManager[Any]:
+    """Save tensors as they are, whatever hooks there are."""
+    if not saved_tensors_hooked():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")

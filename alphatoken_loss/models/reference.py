@@ -1,0 +1,96 @@
+"""The reference: a separate model, or the model itself with adapters off or its adapter "ref" on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .structure import causal_lm, learns_prompts, unwrap
+
+if TYPE_CHECKING:
+    pass
+
+_LEFT_BY_PEFT = ("forward", "prepare_inputs_for_generation")
+REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
+
+
+@contextlib.contextmanager
+def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
+    """Yield the reference model: `ref_model`, or `model` with adapters off or its adapter "ref" on.
+
+    Adapters, their flags and `requires_grad` are as before afterwards, also after an exception.
+
+    Raises:
+        ValueError: there is no separate reference and `model` has no adapters to switch off.
+    """
+    model = unwrap(model)
+    if ref_model is not None:
+        yield unwrap(ref_model)
+        return
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrappers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if isinstance(model, PeftModel) and (learns_prompts(model) or not wrappers):
+        with _prompts_off(model):
+            yield model
+        return
+    if not wrappers:
+        raise ValueError(
+            "ref_model is None and the model has no adapter to switch off, so there is no reference. Pass the model "
+            "that training started from as ref_model."
+        )
+    has_reference = REFERENCE_ADAPTER in getattr(model, "peft_config", {}) or any(
+        REFERENCE_ADAPTER in m.lora_A for m in wrappers if isinstance(m, LoraLayer)
+    )
+    before = [(m, m._disable_adapters, m._active_adapter) for m in wrappers]
+    flags = [(p, p.requires_grad) for m in wrappers for p in m.parameters()]
+    try:
+        for module in wrappers:
+            beside = isinstance(module, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in module._adapters
+            if has_reference and not beside:
+                module.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+            else:
+                module.enable_adapters(False)
+        yield model
+    finally:
+        for module, disabled, active in before:
+            module._disable_adapters, module._active_adapter = disabled, active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _prompts_off(model: Any) -> Iterator[None]:
+    """PEFT's own way, less the bound methods that it leaves on the model; or the adapter "ref" on."""
+    kept = {name: model.__dict__[name] for name in _LEFT_BY_PEFT if name in model.__dict__}
+    active = model.active_adapter
+    try:
+        if REFERENCE_ADAPTER in model.peft_config:
+            model.active_adapter = REFERENCE_ADAPTER
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        model.active_adapter = active
+        for name in _LEFT_BY_PEFT:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(kept)
+
+
+def _plain_name(name: str) -> str:
+    """A module's name in the model without PEFT around it."""
+    return name.removeprefix("base_model.model.")
+
+
+def same_module(name: str, ref_model: nn.Module) -> nn.Module:
+    for candidate, module in causal_lm(ref_model).named_modules():
+        if candidate == _plain_name(name):
+            return module
+    raise ValueError(f"ref_model has no module {_plain_name(name)}. Use the model that training started from.")

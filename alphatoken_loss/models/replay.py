@@ -1,0 +1,216 @@
+"""Going back through the last K blocks, from what a forward left: in its graph, or by running blocks again."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+from ..batches.batch import Batch
+from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, rows_without_graph
+from .modes import HOOKS_INSIDE_CHECKPOINT, unhooked, without_noise
+from .sites import Scored
+from .taps import Taps, Visitor, look_away
+
+
+@dataclass
+class BlockCall:
+    """How a block was called in a forward; tensors are references, not copies."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def detached(self) -> BlockCall:
+        """The same call on a leaf of the same values."""
+        return self.on(self.hidden.detach().requires_grad_())
+
+    def on(self, hidden: torch.Tensor) -> BlockCall:
+        """The same call on another hidden state, without the cache: a second call would append to it."""
+        kwargs = {k: None if isinstance(v, Cache) else v for k, v in self.kwargs.items()}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        if self.args:
+            rest = tuple(None if isinstance(v, Cache) else v for v in self.args[1:])
+            return BlockCall((hidden, *rest), kwargs)
+        return BlockCall((), {**kwargs, "hidden_states": hidden})
+
+
+@dataclass
+class Capture:
+    """What one forward of the model leaves for valuing it: the calls of the last K blocks, or a graph with taps."""
+
+    scored: Scored
+    batch: Batch
+    calls: list[BlockCall] = field(default_factory=list)
+    autocast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
+    graph: tuple[Taps, torch.Tensor] | None = None
+    replaying: bool = False
+    seen: bool = False
+    spent: bool = False
+
+    def release(self) -> None:
+        """Let go of everything the forward left."""
+        self.spent = True
+        self.calls.clear()
+        if self.graph is not None:
+            self.graph[0].clear()
+            self.graph = None
+
+    @property
+    def in_float16(self) -> bool:
+        """Whether gradients are float16, which overflows where other dtypes don't."""
+        return self.calls[0].hidden.dtype == torch.float16 or self.autocast[1:] == (True, torch.float16)
+
+    def remember_autocast(self, device: str) -> None:
+        self.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+    def visit(self, rows: torch.Tensor, visitor: Visitor, *, causal: bool, at_layer: bool = False) -> None:
+        """Show a visitor every scored site, from the gradient `rows` `(B, T, hidden)` at the last block's output."""
+        if self.graph is not None:
+            taps, output = self.graph
+            taps.walk(output, rows, [], visitor, retain_graph=True)
+        else:
+            self._replay(rows, [], visitor, causal=causal, at_layer=at_layer)
+        if causal and len(self.scored.value_rows) < len(self.scored.blocks):
+            warnings.warn(
+                "The attention of a scored block does not run through transformers' attention interface, so it adds no "
+                "causal term. Set causal_window=0 to go without.",
+                stacklevel=2,
+            )
+
+    def gradients(self, rows: torch.Tensor, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gradients of parameters of the scored blocks, by replay; zeros for one that took no part."""
+        found = self._replay(rows, list(parameters.values()), None)
+        return {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(parameters.items(), found, strict=True)
+        }
+
+    def _replay(
+        self,
+        rows: torch.Tensor,
+        parameters: list[torch.Tensor],
+        visitor: Visitor | None,
+        *,
+        causal: bool = False,
+        at_layer: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run each block again, last to first, and go back through it: one block's activations live at a time."""
+        found: list[torch.Tensor | None] = [None] * len(parameters)
+        self.replaying = True  # the hooks of `capturing` may still be in place
+        try:
+            for index in reversed(range(len(self.calls))):
+                own = {id(p) for p in self.scored.blocks[index].parameters()}
+                here = [i for i, parameter in enumerate(parameters) if id(parameter) in own]
+                rows, grads = self._replay_block(index, rows, [parameters[i] for i in here], visitor, causal, at_layer)
+                for i, gradient in zip(here, grads, strict=True):
+                    found[i] = gradient
+        finally:
+            self.replaying = False
+        return found
+
+    def _replay_block(
+        self,
+        index: int,
+        rows: torch.Tensor,
+        parameters: list[torch.Tensor],
+        visitor: Visitor | None,
+        causal: bool,
+        at_layer: bool,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """From the gradient at a block's output to that at its input (not for the first) and at parameters."""
+        block, call = self.scored.blocks[index], self.calls[index].detached()
+        device, enabled, dtype = self.autocast
+        taps = Taps(self.scored, self.batch.shape, causal=causal, at_layer=at_layer)
+        with torch.enable_grad(), without_noise(block), unhooked(), torch.autocast(device, dtype, enabled):
+            with taps.installed(self.scored.in_block(index) if visitor is not None else []):
+                output = block(*call.args, **call.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        inputs = [call.hidden] if index else []
+        grads = taps.walk(output, rows.to(output.dtype), [*inputs, *parameters], visitor or look_away)
+        taps.clear()
+        if not index:
+            return rows, grads
+        assert grads[0] is not None
+        return grads[0], grads[1:]
+
+
+@contextlib.contextmanager
+def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+    """Record the block calls of one forward, and pass the last block's output through `on_output`.
+
+    Args:
+        training (`bool`): record the forward that runs with grad, and leave others alone; else the one without.
+
+    Raises:
+        RuntimeError: a second such forward runs.
+        ValueError: the forward's shape is not the batch's.
+    """
+    blocks = capture.scored.blocks
+    state = {"running": False}
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if capture.replaying or (capture.spent and HOOKS_INSIDE_CHECKPOINT):
+                return
+            if index == 0:
+                state["running"] = torch.is_grad_enabled() == training
+                if state["running"] and capture.seen:
+                    raise RuntimeError(SECOND_FORWARD)
+            if not state["running"]:
+                return
+            call = BlockCall(args, kwargs)
+            check_batch(capture.batch, *call.hidden.shape[:2])
+            if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+                raise ValueError(PACKED_WITH_CACHE)
+            if index == 0:
+                capture.seen = True
+                capture.remember_autocast(call.hidden.device.type)
+            capture.calls.append(call)
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not state["running"]:
+            return None
+        state["running"] = False
+        if isinstance(output, tuple):
+            return (on_output(output[0]), *output[1:])
+        return on_output(output)
+
+    handles: list[RemovableHandle] = []
+    try:
+        for index, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(before(index), with_kwargs=True))
+        handles.append(blocks[-1].register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture_without_graph(
+    model: nn.Module, scored: Scored, batch: Batch, loss_sum: Callable[[nn.Module], torch.Tensor]
+) -> tuple[Capture, torch.Tensor]:
+    """Run a forward whose graph holds only what follows the last block, and the loss back to that block's output.
+
+    Args:
+        loss_sum (`Callable`): runs the model on the batch and returns a scalar loss.
+
+    Returns:
+        The capture, and the gradient rows `(B, T, hidden)` at the last block's output.
+    """
+    capture = Capture(scored, batch)
+    rows = rows_without_graph(model, lambda cut: capturing(capture, cut, training=False), loss_sum)
+    return capture, rows

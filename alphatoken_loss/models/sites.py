@@ -1,0 +1,266 @@
+"""Which linears are scored: adapters, or trained linears, of the last K blocks."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .structure import blocks_or_none, find_blocks, trained_behind, unwrap
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """One LoRA layer y = W0 x + s B A x; both of its linears are scored."""
+
+    name: str
+    block: int
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def a(self) -> nn.Linear:
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def b(self) -> nn.Linear:
+        return self.layer.lora_B[self.adapter]
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.adapter]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.layer
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return self.b.weight.shape[0], self.a.weight.shape[1]
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{self.name}.lora_A.{self.adapter}.weight": self.a.weight,
+            f"{self.name}.lora_B.{self.adapter}.weight": self.b.weight,
+        }
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear whose weight is trained itself, y = W x; GPT-2's `Conv1D` stores W transposed."""
+
+    name: str
+    block: int
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W as (d_out, d_in)."""
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {f"{self.name}.weight": self.module.weight}  # type: ignore[dict-item]
+
+
+Site = LoraSite | LinearSite
+
+
+@dataclass
+class Scored:
+    """The last K blocks of a model and the linears in them that are scored.
+
+    Attributes:
+        blocks (`list[nn.Module]`): the K blocks, in forward order.
+        sites (`list[Site]`): every scored linear or LoRA layer, with `site.block` an index into `blocks`.
+        total (`int`): how many blocks the model has.
+        others (`dict`): what else is trained and scored, by its name in `model.named_parameters()`: adapters that are
+            not plain LoRA, norms, biases, embeddings. The ghost estimator has none.
+        value_rows (`dict`): block index -> site name -> which of its output rows are attention values, for the sites
+            that have such rows; filled by `attention.py` when it first sees the block run.
+    """
+
+    blocks: list[nn.Module]
+    sites: list[Site]
+    total: int
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+    value_rows: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def in_block(self, index: int) -> list[Site]:
+        return [site for site in self.sites if site.block == index]
+
+    @cached_property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Scored trainable parameters by their names in `model.named_parameters()`."""
+        named = (item for site in self.sites for item in site.parameters.items())
+        return {name: parameter for name, parameter in named if parameter.requires_grad} | self.others
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every scored parameter lies in the scored blocks."""
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        return all(id(parameter) in inside for parameter in self.parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+
+def find_scored(model: nn.Module, num_layers: int | str, estimator: str = "ghost") -> Scored:
+    """Find what is scored: the adapters (or, without adapters, the trainable linears) of the last K blocks.
+
+    Args:
+        model (`nn.Module`): causal LM, plain or wrapped by PEFT, with a base in any precision.
+        num_layers (`int` or `"all"`): K.
+        estimator (`str`): `"ghost"` scores plain LoRA and linears alone and refuses other adapters. The others also
+            score whatever else is trained: `"exact"` in the blocks, `"difference"` anywhere before the LM head.
+
+    Raises:
+        ValueError: K exceeds the number of blocks; nothing in them is trainable; adapters are merged or disabled; for
+            the ghost estimator also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = unwrap(model)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("The model is compiled, which fixes its graph. Give the model before torch.compile.")
+    anywhere = estimator == "difference" and num_layers == "all"
+    blocks = blocks_or_none(model) if anywhere else find_blocks(model)
+    count = len(blocks) if num_layers == "all" else int(num_layers)
+    if count > len(blocks):
+        raise ValueError(f'num_layers is {count}, but the model has {len(blocks)} blocks. Use at most that, or "all".')
+    names = {id(module): name for name, module in model.named_modules()}
+    scored = list(blocks)[len(blocks) - count :]
+    sites: list[Site] = []
+    for index, block in enumerate(scored):
+        _check_not_repacked(block, names)
+        tuners = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in tuners:
+            _check_active(names[id(layer)], layer)
+            if estimator == "ghost" or _why_not_lora(names[id(layer)], layer) is None:
+                sites.append(_lora_site(names[id(layer)], index, layer))
+        if tuners:
+            continue
+        for module in block.modules():
+            if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
+                sites.append(LinearSite(names[id(module)], index, module))
+    found = Scored(scored, sites, len(blocks))
+    if estimator == "ghost":
+        _warn_of_linears_beside(found, names)
+    else:
+        of_sites, behind = set(found.parameters), set(trained_behind(model))
+        inside = {id(parameter) for block in scored for parameter in block.parameters()}
+        found.others = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+            and name not in of_sites
+            and name not in behind
+            and (anywhere or id(parameter) in inside)
+        }
+        del found.parameters  # cached without the others
+    if not found.parameters:
+        raise ValueError(
+            f"The last {count} of {len(blocks)} blocks have nothing to score: no active, trainable LoRA adapter and no "
+            "trainable linear. Wrap the model with peft.get_peft_model(model, LoraConfig(...)), load a trained adapter "
+            "with is_trainable=True, or raise num_layers."
+        )
+    return found
+
+
+def _warn_of_linears_beside(found: Scored, names: dict[int, str]) -> None:
+    adapters = {site.adapter for site in found.sites if isinstance(site, LoraSite)}
+    if len(adapters) > 1:
+        raise ValueError(f"Several adapters are active in the scored blocks ({sorted(adapters)}). Activate one.")
+    if adapters:
+        own = {id(linear) for site in found.sites if isinstance(site, LoraSite) for linear in (site.a, site.b)}
+        linears = (m for block in found.blocks for m in block.modules() if isinstance(m, nn.Linear | Conv1D))
+        beside = [names[id(m)] for m in linears if m.weight.requires_grad and id(m) not in own]
+        if beside:
+            warnings.warn(
+                f"{beside[0]} is trained beside the adapters of the scored blocks ({len(beside)} such linears). It "
+                "takes no part in token values; the gradient gate masks it all the same.",
+                stacklevel=3,
+            )
+
+
+def _check_not_repacked(block: nn.Module, names: dict[int, str]) -> None:
+    for module in block.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{names[id(module)]}: bitsandbytes has repacked this 4-bit weight for inference on the CPU, which "
+                "happens when the model runs in evaluation mode and lets no gradient through. Load the model again and "
+                "keep it in training mode (model.train())."
+            )
+
+
+def _check_active(name: str, layer: BaseTunerLayer) -> None:
+    if layer.merged:
+        raise ValueError(
+            f"{name}: adapter(s) {layer.merged_adapters} are merged into the base. Call unmerge_adapter()."
+        )
+    if layer.disable_adapters:
+        raise ValueError(
+            f"{name}: the adapters are disabled, so nothing is trained. Call enable_adapter_layers(), or leave the "
+            "disable_adapter() context."
+        )
+
+
+def _why_not_lora(name: str, layer: BaseTunerLayer) -> str | None:
+    """What keeps an adapter layer from being y = W0 x + s B A x, in words, or None."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        return (
+            f"{name}: the adapter layer is a {type(layer).__module__}.{type(layer).__name__}; ghost values need LoRA "
+            'on linears. Use peft.LoraConfig, keep this module out of target_modules, or set estimator="difference".'
+        )
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) != 1:
+        return (
+            f"{name}: active adapters are {list(layer.active_adapters)}, of which {len(active)} are LoRA here; exactly "
+            "one must be. Choose it with set_adapter()."
+        )
+    adapter = active[0]
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None:
+        return (
+            f"{name}: adapter '{adapter}' is the LoRA variant {type(variant).__name__}, whose arithmetic is not "
+            'y = W x + s B A x. Use plain LoRA (use_dora=False and the like), or set estimator="difference".'
+        )
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
+        return (
+            f"{name}: adapter '{adapter}' on a {type(layer.get_base_layer()).__name__} has {type(a).__name__} factors; "
+            'ghost values need linear ones. Keep this module out of target_modules, or set estimator="difference".'
+        )
+    return None
+
+
+def _lora_site(name: str, block: int, layer: BaseTunerLayer) -> LoraSite:
+    why_not = _why_not_lora(name, layer)
+    if why_not is not None:
+        raise ValueError(why_not)
+    (adapter,) = (adapter for adapter in layer.active_adapters if adapter in layer.lora_A)
+    return LoraSite(name, block, layer, adapter)

@@ -1,0 +1,145 @@
+"""Taps on the scored linears.
+
+A tap is an identity on a linear's output whose backward meets the gradient d there and the input h that was kept, and
+gives both to a visitor; what the visitor makes of them (token values, Fisher sums) never outlives the walk as anything
+per token but a (batch, time) accumulator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .attention import AttentionCall, AttentionWatch
+from .sites import LoraSite, Scored, Site
+
+
+class Visitor(Protocol):
+    """Called once per scored site in a walk, from the last to the first.
+
+    `error` is the gradient at the site's output, `(B, T, d_out)`; `inputs` is the site's input `(B, T, d_in)` and, for
+    a LoRA layer tapped at its B, also B's input `(B, T, r)`; `attention` is the call its values went into, if any.
+    """
+
+    def __call__(
+        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+    ) -> None: ...
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward shows the gradient and the kept inputs to the walk in progress, if one is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, probe: torch.Tensor, taps: Taps, site: Site, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.taps, ctx.site = taps, site
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        (error,) = grads
+        if error is not None and ctx.taps.visitor is not None:
+            ctx.taps.show(ctx.site, error, ctx.saved_tensors)
+        return error, None, None, None, *(None for _ in ctx.saved_tensors)
+
+
+class Taps:
+    """Taps on the sites of some blocks, live while `installed()` is entered.
+
+    Args:
+        scored (`Scored`): what is scored.
+        shape (`tuple`): `(B, T)` of the batch, which every tapped linear must see.
+        causal (`bool`): keep queries and keys for the causal terms.
+        at_layer (`bool`): tap LoRA layers as a whole (dL/dy and x; the layer's adapters may be off) instead of the
+            A and B inside.
+    """
+
+    def __init__(self, scored: Scored, shape: tuple[int, int], *, causal: bool = False, at_layer: bool = False) -> None:
+        self.scored = scored
+        self.shape = shape
+        self.at_layer = at_layer
+        self.visitor: Visitor | None = None
+        # A leaf that every tap depends on and nothing needs: asking autograd for its gradient walks through the taps.
+        self.probe = torch.empty(0, requires_grad=True)
+        self.watch = AttentionWatch(scored) if causal else None
+
+    @contextlib.contextmanager
+    def installed(self, sites: list[Site]) -> Iterator[None]:
+        handles: list[RemovableHandle] = []
+        with contextlib.ExitStack() as stack:
+            try:
+                for site in sites:
+                    handles += self._hooks(site)
+                if self.watch is not None:
+                    stack.enter_context(self.watch.watching())
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def clear(self) -> None:
+        """Let go of everything kept from a forward."""
+        if self.watch is not None:
+            self.watch.outputs.clear()
+            self.watch.calls.clear()
+
+    def walk(
+        self, output: torch.Tensor, rows: torch.Tensor, inputs: list[torch.Tensor], visitor: Visitor, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Go back from `output` with gradient `rows` through every tap, and return the gradients of `inputs`."""
+        self.visitor = visitor
+        try:
+            return torch.autograd.grad(output, [self.probe, *inputs], rows, allow_unused=True, **kwargs)[1:]
+        finally:
+            self.visitor = None
+
+    def show(self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert self.visitor is not None
+        attention = self.watch.calls.get(site.name) if self.watch is not None else None
+        batched = (tensor.reshape(*self.shape, tensor.shape[-1]) for tensor in (error, *inputs))
+        error = next(batched)
+        with torch.no_grad():
+            self.visitor(site, error, tuple(batched), attention)
+
+    def _hooks(self, site: Site) -> list[RemovableHandle]:
+        kept: list[torch.Tensor] = []
+
+        def keep_input(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if torch.is_grad_enabled():
+                kept.append(args[0].detach())
+
+        def tap(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(
+                    f"{site.name} returns a {type(output).__name__}, not a tensor. Keep it out of target_modules."
+                )
+            seen = args[0].shape[:-1].numel()
+            if seen != self.shape[0] * self.shape[1]:
+                raise ValueError(
+                    f"{site.name} sees {seen} positions of a batch of {self.shape[0]} x {self.shape[1]}. Token values "
+                    "need linears that see every position once; keep routed experts and the like out of target_modules."
+                )
+            inputs = (kept.pop(), args[0].detach()) if kept else (args[0].detach(),)
+            tapped = _Tap.apply(output, self.probe, self, site, *inputs)
+            if self.watch is not None:
+                self.watch.saw_output(site, tapped)
+            return tapped
+
+        if isinstance(site, LoraSite) and not self.at_layer:
+            return [site.a.register_forward_hook(keep_input), site.b.register_forward_hook(tap)]
+        return [site.module.register_forward_hook(tap)]
+
+
+def look_away(
+    site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
+) -> None:
+    """A visitor for walks that only want gradients."""

@@ -1,0 +1,55 @@
+"""Token values -> the tokens that are kept. Knows tensors only."""
+
+from __future__ import annotations
+
+import torch
+
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..values import TokenValues
+
+
+def keep_mask(values: torch.Tensor, groups: torch.Tensor, *, rho: float) -> torch.Tensor:
+    """Keep, in each group, the tokens valued at or above the group's (1 - rho) quantile.
+
+    The quantile interpolates linearly between neighbours, as `torch.quantile` does. Ties with the threshold are
+    kept, so a group in which every token has the same value is kept whole.
+
+    Args:
+        values (`torch.Tensor`): `(B, T)` float; higher is better.
+        groups (`torch.Tensor`): `(B, T)` int64; tokens with the same number share a threshold, -1 takes no part.
+        rho (`float`): share to keep, in (0, 1].
+
+    Returns:
+        `torch.Tensor`: `(B, T)` bool; False wherever `groups` is -1.
+    """
+    taken = groups >= 0
+    if rho >= 1.0:
+        return taken
+    flat_groups = groups.flatten()
+    # Sort by value, then stably by group: each group is one ascending run. Tokens outside form the last run.
+    # No shape here depends on the data, so a GPU is never waited for.
+    count = flat_groups.numel() + 1
+    keys = torch.where(flat_groups >= 0, flat_groups, count - 1)
+    by_value = values.flatten().argsort(stable=True)
+    order = by_value[keys[by_value].argsort(stable=True)]
+    sizes = torch.zeros(count, dtype=torch.long, device=values.device).scatter_add_(0, keys, torch.ones_like(keys))
+    starts = sizes.cumsum(0) - sizes
+    # 1 - rho carries rounding noise (1 - 0.9 < 0.1) that must not move a rank off a whole number.
+    rank = ((sizes - 1).clamp(min=0).double() * (1.0 - rho)).mul(1e6).round().div(1e6)
+    low = rank.floor().long()
+    high = torch.minimum(low + 1, (sizes - 1).clamp(min=0))
+    ascending = values.flatten()[order]
+    last = ascending.numel() - 1
+    below = ascending[(starts + low).clamp(max=last)]
+    above = ascending[(starts + high).clamp(max=last)]
+    thresholds = torch.lerp(below, above, (rank - low).to(values.dtype))
+    return taken & (values >= thresholds[keys].view_as(values))
+
+
+def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
+    """`(B, T)` bool at the labels: the tokens that are kept."""
+    groups = batch.groups(config.threshold_scope).roll(1, 1)  # no row stands in the last column
+    if config.threshold == "zero":
+        return (groups >= 0) & (values.total > 0)
+    return keep_mask(values.total, groups, rho=config.rho)

@@ -1,0 +1,1 @@
+"""A record of a run, and a page made from it."""

@@ -1,0 +1,1 @@
+"""Scoring a data set for other trainers."""

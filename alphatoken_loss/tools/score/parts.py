@@ -1,0 +1,198 @@
+"""The output of `score`: parts with token values, and the folder that trainers load; no file is ever half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...batches.batch import IGNORE
+from ...selection.thresholds import keep_mask
+from .rows import Row, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+META, SCORED, TRAIN = "meta.json", "scored", "train"
+_LOADABLE = "dataset_dict.json"  # what makes the folder one that `datasets` loads; written last
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / META).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: is no output of `python -m alphatoken_loss score`.") from error
+
+
+def write_part(path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, rho: float, form: str) -> None:
+    columns: dict[str, list[Any]] = {"row": list(range(start, start + len(rows)))}
+    for branch, prefix in enumerate(_prefixes(form)):
+        sequences = [row[branch] for row, _ in rows]
+        values = [value[branch] for _, value in rows]
+        columns[f"{prefix}input_ids"] = [s.ids for s in sequences]
+        columns[f"{prefix}attention_mask"] = [[1] * len(s.ids) for s in sequences]
+        columns[f"{prefix}token_values"] = [value.tolist() for value in values]
+        columns[f"{prefix}response_mask"] = [[int(inside) for inside in s.response] for s in sequences]
+    _relabel(columns, form, rho, {}, Counter())
+    _write_table(path, columns, form)
+
+
+def _prefixes(form: str) -> tuple[str, ...]:
+    return ("chosen_", "rejected_") if form == "pairs" else ("",)
+
+
+def _valued(response: torch.Tensor) -> torch.Tensor:
+    """Which tokens have a value: those of the response that something predicts."""
+    valued = response.clone()
+    valued[:1] = False
+    return valued
+
+
+def _kept(values: torch.Tensor, response: torch.Tensor, rho: float) -> torch.Tensor:
+    groups = torch.where(_valued(response), 0, -1)
+    return keep_mask(values[None], groups[None], rho=rho)[0]
+
+
+def _labels(ids: torch.Tensor, response: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return ids.masked_fill(~(response & kept), IGNORE)
+
+
+def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: str) -> Path:
+    """Labels for `rho` in every part, the folder that trainers load, and `meta.json`."""
+    selection = {"rho": rho, "threshold_scope": scope}
+    if folder == source and meta["state"] == "done" and meta["selection"] == selection:
+        return folder
+    (folder / SCORED).mkdir(parents=True, exist_ok=True)
+    write_json(folder / META, {**meta, "state": "selecting"})
+    (folder / _LOADABLE).unlink(missing_ok=True)  # while labels change, the folder does not load
+    parts = sorted((source / SCORED).glob("part-*.parquet"))
+    thresholds = {p: _threshold(parts, p, rho) for p in _prefixes(meta["form"])} if scope == "dataset" else {}
+    counts = Counter(response_tokens=0, kept_tokens=0, rows_without_labels=0)  # zeros stay, to be reported
+    temporary = folder / ".train.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    arrows = []
+    for part in parts:
+        columns = _read_columns(part)
+        counts["rows"] += len(columns["row"])
+        _relabel(columns, meta["form"], rho, thresholds, counts)
+        _write_table(folder / SCORED / part.name, columns, meta["form"])
+        arrows.append(_write_arrow(temporary / f"{part.stem}.arrow", columns, meta["form"], counts))
+    if counts.pop("rows") != meta["rows"]:
+        raise UserError(f"{source}: parts are missing in {SCORED}. Run the command that made it again.")
+    if not counts["kept_tokens"]:
+        raise UserError(f"{source}: no row has a response token left, so there is nothing to train on (--max-length?).")
+    _save_train(temporary, folder, arrows)
+    write_json(folder / META, {**meta, "state": "done", "selection": selection, **counts})
+    return folder
+
+
+def _threshold(parts: list[Path], prefix: str, rho: float) -> float:
+    """The smallest value that is kept, of all response tokens of a branch."""
+    found = []
+    for part in parts:
+        columns = _read_columns(part, [f"{prefix}token_values", f"{prefix}response_mask"])
+        for values, response in zip(*columns.values(), strict=True):
+            found.append(torch.tensor(values)[_valued(torch.tensor(response, dtype=torch.bool))])
+    values = torch.cat(found)
+    kept = keep_mask(values[None], torch.zeros(1, len(values), dtype=torch.long), rho=rho)[0]
+    return float(values[kept].min()) if len(values) else math.inf
+
+
+def _relabel(
+    columns: dict[str, list[Any]], form: str, rho: float, thresholds: dict[str, float], counts: Counter[str]
+) -> None:
+    for prefix in _prefixes(form):
+        labels = []
+        names = (f"{prefix}input_ids", f"{prefix}token_values", f"{prefix}response_mask")
+        for ids, values, mask in zip(*(columns[name] for name in names), strict=True):
+            response, value = torch.tensor(mask, dtype=torch.bool), torch.tensor(values)
+            if prefix in thresholds:
+                kept = _valued(response) & (value >= thresholds[prefix])
+            else:
+                kept = _kept(value, response, rho)
+            counts["response_tokens"] += int(_valued(response).sum())
+            counts["kept_tokens"] += int(kept.sum())
+            labels.append(_labels(torch.tensor(ids), response, kept).tolist())
+        columns[f"{prefix}labels"] = labels
+
+
+def _schema(form: str, *, scored: bool) -> pa.Schema:
+    import pyarrow as pa
+
+    kinds = {"input_ids": pa.int32(), "attention_mask": pa.int8(), "labels": pa.int32()}
+    if scored:
+        kinds |= {"token_values": pa.float32(), "response_mask": pa.int8()}
+    fields = [(f"{prefix}{name}", pa.list_(kind)) for prefix in _prefixes(form) for name, kind in kinds.items()]
+    return pa.schema([("row", pa.int64()), *fields] if scored else fields)
+
+
+def _read_columns(path: Path, names: list[str] | None = None) -> dict[str, list[Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=names).to_pydict()
+
+
+def _write_table(path: Path, columns: dict[str, list[Any]], form: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with whole(path) as temporary:
+        pq.write_table(pa.table(columns, schema=_schema(form, scored=True)), temporary)
+
+
+def _write_arrow(path: Path, columns: dict[str, list[Any]], form: str, counts: Counter[str]) -> Path:
+    """The rows that trainers take: those with a label, since a batch of others has no mean loss."""
+    import pyarrow as pa
+
+    prefixes, schema = _prefixes(form), _schema(form, scored=False)
+    labels = zip(*(columns[f"{prefix}labels"] for prefix in prefixes), strict=True)
+    rows = [i for i, each in enumerate(labels) if any(label != IGNORE for one in each for label in one)]
+    counts["rows_without_labels"] += len(columns["row"]) - len(rows)
+    table = pa.table({name: [columns[name][i] for i in rows] for name in schema.names}, schema=schema)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+def _save_train(temporary: Path, folder: Path, arrows: list[Path]) -> None:
+    import datasets
+    from datasets import Dataset, DatasetDict, concatenate_datasets
+
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        parts = [Dataset.from_file(str(arrow)) for arrow in arrows]
+        train = concatenate_datasets([part for part in parts if len(part)])
+        DatasetDict({"train": train}).save_to_disk(temporary / "saved")
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+    shutil.rmtree(folder / TRAIN, ignore_errors=True)
+    os.replace(temporary / "saved" / TRAIN, folder / TRAIN)
+    os.replace(temporary / "saved" / _LOADABLE, folder / _LOADABLE)
+    shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write under; the file has its own name only once it is whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")

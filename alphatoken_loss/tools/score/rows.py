@@ -1,0 +1,184 @@
+"""Data sets in the forms people have them -> token ids and which of them are the response, as TRL tokenises them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...batches.batch import IGNORE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class UserError(Exception):
+    """A mistake in what was asked for; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of one sequence, and whether each is part of the response."""
+
+    ids: list[int]
+    response: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        return [token if inside else IGNORE for token, inside in zip(self.ids, self.response, strict=True)]
+
+    @property
+    def prompt(self) -> list[int]:
+        """What stands before the response; of a sequence without a prompt, its first half."""
+        start = self.response.index(True) if True in self.response else len(self.ids)
+        return self.ids[: start or (len(self.ids) + 1) // 2]
+
+
+Row = tuple[Tokens, ...]  # one sequence, or the chosen and the rejected one
+
+
+def load_rows(source: str, split: str, option: str) -> Dataset:
+    """Rows of a JSON Lines or Parquet file, a folder that `datasets` saved, or a data set of the hub.
+
+    Raises:
+        UserError: there is no such data set, or it has no rows.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in FILES:
+                raise UserError(f"{option} {source}: the file's name must end in {', '.join(FILES)}.")
+            rows = load_dataset(FILES[path.suffix], data_files=str(path), split="train")
+        elif path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            rows = load_from_disk(source)
+            if isinstance(rows, DatasetDict):
+                if split not in rows:
+                    raise UserError(f"{option} {source}: there is no split {split!r}; there are {', '.join(rows)}.")
+                rows = rows[split]
+        elif path.suffix in FILES or path.is_absolute() or source.startswith("."):
+            raise UserError(f"{option} {source}: there is no such file or folder.")
+        else:
+            rows = load_dataset(source, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file, an unknown name or a missing network makes of it
+        raise UserError(f"{option} {source}: could not be read ({first_line(error)}).") from error
+    if not len(rows):
+        raise UserError(f"{option} {source}: there are no rows.")
+    return rows
+
+
+def form_of(rows: Dataset, option: str) -> str:
+    """ "pairs" or "sft".
+
+    Raises:
+        UserError: the columns are not those of a form that is known.
+    """
+    columns = set(rows.column_names)
+    if {"chosen", "rejected"} <= columns:
+        return "pairs"
+    if {"prompt", "completion"} <= columns or columns & {"messages", "text", "input_ids"}:
+        return "sft"
+    raise UserError(
+        f"{option}: the columns are {', '.join(sorted(columns))}. They must hold prompt and completion; messages; "
+        "text; chosen and rejected (with or without prompt); or input_ids and labels."
+    )
+
+
+def tokenised(
+    rows: Dataset, places: Sequence[int], tokenizer: Any, *, max_length: int, assistant_only: bool, option: str
+) -> list[Row]:
+    """Rows by their numbers, as TRL's trainers tokenise them, cut to their first `max_length` tokens; none is left out.
+
+    Raises:
+        UserError: TRL could not tokenise them.
+    """
+    import datasets
+    from datasets import Dataset
+
+    pairs = form_of(rows, option) == "pairs"
+    # In memory, so that nothing is left in the cache folder of `datasets`.
+    some = Dataset.from_dict(rows.with_format(None)[list(places)], features=rows.features)
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        found = list((_prepared_pairs if pairs else _prepared_sft)(some, tokenizer, assistant_only))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{option}: rows {places[0]} to {places[-1]} could not be tokenised ({first_line(error)})."
+        ) from error
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+    return [tuple(Tokens(s.ids[:max_length], s.response[:max_length]) for s in row) for row in found]
+
+
+def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
+    from trl import SFTTrainer
+
+    answers_only = bool({"completion", "completion_mask"} & set(rows.column_names))
+    reader = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=answers_only)
+    args = SimpleNamespace(
+        dataset_num_proc=None,
+        max_length=None,
+        assistant_only_loss=assistant_only,
+        dataset_text_field="text",
+        truncation_mode="keep_start",
+        shuffle_dataset=False,
+    )
+    for row in SFTTrainer._prepare_dataset(reader, rows, tokenizer, args, False, None, "scored"):
+        yield (Tokens(list(row["input_ids"]), [label != IGNORE for label in row["labels"]]),)
+
+
+def _prepared_pairs(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
+    from trl import DPOTrainer
+
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    for row in DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "scored"):
+        prompt = row["prompt_ids"]
+        answers = (row["chosen_ids"], row["rejected_ids"])
+        yield tuple(Tokens([*prompt, *ids], [False] * len(prompt) + [True] * len(ids)) for ids in answers)
+
+
+def collate(rows: Iterable[Row], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of rows of one form, padded on the right; pairs as `chosen_*` and `rejected_*`."""
+    branches = list(zip(*rows, strict=True))
+    names = ("",) if len(branches) == 1 else ("chosen_", "rejected_")
+    batch = {}
+    for name, sequences in zip(names, branches, strict=True):
+        parts = {
+            "input_ids": (pad, [s.ids for s in sequences]),
+            "attention_mask": (0, [[1] * len(s.ids) for s in sequences]),
+            "labels": (IGNORE, [s.labels for s in sequences]),
+        }
+        longest = max(len(s.ids) for s in sequences)
+        for part, (fill, lists) in parts.items():
+            batch[name + part] = torch.tensor([each + [fill] * (longest - len(each)) for each in lists], device=device)
+    return batch
+
+
+def by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
+    """Numbers of rows to run together: of like length, at most `tokens` with padding, but always at least one row."""
+    lengths = [max(len(sequence.ids) for sequence in row) for row in rows]
+    together: list[int] = []
+    for place in sorted(range(len(rows)), key=lambda i: lengths[i]):
+        if together and lengths[place] * len(rows[place]) * (len(together) + 1) > tokens:
+            yield together
+            together = []
+        together.append(place)
+    if together:
+        yield together
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or its kind."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

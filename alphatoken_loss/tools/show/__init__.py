@@ -1,0 +1,1 @@
+"""Token values to look at."""

@@ -1,0 +1,131 @@
+"""The arguments of the trainers: TRL's, with the library's settings as further fields of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from trl import DPOConfig, SFTConfig
+
+from ..config import AlphaTokenConfig
+from ..losses.kl import check_kl_coef
+from ..selection.rules import check_selection
+
+
+def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tuple[str, Any, Any]:
+    """A setting as a field that `HfArgumentParser` can read; where it may be a number or a word, a word comes in."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    several = NoneType in get_args(hint) and len(kinds) > 1
+    help = about.replace("%", "%%") or None
+    return setting.name, str | None if several else hint, field(default=setting.default, metadata={"help": help})
+
+
+def _settings() -> list[tuple[str, Any, Any]]:
+    """The fields of `AlphaTokenConfig` with the words its docstring has for them."""
+    words = inspect.cleandoc(AlphaTokenConfig.__doc__ or "")
+    about = {
+        name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+) \(.*\):\n((?: {8}.*\n?)+)", words, re.M)
+    }
+    hints = get_type_hints(AlphaTokenConfig)
+    return [_as_argument(f, hints[f.name], about.get(f.name, "")) for f in dataclasses.fields(AlphaTokenConfig)]
+
+
+_Settings: Any = dataclasses.make_dataclass("_Settings", _settings())
+
+
+@dataclass
+class AlphaTokenArguments(_Settings):
+    """The fields of [`AlphaTokenConfig`], and where a trainer takes target and Fisher from.
+
+    Mix it into the arguments of any trainer that [`AlphaTokenMixin`] is mixed into.
+
+    Args:
+        selection (`str`, *optional*, defaults to `"alphatoken"`):
+            What chooses the tokens that are trained on: `"alphatoken"`, their values; or, for comparison, `"random"`,
+            `"excess_loss"` or `"log_ratio"` (preference pairs), see [`random_weights`], [`excess_loss_weights`] and
+            [`log_ratio_weights`], for which neither target nor Fisher is made and no row is held out.
+        kl_coef (`float`, *optional*, defaults to 0.0):
+            Weight of a KL to the reference over all response tokens, kept or not, beside the loss of SFT training
+            steps, divided by what that loss is divided by. Also with `rho=1.0`. Other trainers have no such penalty.
+        precondition (`bool`, *optional*, defaults to `False`):
+            Value tokens by the step that the trainer's Adam will take rather than by one along the gradient.
+        target_size (`int`, *optional*, defaults to 32):
+            Rows of the training data that are held out as the target where no `target_dataset` is given.
+        target_batch_size (`int`, *optional*):
+            Target rows run together. By default `per_device_train_batch_size`.
+        fisher_path (`str`, *optional*):
+            A saved Fisher. By default it is estimated when training starts, and saved in `output_dir`.
+        fisher_prompts (`int`, *optional*, defaults to 1000):
+            Prompts of the training data that the Fisher is estimated from.
+        fisher_prompt_length (`int`, *optional*, defaults to 256):
+            Tokens that these prompts are cut to, from the left.
+        fisher_new_tokens (`int`, *optional*, defaults to 128):
+            Tokens sampled after each of them.
+        fisher_batch_size (`int`, *optional*, defaults to 8):
+            Prompts sampled together.
+        sample_every (`int`, *optional*, defaults to 50):
+            Optimizer steps between two valued batches that are recorded in `output_dir`, for
+            `python -m alphatoken_loss report`; 0 records nothing.
+    """
+
+    selection: str = field(
+        default="alphatoken",
+        metadata={"help": "What chooses the tokens: alphatoken, random, excess_loss or log_ratio."},
+    )
+    kl_coef: float = field(
+        default=0.0, metadata={"help": "Weight of a KL to the reference over all response tokens; SFT only."}
+    )
+    precondition: bool = field(
+        default=False, metadata={"help": "Value tokens by the step that Adam will take, not by one along the gradient."}
+    )
+    target_size: int = field(
+        default=32, metadata={"help": "Training rows held out as the target where no target dataset is given."}
+    )
+    target_batch_size: int | None = field(
+        default=None, metadata={"help": "Target rows run together. By default `per_device_train_batch_size`."}
+    )
+    fisher_path: str | None = field(
+        default=None, metadata={"help": "A saved Fisher. By default it is estimated when training starts."}
+    )
+    fisher_prompts: int = field(default=1000, metadata={"help": "Training prompts for the Fisher."})
+    fisher_prompt_length: int = field(default=256, metadata={"help": "Tokens that these prompts are cut to."})
+    fisher_new_tokens: int = field(default=128, metadata={"help": "Tokens sampled after each of these prompts."})
+    fisher_batch_size: int = field(default=8, metadata={"help": "Prompts sampled together."})
+    sample_every: int = field(
+        default=50, metadata={"help": "Optimizer steps between two batches recorded for the report; 0 records none."}
+    )
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(AlphaTokenConfig):
+            value = getattr(self, setting.name)
+            if isinstance(value, str) and value.isdecimal():
+                setattr(self, setting.name, int(value))
+        check_selection(self.selection)
+        check_kl_coef(self.kl_coef)
+        for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
+        if self.sample_every < 0:
+            raise ValueError(f"sample_every is {self.sample_every!r}; it must be at least 0, which records nothing.")
+        _ = self.alphatoken_config  # an error now, not at the first step
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+
+    @property
+    def alphatoken_config(self) -> AlphaTokenConfig:
+        """The settings of the library itself."""
+        return AlphaTokenConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AlphaTokenConfig)})
+
+
+@dataclass
+class AlphaTokenSFTConfig(AlphaTokenArguments, SFTConfig):
+    """[`~trl.SFTConfig`] with the fields of [`AlphaTokenArguments`]."""
+
+
+@dataclass
+class AlphaTokenDPOConfig(AlphaTokenArguments, DPOConfig):
+    """[`~trl.DPOConfig`] with the fields of [`AlphaTokenArguments`]."""

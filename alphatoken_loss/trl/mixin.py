@@ -1,0 +1,390 @@
+"""TRL's trainers with token values inside.
+
+The gate sits at the last block's output, so every loss, collator and metric stays TRL's own: `compute_loss` runs in an
+`AlphaToken` context, and that is all that training changes, but for the KL that `kl_coef` adds to the loss of SFT.
+Evaluation, prediction and `rho=1.0` are TRL's untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Subset
+from transformers import TrainingArguments
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..config import AlphaTokenConfig
+from ..directions.estimate import estimate_fisher
+from ..directions.fisher import Fisher
+from ..directions.target import Target
+from ..gate import AlphaToken
+from ..selection.rules import excess_loss_weights, log_ratio_weights, random_weights
+from ..tools.report.samples import SampleWriter
+from .arguments import AlphaTokenArguments
+
+logger = get_logger(__name__)
+_Trainer: Any = object  # what the mixin is put in front of
+FISHER_FILE = "fisher.safetensors"
+STATE_FILE = "alphatoken.safetensors"
+_STEPS = "steps|"  # no parameter's name holds a bar
+
+
+class AlphaTokenMixin(_Trainer):
+    """Token values for a trainer of Transformers' kind: put it in front of the trainer, and [`AlphaTokenArguments`] in
+    front of its arguments.
+
+    The loss keeps its value; what changes is its gradient, in which response tokens of low value count nothing. What a
+    loss divides by stays as it is: TRL's SFT divides by all response tokens of the accumulated batch, kept or not, so
+    the kept gradient is about `rho` of a mean over kept tokens, and gradient accumulation does not change its scale.
+
+    Args:
+        target_dataset ([`~datasets.Dataset`], *optional*):
+            Clean examples of the target task in SFT form (prompt-completion, conversational, text, or tokenised); all
+            of them define the target. By default `args.target_size` rows of the training data are held out.
+        fisher ([`Fisher`] or `str`, *optional*):
+            The reference's Fisher, or where it was saved. By default `args.fisher_path`, or estimated from prompts of
+            the training data when training starts.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            The reference, for trainers that have none of their own; needed where linears are trained themselves. With
+            adapters it is the model without them, or its adapter "ref".
+
+    Attributes:
+        alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0` and no `kl_coef`.
+
+    Raises:
+        ValueError: the model, the data or the way of distribution rule token values out; the message says what to do.
+
+    Example:
+        >>> @dataclass
+        ... class Arguments(AlphaTokenArguments, TrainingArguments): ...
+        >>> class AlphaTokenTrainer(AlphaTokenMixin, Trainer): ...
+    """
+
+    alphatoken: AlphaToken | None = None
+    train_dataset: Any
+    _samples: SampleWriter | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        target_dataset: Dataset | None = None,
+        fisher: Fisher | str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
+        own = any("ref_model" in inspect.signature(init).parameters for init in inits)
+        reference = None if own else kwargs.pop("ref_model", None)
+        super().__init__(*args, **kwargs)
+        plain = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        if isinstance(self.args, AlphaTokenArguments):
+            self.alphatoken_args = self.args
+        elif plain:
+            raise TypeError(
+                f"args is a {type(plain[0]).__name__}, which has no fields for token values. Use AlphaTokenSFTConfig, "
+                "AlphaTokenDPOConfig, or a dataclass of AlphaTokenArguments and the trainer's own arguments."
+            )
+        else:
+            self.alphatoken_args = AlphaTokenArguments()
+        config, kl_coef = self.alphatoken_args.alphatoken_config, self.alphatoken_args.kl_coef
+        if kl_coef > 0 and not isinstance(self, SFTTrainer):
+            raise ValueError(
+                f"kl_coef is {kl_coef}, but {type(self).__name__} is no SFTTrainer, and only there is a KL to the "
+                "reference offered (AlphaTokenSFTTrainer). Set kl_coef=0; in a loop of your own, add the `kl` of "
+                "`with alphatoken(batch, kl_coef=...) as step:` to the loss."
+            )
+        if config.rho >= 1.0 and not kl_coef:
+            return
+        self._refuse_what_is_not_modelled()
+        self._alphatoken_ref = reference if reference is not None else getattr(self, "ref_model", None)
+        if reference is not None:
+            reference.requires_grad_(False).to(self.accelerator.device).eval()
+        if kl_coef and self._alphatoken_ref is None and not is_peft_model(self.model):
+            raise ValueError(
+                f"kl_coef is {kl_coef}, but the model has no adapters and there is no ref_model, so there is no "
+                "reference. Pass the model that training starts from as ref_model, or use a peft_config."
+            )
+        if config.rho >= 1.0:
+            self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config)
+            return
+        selection = self.alphatoken_args.selection
+        if selection != "alphatoken":
+            self._alphatoken_by_selection(selection, config)
+            return
+        if self._alphatoken_ref is None and config.stability_weight > 0 and not is_peft_model(self.model):
+            raise ValueError(
+                "The model has no adapters and there is no ref_model, so there is nothing to measure drift from. Pass "
+                "the model that training starts from as ref_model, use a peft_config, or set stability_weight=0."
+            )
+        fisher = fisher if fisher is not None else self.alphatoken_args.fisher_path
+        self.alphatoken = AlphaToken(
+            self.model,
+            self._alphatoken_ref,
+            target=list(self._target_batches(target_dataset)),
+            fisher=Fisher.load(fisher) if isinstance(fisher, (str, Path)) else fisher,
+            config=config,
+        )
+
+    def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A training or target batch as `AlphaToken` reads it. Override it where the trainer's has another form."""
+        return inputs
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.alphatoken is None or not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        batch, weights = self.alphatoken_batch(inputs), None
+        if self._gate is not None and self.alphatoken_args.selection != "alphatoken":
+            weights = self._selected(batch)
+        elif self._gate is not None and self._gate.fisher is None and self._gate.config.stability_weight > 0:
+            self._gate.fisher = self._estimate_fisher()
+        if self._gate is not None and self.alphatoken_args.precondition:
+            self._gate.optimizer = self.optimizer
+        count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
+        with self.alphatoken(batch, weights=weights, **kl) as step:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        if step.kl is None:
+            return found
+        shared = self.args.average_tokens_across_devices and count is not None  # then gradients are averaged over ranks
+        penalty = step.kl * (self.accelerator.num_processes if shared else 1)
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
+
+    @property
+    def _gate(self) -> AlphaToken | None:
+        """What masks, rather than only holding to the reference."""
+        return None if self.alphatoken is None or self.alphatoken.config.rho >= 1.0 else self.alphatoken
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        every = self.alphatoken_args.sample_every
+        gate = self._gate
+        if gate is None or not every or not self.is_world_process_zero():
+            return super().training_step(model, inputs, *args, **kwargs)
+        step, before = self.state.global_step, gate.weights
+        if self._samples is None or step < self._samples.last:  # the run begins
+            self._samples = SampleWriter(self.args.output_dir, every=every, step=step)
+        batch = dict(inputs)  # a loss may take its labels out
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if gate.weights is not before:
+            self._samples.add(step, self.alphatoken_batch(batch), gate)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.alphatoken is not None and "loss" in logs:  # those of training steps, which every rank logs
+            ranks = gather_object([self.alphatoken.metrics()])
+            ranks = [metrics for metrics in ranks if "kept" in metrics]  # else no batch was valued since the last time
+            for name in dict.fromkeys(itertools.chain(*ranks)):
+                figures = [metrics[name] for metrics in ranks if name in metrics]
+                logs[f"alphatoken/{name}"] = sum(figures) / len(figures)
+        super().log(logs, *args, **kwargs)
+        if self._samples is not None and "loss" in logs:
+            self._samples.log(self.state.global_step, self.state.log_history[-1])
+
+    def _refuse_what_is_not_modelled(self) -> None:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        refused = {
+            "FSDP": self.is_fsdp_enabled,
+            "DeepSpeed ZeRO-3": self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3,
+            "tensor, context or sequence parallelism": parallel is not None
+            and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled),
+            "nn.DataParallel": self.args.n_gpu > 1,
+            "torch_compile=True": self.args.torch_compile,
+        }
+        if self.is_deepspeed_enabled and self.alphatoken_args.precondition:
+            raise ValueError(
+                "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in its own shards. Set "
+                "precondition=False, or train without DeepSpeed."
+            )
+        for what in (what for what, used in refused.items() if used):
+            raise ValueError(
+                f"Training uses {what}, under which neither token values nor a KL can be taken: they need whole blocks "
+                "and their whole activations in each process, run as they are. Use one process per device "
+                "(DistributedDataParallel), or set rho=1.0, without kl_coef, to train on every token."
+            )
+
+    # Other selections
+
+    def _alphatoken_by_selection(self, selection: str, config: AlphaTokenConfig) -> None:
+        if selection == "log_ratio" and isinstance(self, SFTTrainer):
+            raise ValueError(
+                'selection="log_ratio" chooses tokens of preference pairs, and this trainer has none. Use '
+                'AlphaTokenDPOTrainer, or selection="excess_loss".'
+            )
+        if selection != "random" and self._alphatoken_ref is None and not is_peft_model(self.model):
+            raise ValueError(
+                f'selection="{selection}" compares with a reference, and the model has no adapters and there is no '
+                "ref_model. Pass ref_model."
+            )
+        # The gate of the difference estimator masks whatever adapter there is; nothing is estimated.
+        gate = dataclasses.replace(config, estimator="difference", stability_weight=0.0, num_layers=None)
+        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=gate)
+        self._micro_batch = (-1, 0)
+
+    def _selected(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """0/1 weights by `args.selection`. Random ones depend on nothing but the seed, the optimizer step, the number
+        of the micro-batch in it and the process, so that a resumed run draws those of an uninterrupted one."""
+        args = self.alphatoken_args
+        options: dict[str, Any] = {"rho": args.rho, "threshold_scope": args.threshold_scope}
+        if args.selection != "random":
+            chosen_by = {"excess_loss": excess_loss_weights, "log_ratio": log_ratio_weights}[args.selection]
+            return chosen_by(self.model, self._alphatoken_ref, batch, **options)
+        step, number = self._micro_batch
+        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
+        key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)
+        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+        return random_weights(batch, generator=torch.Generator().manual_seed(seed), **options)
+
+    # Target
+
+    def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
+        """The target, as this process' share of collated batches."""
+        if dataset is not None:
+            rows, collate = self._sft_rows(dataset)
+        else:
+            rows, collate = self._held_out_rows(), self.data_collator
+        share = range(len(rows))
+        if len(rows) >= self.accelerator.num_processes:
+            share = share[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = self.alphatoken_args.target_batch_size or self.args.per_device_train_batch_size
+        for start in range(0, len(share), size):
+            yield self.alphatoken_batch(collate([rows[i] for i in share[start : start + size]]))
+
+    def _held_out_rows(self) -> Any:
+        """Take rows out of the training data, the same ones for the same seed; both parts keep their order."""
+        size = self.alphatoken_args.target_size
+        if not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"train_dataset is a {type(self.train_dataset).__name__}, a stream, of which no slice can be held out "
+                "as the target. Pass target_dataset, a Dataset of clean examples of the target task."
+            )
+        count = len(self.train_dataset)
+        if count <= size:
+            raise ValueError(
+                f"train_dataset has {count} rows and target_size is {size}, which leaves none to train on. Lower "
+                "target_size, or pass target_dataset."
+            )
+        logger.warning(
+            f"{size} of {count} training rows are held out as the target of token values. Pass target_dataset, "
+            "clean examples of the target task, to train on all rows."
+        )
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        held_out, rest = sorted(order[:size]), sorted(order[size:])
+        if not isinstance(self.train_dataset, Dataset):
+            held, self.train_dataset = Subset(self.train_dataset, held_out), Subset(self.train_dataset, rest)
+            return held
+        held, self.train_dataset = self.train_dataset.select(held_out), self.train_dataset.select(rest)
+        return self._remove_unused_columns(held, "target") if self.args.remove_unused_columns else held
+
+    def _sft_rows(self, dataset: Any) -> tuple[Dataset, DataCollatorForLanguageModeling]:
+        """Rows in SFT form, tokenised by TRL as it would to train on them: unpacked, and each for itself."""
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"target_dataset is a {type(dataset).__name__}; it must be a datasets.Dataset in SFT form: "
+                "prompt-completion, conversational, text, or tokenised."
+            )
+        tokenizer = getattr(self, "_tokenizer", self.processing_class)
+        first = next(iter(dataset))
+        completion_only = getattr(self.args, "completion_only_loss", None)
+        reader = SimpleNamespace(
+            _tokenizer=tokenizer,
+            chat_template=getattr(self, "chat_template", None),
+            completion_only_loss="prompt" in first if completion_only is None else completion_only,
+        )
+        names = ("dataset_num_proc", "max_length", "assistant_only_loss")
+        options = {name: getattr(self.args, name, None) for name in names}
+        options["dataset_text_field"] = getattr(self.args, "dataset_text_field", "text")
+        options["truncation_mode"] = getattr(self.args, "truncation_mode", "keep_start")
+        args = SimpleNamespace(**options, shuffle_dataset=False)
+        formatting = getattr(self, "_formatting_func", None)
+        rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
+        return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)
+
+    # Fisher
+
+    def _estimate_fisher(self) -> Fisher:
+        assert self.alphatoken is not None
+        args = self.alphatoken_args
+        prompts = list(self._prompts(args.fisher_prompts))
+        if len(prompts) >= self.accelerator.num_processes:
+            prompts = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        fisher = estimate_fisher(
+            self.model,
+            prompts,
+            tokenizer=getattr(self, "_tokenizer", self.processing_class),
+            ref_model=self._alphatoken_ref,
+            config=self.alphatoken.config,
+            batch_size=args.fisher_batch_size,
+            max_new_tokens=args.fisher_new_tokens,
+            max_prompt_length=args.fisher_prompt_length,
+            seed=self.args.seed,
+            progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+        )
+        if self.args.should_save:
+            fisher.save(Path(self.args.output_dir) / FISHER_FILE)
+        return fisher
+
+    def _prompts(self, count: int) -> Iterator[list[int]]:
+        """Token ids of prompts in the training data; of rows without one, their first half."""
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__"):
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+            rows = (self.train_dataset[i] for i in order)
+        for row in itertools.islice(rows, count):
+            prompt = row.get("prompt_ids", row.get("prompt_input_ids"))
+            if prompt is None and "input_ids" in row:
+                ids = row["input_ids"][: row["seq_lengths"][0]] if "seq_lengths" in row else row["input_ids"]
+                labels = row.get("labels", ids)[: len(ids)]
+                start = next((i for i, label in enumerate(labels) if label != -100), 0)
+                prompt = ids[: start or (len(ids) + 1) // 2]
+            if prompt is None:
+                raise ValueError(
+                    f"No prompts for the Fisher can be read from training rows with the columns {sorted(row)}. Pass "
+                    "fisher, made with estimate_fisher(model, prompts), or set stability_weight=0."
+                )
+            if len(prompt):
+                yield list(prompt)
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._gate is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
+            return
+        state = self._gate.state_dict()
+        target = state["target"] or Target({}, 0)
+        about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
+        tensors = {name: gradient.cpu().contiguous() for name, gradient in target.gradients.items()}
+        tensors |= {f"{_STEPS}{name}": tensor.cpu() for name, tensor in state["steps"].items()}
+        save_file(tensors, Path(output_dir) / STATE_FILE, metadata={"about": json.dumps(about)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        checkpoint, gate = Path(resume_from_checkpoint), self._gate
+        if gate is None or self.alphatoken_args.selection != "alphatoken":
+            return
+        if gate.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
+            gate.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
+        if not (checkpoint / STATE_FILE).is_file():
+            logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
+            return
+        with safe_open(checkpoint / STATE_FILE, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
+        target = Target(gradients, about["tokens"]) if gradients else None
+        steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}
+        gate.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})

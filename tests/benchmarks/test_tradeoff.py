@@ -1,0 +1,139 @@
+"""The trade-off benchmark through its real entry point, on a base trained in seconds; and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    import tradeoff
+    import tradeoff_data
+    import tradeoff_report
+    import tradeoff_runs
+
+    yield {"main": tradeoff, "data": tradeoff_data, "report": tradeoff_report, "runs": tradeoff_runs}
+
+
+@pytest.fixture(scope="module")
+def small(scripts, tmp_path_factory):
+    """A base of two blocks that has taken two steps, its plan, and the cache folder that it lies in."""
+    cache = tmp_path_factory.mktemp("cache")
+    base = scripts["data"].Pretraining(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, steps=2, batch_size=4, code_sequences=1,
+        seq_len=32,
+    )  # fmt: skip
+    plan = replace(scripts["main"].PLAN, steps=3, batch=4, pair_steps=2, measured_at=(0.5, 1.0), validation=8, test=4,
+                   reference_steps=2, fisher_prompts=4, fisher_tokens=3)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        texts = scripts["data"].read_texts()
+        folder = scripts["data"].make_base(texts, base)
+        scripts["runs"].make_fishers(folder, plan)
+    return base, plan, folder, cache
+
+
+def test_every_kind_of_setting_runs(scripts, small):
+    """One of each selection and task; the rows that a selection must treat alike are the same."""
+    _, plan, folder, _ = small
+    groups = [*scripts["main"].supervised(), *scripts["main"].without_noise(), *scripts["main"].preferences()]
+    kinds = {(s.selection, s.task, s.noise, s.kl > 0, s.l2 > 0, s.precondition): s for s in groups}
+    kinds["nf4"] = next(scripts["main"].in_nf4())
+    before = {}
+    for setting in kinds.values():
+        scripts["runs"]._BEFORE.clear()
+        found = scripts["runs"].run(folder, setting, 3e-3, 0, plan)
+        first, *_, last = found["curve"]
+        assert [first["step"], last["step"]] == [0, plan.pair_steps if setting.task == "dpo" else plan.steps]
+        assert last["pace"] > 0 and all(torch.tensor(float(v)).isfinite() for v in last.values())
+        assert first["target"] != last["target"]
+        shared = before.setdefault((setting.task, setting.nf4), first)
+        assert first == shared, "every run starts from the base"
+        if setting.task == "dpo":
+            assert abs(first["margin"]) < 1e-5
+        elif setting.selection == "all" and setting.noise:
+            assert set(found["kept"].values()) == {1.0}
+        elif setting.selection == "oracle":
+            assert list(found["kept"].values()) == [1.0, 0.0, 0.0, 0.0]
+        elif setting.selection == "random":
+            assert 0.3 < found["kept"]["code"] < 0.7
+
+
+def test_kinds_are_those_of_the_tokens(scripts, small):
+    _, plan, folder, _ = small
+    tasks = scripts["runs"]._tasks(folder, plan)
+    rows, clean = tasks.training(40, 3, noise=True), tasks.training(40, 3, noise=False)
+    assert rows == tasks.training(40, 3, noise=True)
+    corrupted = 0
+    for (prompt, answer, kinds), (same, wanted, none) in zip(rows, clean, strict=True):
+        assert prompt == same and len(answer) == len(kinds) and set(none) == {0}
+        code = [(token, kind) for token, kind in zip(answer, kinds, strict=True) if kind < 2]
+        assert kinds == sorted(kinds, key=lambda kind: {2: 0, 0: 1, 1: 1, 3: 2}[kind])  # before, code, behind
+        assert [token == right for (token, _), right in zip(code, wanted, strict=True)] == [k == 0 for _, k in code]
+        corrupted += sum(kind for _, kind in code)
+    assert 0.2 < corrupted / (40 * plan.answer) < 0.3
+    labels, table = tasks.batch([(p, a) for p, a, _ in rows])["labels"], tasks.kinds(rows)
+    assert torch.equal(labels != -100, table >= 0)
+
+
+def test_the_command_goes_on_where_it_stopped(scripts, small, tmp_path, monkeypatch, capsys):
+    base, plan, _, cache = small
+    main = scripts["main"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setitem(main.BASES, "small", base)
+    monkeypatch.setattr(main, "PLAN", plan)
+    arguments = ["--quick", "--only", "all tokens", "random", "--workers", "1", "--output", str(tmp_path)]
+    main.main(arguments)
+    file = tmp_path / "results.jsonl"
+    first = file.read_text()
+    assert [json.loads(line)["name"] for line in first.splitlines()] == ["all tokens", "random half"]
+    lines = first.splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:40])  # killed while writing
+    monkeypatch.setattr(main, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    main.main(arguments)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["all tokens", "random half"]
+    assert rows[0] == json.loads(lines[0])
+    again = json.loads(lines[1])
+    for one, other in zip(rows[1]["curve"], again["curve"], strict=True):  # the same seed, the same run
+        assert {k: v for k, v in one.items() if k != "pace"} == {k: v for k, v in other.items() if k != "pace"}
+    assert "| random half |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+    assert "| random half |" in capsys.readouterr().out
+    main.main([*arguments, "--pace"])
+    assert set(json.loads((tmp_path / "paces.json").read_text())) == {"all tokens", "random half"}
+
+
+def _run(name, seed, *points):
+    names = ("step", "pace", "target", "retention")
+    return {"name": name, "seed": seed, "curve": [dict(zip(names, point, strict=True)) for point in points], "kept": {}}
+
+
+def test_differences_are_paired_by_seed(scripts):
+    report = scripts["report"]
+    base = {s: _run("all tokens", s, (0, 0, 5, 3), (10, 2.0, 4 + s, 4)) for s in range(4)}
+    runs = {s: _run("half", s, (0, 0, 5, 3), (10, 8.0, 3.5 + s + 0.1 * s, 3)) for s in range(1, 4)}
+    text = report.paired(runs, base, lambda run: report.final(run, "target"))
+    gaps = [-0.4, -0.3, -0.2]
+    low, high = stats.t.interval(0.95, 2, loc=-0.3, scale=stats.sem(gaps))
+    assert text == f"-0.300 ±{(high - low) / 2:.3f}"
+    assert report.at_step(runs[1], 2.5, "target") == pytest.approx(5 + 0.25 * (4.6 - 5))
+    assert report.at_step(runs[1], 99, "target") == pytest.approx(4.6)
+    assert report.paired({1: runs[1]}, base, lambda run: report.final(run, "target")) == ""
+    # At equal time: four times slower, it is a quarter of the way.
+    text = report.differences({"all tokens": base, "half": runs}, "all tokens", ("target", "retention"),
+                              {"all tokens": 0.5, "half": 2.0})  # fmt: skip
+    cells = text.splitlines()[-1].split(" | ")
+    assert cells[:2] == ["| half", report.paired(runs, base, lambda run: report.final(run, "target"))]
+    gaps = [5 + 0.25 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
+    assert cells[3].split(" ")[0] == f"{sum(gaps) / 3:+.3f}"
+    assert report.spread([1.0, 2.0]) == "1.500 ±0.707"

@@ -1,0 +1,102 @@
+"""The recipes, through their real entry points, on a model that is trained in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tuning
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TABLE = {"dpo_qlora": 7, "sft_qlora": 5}
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--fisher_prompts", "2", "--fisher_new_tokens", "2",
+         "--logging_steps", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """The recipes as modules, as a script of their folder sees them."""
+    import dpo_qlora
+    import sft_qlora
+    import tiny_lm
+
+    yield {"dpo_qlora": dpo_qlora, "sft_qlora": sft_qlora, "tiny_lm": tiny_lm}
+
+
+@pytest.fixture(scope="module")
+def small_model(recipes, tmp_path_factory):
+    """The recipes' own language model, pretrained for a moment."""
+    tiny = recipes["tiny_lm"]
+    settings = tiny.Pretraining(vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, steps=2, seq_len=32)
+    return tiny.tiny_lm(tiny.read_corpus(), cache_dir=tmp_path_factory.mktemp("cache"), settings=settings)
+
+
+def table(printed: str) -> dict[str, list[str]]:
+    """Title -> its figures, of the table that is printed last."""
+    lines = printed[printed.index(" before ") :].splitlines()[1:]
+    rows = [line for line in lines if line and not line.startswith("Adapters")]
+    return {line[:48].strip(): line[48:].split() for line in rows}
+
+
+def check(printed: str, name: str, folder: Path) -> None:
+    figures = table(printed)
+    assert len(figures) == TABLE[name], figures
+    assert figures["share of answer tokens kept"][1] == "1.000"
+    assert 0.4 < float(figures["share of answer tokens kept"][2]) < 0.65
+    prose = [float(figure) for figure in figures["loss on held-out prose, nats/token"]]
+    assert len(set(prose)) == 3 and all(1 < loss < 8 for loss in prose)
+    assert all(0 < float(seconds) < 20 for seconds in figures["seconds per step"][1:])
+    assert "loaded again with PEFT, gives the same metrics" in printed
+    ours = name.split("_")[0]
+    assert (folder / f"alphatoken-{ours}" / "adapter_model.safetensors").is_file()
+    assert (folder / f"alphatoken-{ours}" / "fisher.safetensors").is_file()
+    assert not (folder / ours / "fisher.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_model_and_data(name, recipes, small_model, tmp_path, monkeypatch, capsys):
+    module = recipes[name]
+    monkeypatch.setattr(module, "tiny_lm", lambda corpus: small_model)
+    monkeypatch.setattr("qlora.TEST_ROWS", 6)
+    monkeypatch.setattr("qlora.LEARNING_RATE", 2e-2)
+    monkeypatch.setattr(module, "RETENTION_PIECES", 4)
+    module.main([*SMALL, "--output_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "A training" in printed and "forum" not in printed
+    check(printed, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_as_a_script_with_a_model_a_data_file_and_yaml(name, small_model, tmp_path):
+    rows = tuning.rows(170)
+    if name == "dpo_qlora":
+        rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no"} for r in rows]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "run.yaml"
+    config.write_text("load_in_4bit: false\nlearning_rate: 2e-2\nnum_layers: 1\nlora_r: 4\n")
+    command = [
+        sys.executable,
+        str(RECIPES / f"{name}.py"),
+        "--config",
+        str(config),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    command += ["--model_name_or_path", str(small_model), "--dataset_name", str(data), *SMALL]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(RECIPES.parent),
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(done.stdout, name, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / f"alphatoken-{name[:3]}" / "adapter_config.json").read_text())
+    assert saved["r"] == 4
