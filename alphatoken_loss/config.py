@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from .estimators import ESTIMATORS, estimator_class
+
+if TYPE_CHECKING:
+    from .models.sites import Scope
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class AlphaTokenConfig:
     stability_weight: float = 1.5
     num_layers: int | Literal["all"] | None = None
     causal_window: int = 32
-    estimator: Literal["ghost", "difference", "exact"] = "ghost"
+    estimator: str = "ghost"
     difference_rms: float | None = None
     threshold: Literal["quantile", "zero"] = "quantile"
     threshold_scope: Literal["batch", "sequence"] = "batch"
@@ -92,7 +97,7 @@ class AlphaTokenConfig:
                 f"target_decay is {self.target_decay!r}; it is the share that a running average of the target keeps at "
                 "each estimate and must be in [0, 1). Use None to estimate from the whole target each time."
             )
-        _check_choice("estimator", self.estimator, ("ghost", "difference", "exact"))
+        _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         if self.difference_rms is not None and not (_is_number(self.difference_rms) and 0 < self.difference_rms <= 1):
             raise ValueError(
                 f"difference_rms is {self.difference_rms!r}; it is the relative change that the nudge makes to the "
@@ -141,7 +146,12 @@ class AlphaTokenConfig:
         """K with the default filled in."""
         if self.num_layers is not None:
             return self.num_layers
-        return 3 if self.estimator == "ghost" else "all"
+        return estimator_class(self.estimator).layers
+
+    @property
+    def scope(self) -> Scope:
+        """Which trained parameters the estimator can score, see `find_scored`."""
+        return estimator_class(self.estimator).scope
 
 
 def _is_number(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,16 +16,15 @@ from .config import AlphaTokenConfig
 from .directions.estimate import fisher_of_batches
 from .directions.fisher import Fisher
 from .directions.gradients import loss_gradients
-from .directions.parts import Parts, check_target, directions
-from .directions.target import Target, estimate_target
-from .estimators.ghost import Ghost
+from .directions.source import Source
+from .directions.target import Target
+from .estimators import estimator_class
+from .estimators.base import Estimator, Task
 from .estimators.others import Others
-from .estimators.steps import Steps
-from .estimators.table import estimator_of
 from .losses.logps import token_logps
 from .losses.preference import LOSSES, check_loss, pair_logps, reference_logps
 from .models.forwards import rows_without_graph
-from .models.sites import Scored, find_scored
+from .models.sites import find_scored
 from .models.tensors import accumulation_dtype
 from .selection.thresholds import select
 from .values import TokenValues
@@ -113,58 +112,54 @@ def alphatoken_weights(
     check_loss("sigmoid", beta, 0.0)
     if config.rho >= 1.0 and not return_values:
         return read.at_labels(read.rows.float())
-    scored = find_scored(model, config.scored_layers, config.estimator)
+    scored = find_scored(model, config.scored_layers, config.scope)
     if not bool(read.rows.any()):
         nothing = torch.zeros(read.shape, device=read.labels.device)
         return (nothing, TokenValues(*[nothing] * 8)) if return_values else nothing
-    if fisher is None and config.stability_weight > 0:
-        dense = config.fisher == "dense"
-        fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=dense)
-    elif fisher is not None:
-        fisher.check_base(model)
-    if target is not None and not isinstance(target, Target):
-        target = estimate_target(model, scored, target)
-    if target is None:
-        check_target(target, optimizer)
+    source = Source(model, ref_model, target=target, fisher=fisher, config=config, optimizer=optimizer)
+    if not source.validates:
         Others.of(read)  # an error before the work
+    if fisher is not None:
+        fisher.check_base(model)
+        source.drifts = True  # a Fisher that is given is reported on, whatever its weight
+    elif source.drifts:  # of this batch, not of the target's
+        source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
+    estimator = estimator_class(config.estimator)
+    memory = estimator.memory(config)
+    parts = memory.prepare(source, scored, read)
     loss_sum = _LossSum(model, ref_model, read, beta)
-    parts = directions(scored, target, fisher, ref_model, optimizer)
-    if target is None and config.estimator != "ghost":
-        values = _against_others(model, scored, read, config, parts, loss_sum, apart=return_values)
+    task = Task(model, scored, read, config, parts, memory, apart=return_values)
+    if source.validates or estimator.values_others:
+        values = _value(estimator, task, loss_sum, against_others=not source.validates, norms=return_values)
     else:
-        estimator = estimator_of(model, scored, read, config, parts, Steps(config.difference_rms), apart=return_values)
-        rows = rows_without_graph(model, partial(estimator.watching, training=False), loss_sum)
-        if target is None:
-            assert isinstance(estimator, Ghost)
-            estimator.others = Others.of(read, loss_sum.omega)
-        values = estimator.values(rows, norms=return_values)
+        values = _against_others(estimator, task, loss_sum)
     weights = select(values, read, config).float()
     return (weights, values) if return_values else weights
 
 
-def _against_others(
-    model: nn.Module,
-    scored: Scored,
-    batch: Batch,
-    config: AlphaTokenConfig,
-    parts: Parts,
-    loss_sum: _LossSum,
-    *,
-    apart: bool,
+def _value(
+    estimator: type[Estimator], task: Task, loss_sum: _LossSum, *, against_others: bool = False, norms: bool = False
 ) -> TokenValues:
+    watched = estimator(task)
+    rows = rows_without_graph(task.model, watched.watching, loss_sum)
+    if against_others:
+        task.others = Others.of(task.batch, loss_sum.omega)
+    return watched.values(rows, norms=norms)
+
+
+def _against_others(estimator: type[Estimator], task: Task, loss_sum: _LossSum) -> TokenValues:
     """Each sequence (pair) against the mean gradient of the others, which takes a forward and a backward for each."""
+    model, scored, batch = task.model, task.scored, task.batch
     own = [(rows, alone, int(alone.chosen().rows.sum())) for rows, alone in batch.sequences()]
     gradients = [loss_gradients(model, scored.parameters, alone.chosen()) for _, alone, _ in own]
     dtype = accumulation_dtype(next(iter(scored.parameters.values())))
     whole = {name: torch.stack([g[name].to(dtype) for g in gradients]).sum(0) for name in scored.parameters}
     tokens = sum(count for _, _, count in own)
-    steps = Steps(config.difference_rms)
     found: dict[str, torch.Tensor] = {}
     for (places, alone, count), gradient in zip(own, gradients, strict=True):
         rest = {name: (whole[name] - g.to(dtype)) / max(tokens - count, 1) for name, g in gradient.items()}
-        estimator = estimator_of(model, scored, alone, config, {"target": rest, **parts}, steps, apart=apart)
-        watching = partial(estimator.watching, training=False)
-        values = estimator.values(rows_without_graph(model, watching, loss_sum.of(places, alone)))
+        against = replace(task, batch=alone, parts={"target": rest, **task.parts})
+        values = _value(estimator, against, loss_sum.of(places, alone))
         for name in ("total", "adaptation", "stability"):
             value = getattr(values, name)
             if value is not None:

@@ -197,7 +197,7 @@ def estimate_fisher(
         >>> fisher.save("fisher.safetensors")
     """
     config = config or AlphaTokenConfig()
-    scored = find_scored(model, config.scored_layers, config.estimator)
+    scored = find_scored(model, config.scored_layers, config.scope)
     dense = config.fisher == "dense"
     if not generate:
         batches = tqdm(prompts, desc="Fisher", unit="batch", disable=not progress)

@@ -7,23 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..models import tensors
 from ..models.sites import Scored
 from ..models.tensors import accumulation_dtype
-from .drift import drift
+from .drift import drift as drift_of
 from .fisher import Fisher
 from .preconditioning import preconditioned
 from .target import Target
 
 Parts = dict[str, Mapping[str, torch.Tensor]]
-
-
-def check_target(target: object, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise ValueError for an optimizer without a target."""
-    if target is None and optimizer is not None:
-        raise ValueError(
-            "An optimizer was given without a target. The other sequences of a batch, which stand in for one, are not "
-            "preconditioned: pass target, or no optimizer."
-        )
 
 
 def directions(
@@ -40,7 +32,7 @@ def directions(
         target.check(scored)
         parts["target"] = target.gradients
     if fisher is not None:
-        parts["drift"] = drift(fisher, scored, ref_model)
+        parts["drift"] = drift_of(fisher, scored, ref_model)
     parts = {
         name: {n: part[n].to(p.device, accumulation_dtype(p)) for n, p in scored.parameters.items()}
         for name, part in parts.items()
@@ -48,3 +40,14 @@ def directions(
     if optimizer is not None:
         parts.update(preconditioned(parts, scored.parameters, optimizer))
     return parts
+
+
+def merged(parts: Parts, stability_weight: float) -> Parts:
+    """One direction, "total" = target + stability_weight * drift, of those there are."""
+    total = parts.get("target")
+    if "drift" in parts:
+        drift = parts["drift"]
+        total = (
+            tensors.scaled(drift, stability_weight) if total is None else tensors.added(total, drift, stability_weight)
+        )
+    return {} if total is None else {"total": total}

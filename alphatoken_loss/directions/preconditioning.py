@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..models import tensors as foreach
+from ..models import tensors
 
 # Of the root mean square of sqrt(v) over all scored parameters: entries that training has hardly reached (an A whose B
 # was 0 until now, what 8 bits round to 0) would otherwise make up the whole direction.
@@ -44,10 +44,10 @@ def preconditioned(
         return {part: dict(direction) for part, direction in parts.items()}
     small = _epsilons(optimizer)
     roots = {name: _second_moment(optimizer, name, p).sqrt() + small.get(id(p), 0.0) for name, p in parameters.items()}
-    mean = foreach.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
+    mean = tensors.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
     floor = _FLOOR * torch.where(mean > 0, mean, 1.0)
     roots = {name: root.maximum(floor.to(root.device)) for name, root in roots.items()}
-    return {part: foreach.divided(direction, roots) for part, direction in parts.items()}
+    return {part: tensors.divided(direction, roots) for part, direction in parts.items()}
 
 
 def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:

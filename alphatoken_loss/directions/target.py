@@ -14,7 +14,7 @@ from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..losses.logps import token_logps
-from ..models import tensors as foreach
+from ..models import tensors
 from ..models.processes import all_sum
 from ..models.replay import capture_without_graph
 from ..models.sites import Scored, find_scored
@@ -39,8 +39,8 @@ class Target:
     def averaged(self, newer: Target, decay: float) -> Target:
         """An exponential average of validation sums over one of tokens: as unbiased at its start as later."""
         kept, added = decay * self.tokens, (1 - decay) * newer.tokens
-        before = foreach.scaled(self.gradients, kept / (kept + added))
-        return Target(foreach.added(before, newer.gradients, added / (kept + added)), kept + added)
+        before = tensors.scaled(self.gradients, kept / (kept + added))
+        return Target(tensors.added(before, newer.gradients, added / (kept + added)), kept + added)
 
     def check(self, scored: Scored) -> None:
         """See that it was made for these scored parameters.
@@ -85,10 +85,10 @@ def target_gradient(
         >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
     """
     config = config or AlphaTokenConfig()
-    return estimate_target(model, find_scored(model, config.scored_layers, config.estimator), batches)
+    return estimate_target(model, find_scored(model, config.scored_layers, config.scope), batches)
 
 
-def in_parts(batches: Sequence[Mapping[str, Any]], count: int) -> list[list[Batch]]:
+def in_parts(batches: Sequence[Mapping[str, Any] | Batch], count: int) -> list[list[Batch]]:
     """Share the rows of batches out over up to `count` parts, in their order.
 
     Runs of rows, not every fourth: a process of several that holds every n-th row then has the n-th share of each part.
@@ -130,11 +130,11 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
         else:
             gradients = loss_gradients(model, scored.parameters, batch, first=first)
         gradients = {name: gradient.to(accumulation_dtype(gradient)) for name, gradient in gradients.items()}
-        sums = foreach.added(sums, gradients) if sums else gradients
+        sums = tensors.added(sums, gradients) if sums else gradients
         count += tokens
     if not sums:  # a rank without a batch still takes part in the sum
         sums = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in scored.parameters.items()}
     count = all_sum(list(sums.values()), count)
     if not count:
         raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
-    return Target(foreach.scaled(sums, 1 / count), count)
+    return Target(tensors.scaled(sums, 1 / count), count)

@@ -15,48 +15,37 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from ..batches.batch import Batch
-from ..config import AlphaTokenConfig
-from ..models import tensors as foreach
-from ..models.modes import without_noise
+from ..models import tensors
+from ..models.modes import walked_once, without_noise
 from ..models.replay import Capture, capturing
-from ..models.sites import Scored
-from ..values import TokenValues
+from .base import Task
+from .changes import ByChange
 from .forward_mode import forward_mode
-from .values import values_of_changes
 
 
-class Exact:
-    """Values one batch by running its scored blocks once more, in forward mode.
+class Exact(ByChange):
+    """Values one batch by running its scored blocks once more, in forward mode."""
 
-    Args:
-        parts (`dict`): part of the value -> parameter name -> direction of the parameter's shape. Either `"total"`, or
-            `"target"` and `"drift"`.
-    """
-
-    def __init__(
-        self, scored: Scored, batch: Batch, config: AlphaTokenConfig, parts: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
-        self.scored, self.batch, self.config = scored, batch, config
-        self.parts, self.directions = tuple(parts), dict(parts)
-        self.capture = Capture(scored, batch)
-        self.seconds = 0.0
-        self.changes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.capture = Capture(task.scored, task.batch)
+        if task.training:
+            walked_once(task.scored.blocks)  # an error, before the forward, where hooks would not see it
 
     @property
     def seen(self) -> bool:
         return self.capture.seen
 
     @contextlib.contextmanager
-    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Keep the blocks' inputs of one forward and pass the last one's output through `on_hidden`."""
 
         def leave(hidden: torch.Tensor) -> torch.Tensor:
             started = time.perf_counter()
             for part, direction in self.directions.items():
-                length = foreach.length_of(direction)
+                length = tensors.length_of(direction)
                 # Along a direction of length 1: small gradients would vanish in float16.
-                unit = {name: tensor / torch.where(length > 0, length, 1.0) for name, tensor in direction.items()}
+                unit = {name: along / torch.where(length > 0, length, 1.0) for name, along in direction.items()}
                 step = torch.where(length > 0, 1 / length, torch.where(length == 0, 1.0, torch.nan))
                 self.changes[part] = hidden_velocity(self.capture, unit), step
             self.directions.clear()
@@ -64,15 +53,11 @@ class Exact:
             self.capture.release()
             return on_hidden(hidden)
 
-        with capturing(self.capture, leave, training=training):
+        with capturing(self.capture, leave, training=self.task.training):
             yield
 
-    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
-        """From the gradient `(B, T, hidden)` at the last block's output."""
-        return values_of_changes(self.scored, self.batch, self.config, self.parts, rows, self.changes)
-
     def release(self) -> None:
-        self.changes = {}
+        super().release()
         self.capture.release()
 
 

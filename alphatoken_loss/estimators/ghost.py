@@ -13,51 +13,38 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..batches.batch import Batch
-from ..config import AlphaTokenConfig
 from ..directions.parts import Parts
+from ..models.modes import walked_once
 from ..models.replay import Capture, capturing
-from ..models.sites import Scored
 from ..models.taps import Taps
 from ..models.tensors import accumulation_dtype
 from ..values import TokenValues
+from .base import Estimator, NonFiniteRows, Task
 from .contractions import Contractor
 from .others import Others
-from .values import NonFiniteRows
 
 
-class Ghost:
-    """Values one batch by going back through its scored blocks, in its forward's graph or by running them again.
+class Ghost(Estimator):
+    """Values one batch by going back through its scored blocks, in its forward's graph or by running them again."""
 
-    Args:
-        parts (`dict`): "target" and "drift", those there are -> parameter name -> direction of the parameter's shape.
-        in_graph (`bool`): tap the forward that is watched. Only where blocks are neither checkpointed nor noisy.
-        others: see `ghost_values`.
-    """
+    layers = 3
+    scope = "lora"
+    values_others = True
 
-    seconds = 0.0  # in the forward; going back is timed by the gate
-
-    def __init__(
-        self,
-        scored: Scored,
-        batch: Batch,
-        config: AlphaTokenConfig,
-        parts: Parts,
-        *,
-        in_graph: bool = False,
-        others: Others | None = None,
-    ) -> None:
-        self.config, self.others = config, others
-        self.capture = Capture(scored, batch)
-        self.taps = Taps(scored, batch.shape, causal=config.causal_window > 0) if in_graph else None
-        self.parts = parts
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.capture = Capture(task.scored, task.batch)
+        self.parts = task.parts
+        once = task.training and walked_once(task.scored.blocks)
+        in_graph = task.training and task.valued and not once  # else blocks are run again
+        self.taps = Taps(task.scored, task.batch.shape, causal=task.config.causal_window > 0) if in_graph else None
 
     @property
     def seen(self) -> bool:
         return self.capture.seen
 
     @contextlib.contextmanager
-    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor], *, training: bool) -> Iterator[None]:
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Keep what one forward leaves, and pass the last block's output through `on_hidden`."""
 
         def leave(hidden: torch.Tensor) -> torch.Tensor:
@@ -68,7 +55,7 @@ class Ghost:
         with contextlib.ExitStack() as stack:
             if self.taps is not None:
                 stack.enter_context(self.taps.installed(self.capture.scored.sites))
-            stack.enter_context(capturing(self.capture, leave, training=training))
+            stack.enter_context(capturing(self.capture, leave, training=self.task.training))
             yield
 
     def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
@@ -77,10 +64,10 @@ class Ghost:
             self.capture,
             rows,
             self.parts,
-            causal_window=self.config.causal_window,
-            stability_weight=self.config.stability_weight,
+            causal_window=self.task.config.causal_window,
+            stability_weight=self.task.config.stability_weight,
             norms=norms,
-            others=self.others,
+            others=self.task.others,
         )
 
     def release(self) -> None:

@@ -7,6 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..directions.parts import Parts
+from ..directions.source import Source
+from ..models.sites import Scored
+from .base import Memory
+
 # Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
 _INT8_ROUNDOFF = 2.0**-8
 _TF32_ROUNDOFF = 2.0**-11
@@ -14,7 +21,7 @@ _KEPT = ("length", "longest", "effect")
 LONGEST = 100.0  # times the length of the parameters themselves
 
 
-class Steps:
+class Steps(Memory):
     """Step lengths, carried from batch to batch: each step's effect sets the next one's length.
 
     Attributes:
@@ -23,20 +30,35 @@ class Steps:
         effect (`dict`): part -> relative change of the hidden state at its last nudge that had one.
     """
 
-    def __init__(self, wanted: float | None = None) -> None:
-        self.wanted = wanted
+    def __init__(self, config: AlphaTokenConfig) -> None:
+        super().__init__(config)
+        self.wanted = config.difference_rms
         self.length: dict[str, torch.Tensor] = {}
         self.longest: dict[str, torch.Tensor] = {}
         self.effect: dict[str, torch.Tensor] = {}
         self._roundoff: float | None = None
+        self._scaled: bool | None = None  # whether the optimizer scaled the last direction
+
+    def prepare(self, source: Source, scored: Scored, batch: Batch) -> Parts:
+        parts = source.directions(scored, batch)
+        scaled = source.optimizer is not None and bool(source.optimizer.state)
+        if scaled and self._scaled is False:
+            self.length.clear()  # those of another direction
+        self._scaled = scaled
+        return parts
+
+    def figures(self) -> dict[str, float]:
+        return {"difference_rms": float(self.effect["total"])} if "total" in self.effect else {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {f"{kind}.{part}": tensor for kind in _KEPT for part, tensor in getattr(self, kind).items()}
+        state = {f"{kind}.{part}": tensor for kind in _KEPT for part, tensor in getattr(self, kind).items()}
+        return state if self._scaled is None else {**state, "scaled": torch.tensor(self._scaled)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         for kind in _KEPT:
             named = ((name.partition("."), tensor) for name, tensor in state.items())
             setattr(self, kind, {part: tensor for (of, _, part), tensor in named if of == kind})
+        self._scaled = bool(state["scaled"]) if "scaled" in state else None
 
     def effect_wanted(self, decoder: nn.Module, device: torch.device) -> float:
         """`difference_rms`, or the square root of the unit roundoff of the coarsest precision in use."""

@@ -103,3 +103,13 @@ def unhooked() -> contextlib.AbstractContextManager[Any]:
 def refuse_inference_mode() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")
+
+
+def walked_once(blocks: list[nn.Module]) -> bool:
+    """Whether the graph of a training forward can be walked only once, or is not the one that values are taken in:
+    blocks are recomputed in backward, draw dropout noise, or what they save comes back only once.
+
+    Raises:
+        ValueError: a block's training forward is hidden from hooks.
+    """
+    return any([checkpointed(block) or draws_noise(block) for block in blocks]) or saved_tensors_hooked()

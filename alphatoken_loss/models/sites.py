@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -83,6 +83,7 @@ class LinearSite:
 
 
 Site = LoraSite | LinearSite
+Scope = Literal["lora", "blocks", "anywhere"]
 
 
 @dataclass
@@ -125,25 +126,25 @@ class Scored:
         return next(iter(self.parameters.values())).device
 
 
-def find_scored(model: nn.Module, num_layers: int | str, estimator: str = "ghost") -> Scored:
+def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") -> Scored:
     """Find what is scored: the adapters (or, without adapters, the trainable linears) of the last K blocks.
 
     Args:
         model (`nn.Module`): causal LM, plain or wrapped by PEFT, with a base in any precision.
         num_layers (`int` or `"all"`): K.
-        estimator (`str`): `"ghost"` scores plain LoRA and linears alone and refuses other adapters. The others also
-            score whatever else is trained: `"exact"` in the blocks, `"difference"` anywhere before the LM head.
+        scope (`str`): `"lora"` scores plain LoRA and linears alone and refuses other adapters. The others also score
+            whatever else is trained: `"blocks"` in the K blocks, `"anywhere"` before the LM head if K is all blocks.
 
     Raises:
         ValueError: K exceeds the number of blocks; nothing in them is trainable; adapters are merged or disabled; for
-            the ghost estimator also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
+            `"lora"` also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model = unwrap(model)
     if hasattr(model, "_orig_mod"):
         raise ValueError("The model is compiled, which fixes its graph. Give the model before torch.compile.")
-    anywhere = estimator == "difference" and num_layers == "all"
+    anywhere = scope == "anywhere" and num_layers == "all"
     blocks = blocks_or_none(model) if anywhere else find_blocks(model)
     count = len(blocks) if num_layers == "all" else int(num_layers)
     if count > len(blocks):
@@ -156,7 +157,7 @@ def find_scored(model: nn.Module, num_layers: int | str, estimator: str = "ghost
         tuners = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
         for layer in tuners:
             _check_active(names[id(layer)], layer)
-            if estimator == "ghost" or _why_not_lora(names[id(layer)], layer) is None:
+            if scope == "lora" or _why_not_lora(names[id(layer)], layer) is None:
                 sites.append(_lora_site(names[id(layer)], index, layer))
         if tuners:
             continue
@@ -164,7 +165,7 @@ def find_scored(model: nn.Module, num_layers: int | str, estimator: str = "ghost
             if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
                 sites.append(LinearSite(names[id(module)], index, module))
     found = Scored(scored, sites, len(blocks))
-    if estimator == "ghost":
+    if scope == "lora":
         _warn_of_linears_beside(found, names)
     else:
         of_sites, behind = set(found.parameters), set(trained_behind(model))

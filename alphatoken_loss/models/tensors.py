@@ -8,6 +8,7 @@ are used in this file alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -48,3 +49,15 @@ def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Sums of the bits, of some tensors at a time: exact, in any precision."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    sums = []
+    for start in range(0, len(parameters), 32):
+        alike: dict[Any, list[torch.Tensor]] = {}
+        for p in parameters[start : start + 32]:
+            alike.setdefault((p.device, p.dtype), []).append(p.contiguous().view(bits[p.element_size()]).flatten())
+        sums += [torch.cat(some).sum() for some in alike.values()]
+    return torch.stack([some.to(sums[0].device) for some in sums])

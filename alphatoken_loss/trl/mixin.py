@@ -11,40 +11,32 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.utils.data import Subset
 from transformers import TrainingArguments
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import AlphaTokenConfig
-from ..directions.estimate import estimate_fisher
 from ..directions.fisher import Fisher
-from ..directions.target import Target
 from ..gate import AlphaToken
 from ..selection.rules import excess_loss_weights, log_ratio_weights, random_weights
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
+from .checkpoints import Checkpoints
+from .fisher import FisherOfPrompts
+from .target import TargetRows
 
 logger = get_logger(__name__)
 _Trainer: Any = object  # what the mixin is put in front of
-FISHER_FILE = "fisher.safetensors"
-STATE_FILE = "alphatoken.safetensors"
-_STEPS = "steps|"  # no parameter's name holds a bar
 
 
-class AlphaTokenMixin(_Trainer):
+class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
     """Token values for a trainer of Transformers' kind: put it in front of the trainer, and [`AlphaTokenArguments`] in
     front of its arguments.
 
@@ -150,9 +142,9 @@ class AlphaTokenMixin(_Trainer):
         if self._gate is not None and self.alphatoken_args.selection != "alphatoken":
             weights = self._selected(batch)
         elif self._gate is not None and self._gate.fisher is None and self._gate.config.stability_weight > 0:
-            self._gate.fisher = self._estimate_fisher()
+            self._gate.source.fisher = self._estimate_fisher()
         if self._gate is not None and self.alphatoken_args.precondition:
-            self._gate.optimizer = self.optimizer
+            self._gate.source.optimizer = self.optimizer
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
         with self.alphatoken(batch, weights=weights, **kl) as step:
@@ -162,11 +154,6 @@ class AlphaTokenMixin(_Trainer):
         shared = self.args.average_tokens_across_devices and count is not None  # then gradients are averaged over ranks
         penalty = step.kl * (self.accelerator.num_processes if shared else 1)
         return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
-
-    @property
-    def _gate(self) -> AlphaToken | None:
-        """What masks, rather than only holding to the reference."""
-        return None if self.alphatoken is None or self.alphatoken.config.rho >= 1.0 else self.alphatoken
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         every = self.alphatoken_args.sample_every
@@ -247,144 +234,3 @@ class AlphaTokenMixin(_Trainer):
         key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)
         seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
         return random_weights(batch, generator=torch.Generator().manual_seed(seed), **options)
-
-    # Target
-
-    def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
-        """The target, as this process' share of collated batches."""
-        if dataset is not None:
-            rows, collate = self._sft_rows(dataset)
-        else:
-            rows, collate = self._held_out_rows(), self.data_collator
-        share = range(len(rows))
-        if len(rows) >= self.accelerator.num_processes:
-            share = share[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.alphatoken_args.target_batch_size or self.args.per_device_train_batch_size
-        for start in range(0, len(share), size):
-            yield self.alphatoken_batch(collate([rows[i] for i in share[start : start + size]]))
-
-    def _held_out_rows(self) -> Any:
-        """Take rows out of the training data, the same ones for the same seed; both parts keep their order."""
-        size = self.alphatoken_args.target_size
-        if not hasattr(self.train_dataset, "__len__"):
-            raise ValueError(
-                f"train_dataset is a {type(self.train_dataset).__name__}, a stream, of which no slice can be held out "
-                "as the target. Pass target_dataset, a Dataset of clean examples of the target task."
-            )
-        count = len(self.train_dataset)
-        if count <= size:
-            raise ValueError(
-                f"train_dataset has {count} rows and target_size is {size}, which leaves none to train on. Lower "
-                "target_size, or pass target_dataset."
-            )
-        logger.warning(
-            f"{size} of {count} training rows are held out as the target of token values. Pass target_dataset, "
-            "clean examples of the target task, to train on all rows."
-        )
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.args.seed)).tolist()
-        held_out, rest = sorted(order[:size]), sorted(order[size:])
-        if not isinstance(self.train_dataset, Dataset):
-            held, self.train_dataset = Subset(self.train_dataset, held_out), Subset(self.train_dataset, rest)
-            return held
-        held, self.train_dataset = self.train_dataset.select(held_out), self.train_dataset.select(rest)
-        return self._remove_unused_columns(held, "target") if self.args.remove_unused_columns else held
-
-    def _sft_rows(self, dataset: Any) -> tuple[Dataset, DataCollatorForLanguageModeling]:
-        """Rows in SFT form, tokenised by TRL as it would to train on them: unpacked, and each for itself."""
-        if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"target_dataset is a {type(dataset).__name__}; it must be a datasets.Dataset in SFT form: "
-                "prompt-completion, conversational, text, or tokenised."
-            )
-        tokenizer = getattr(self, "_tokenizer", self.processing_class)
-        first = next(iter(dataset))
-        completion_only = getattr(self.args, "completion_only_loss", None)
-        reader = SimpleNamespace(
-            _tokenizer=tokenizer,
-            chat_template=getattr(self, "chat_template", None),
-            completion_only_loss="prompt" in first if completion_only is None else completion_only,
-        )
-        names = ("dataset_num_proc", "max_length", "assistant_only_loss")
-        options = {name: getattr(self.args, name, None) for name in names}
-        options["dataset_text_field"] = getattr(self.args, "dataset_text_field", "text")
-        options["truncation_mode"] = getattr(self.args, "truncation_mode", "keep_start")
-        args = SimpleNamespace(**options, shuffle_dataset=False)
-        formatting = getattr(self, "_formatting_func", None)
-        rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
-        return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)
-
-    # Fisher
-
-    def _estimate_fisher(self) -> Fisher:
-        assert self.alphatoken is not None
-        args = self.alphatoken_args
-        prompts = list(self._prompts(args.fisher_prompts))
-        if len(prompts) >= self.accelerator.num_processes:
-            prompts = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-        fisher = estimate_fisher(
-            self.model,
-            prompts,
-            tokenizer=getattr(self, "_tokenizer", self.processing_class),
-            ref_model=self._alphatoken_ref,
-            config=self.alphatoken.config,
-            batch_size=args.fisher_batch_size,
-            max_new_tokens=args.fisher_new_tokens,
-            max_prompt_length=args.fisher_prompt_length,
-            seed=self.args.seed,
-            progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
-        )
-        if self.args.should_save:
-            fisher.save(Path(self.args.output_dir) / FISHER_FILE)
-        return fisher
-
-    def _prompts(self, count: int) -> Iterator[list[int]]:
-        """Token ids of prompts in the training data; of rows without one, their first half."""
-        rows: Any = self.train_dataset
-        if hasattr(rows, "__len__"):
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
-            rows = (self.train_dataset[i] for i in order)
-        for row in itertools.islice(rows, count):
-            prompt = row.get("prompt_ids", row.get("prompt_input_ids"))
-            if prompt is None and "input_ids" in row:
-                ids = row["input_ids"][: row["seq_lengths"][0]] if "seq_lengths" in row else row["input_ids"]
-                labels = row.get("labels", ids)[: len(ids)]
-                start = next((i for i, label in enumerate(labels) if label != -100), 0)
-                prompt = ids[: start or (len(ids) + 1) // 2]
-            if prompt is None:
-                raise ValueError(
-                    f"No prompts for the Fisher can be read from training rows with the columns {sorted(row)}. Pass "
-                    "fisher, made with estimate_fisher(model, prompts), or set stability_weight=0."
-                )
-            if len(prompt):
-                yield list(prompt)
-
-    # Checkpoints
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._gate is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
-            return
-        state = self._gate.state_dict()
-        target = state["target"] or Target({}, 0)
-        about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
-        tensors = {name: gradient.cpu().contiguous() for name, gradient in target.gradients.items()}
-        tensors |= {f"{_STEPS}{name}": tensor.cpu() for name, tensor in state["steps"].items()}
-        save_file(tensors, Path(output_dir) / STATE_FILE, metadata={"about": json.dumps(about)})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        checkpoint, gate = Path(resume_from_checkpoint), self._gate
-        if gate is None or self.alphatoken_args.selection != "alphatoken":
-            return
-        if gate.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
-            gate.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
-        if not (checkpoint / STATE_FILE).is_file():
-            logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
-            return
-        with safe_open(checkpoint / STATE_FILE, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
-        target = Target(gradients, about["tokens"]) if gradients else None
-        steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}
-        gate.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})

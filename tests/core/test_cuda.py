@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from batches import pair_batch, response, sft_batch
 from cases import expected_values
 from checks import TOL_NF4, assert_close, assert_same_grads, grads_of, spearman
+from gates import CHECKPOINTING, checkpointed, gate_for, steady
 from models import add_lora, base_model, lora_model
-from test_gate import CHECKPOINTING, checkpointed, gate_for, steady
-from test_kl import COEF, penalised
+from penalties import COEF, penalised
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from alphatoken_loss import AlphaTokenConfig, dpo_loss, estimate_fisher, sft_loss

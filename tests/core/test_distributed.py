@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from batches import response, sft_batch
 from cases import expected_values
 from checks import TOL64, assert_close
+from explicit import per_token
 from models import FAMILIES, lora_model
-from test_faithful import per_token
 from torch.nn.parallel import DistributedDataParallel
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, estimate_fisher, target_gradient

@@ -15,37 +15,18 @@ import torch.nn.functional as F
 from batches import pair_batch, response, sft_batch, stacked
 from cases import expected_values
 from checks import TOL64, TOL_NF4, assert_close, assert_same_grads, grads_of
+from gates import CHECKPOINTING, checkpointed, gate_for, steady
 from models import FAMILIES, add_lora, base_model, lora_model, nf4_base, nf4_lora_model
 from peft import prepare_model_for_kbit_training
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, dpo_loss, sft_loss
 
 ALL = tuple(FAMILIES)
-CHECKPOINTING = ("off", "non_reentrant", "reentrant")
-
-
-def gate_for(model, family="llama", *, k=2, rho=0.5, fisher=True, **options):
-    """An `AlphaToken` with the tests' target and Fisher."""
-    config = AlphaTokenConfig(num_layers=k, causal_window=cases.WINDOW, rho=rho, **options)
-    given = Fisher.from_diagonals(cases.fisher_tensors(model, family, k)) if fisher else None
-    return AlphaToken(model, target=cases.validation(), fisher=given, config=config)
-
-
-def checkpointed(model, how):
-    """Switch checkpointing on in place."""
-    if how != "off":
-        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
-        model.enable_input_require_grads()
-    return model.train()
 
 
 def expected_mask(model, family, batch, rho=0.5, **options):
     values = expected_values(model, family, batch, **options)
     return reference.keep(values.total, batch, rho)
-
-
-def steady(family):
-    return reference.softmax_in_own_dtype() if FAMILIES[family].eager_only else contextlib.nullcontext()
 
 
 def stacked_dpo(model, batch, beta=0.1, kind="sigmoid"):

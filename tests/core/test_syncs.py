@@ -67,11 +67,11 @@ def test_a_gated_step_waits_once_more_than_a_plain_one(estimator, checkpointing,
     assert waits(lambda: sft_loss(model, batch, gate).backward()) == expected
     assert waits(lambda: sft_loss(model, batch, gate).backward()) == expected + Counter(equal=1)
 
-    record = AlphaToken._record
+    record = AlphaToken.record
 
     def reading(gate, values, *rest):
         record(gate, values, *rest)
         values.total[0, 0].item()
 
-    monkeypatch.setattr(AlphaToken, "_record", reading)
+    monkeypatch.setattr(AlphaToken, "record", reading)
     assert waits(lambda: sft_loss(model, batch, gate).backward()) != expected + Counter(equal=1)

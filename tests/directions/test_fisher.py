@@ -12,7 +12,7 @@ from batches import response, sft_batch
 from cases import compare, expected_values
 from checks import TOL64, TOL_NF4, assert_close, error
 from models import FAMILIES, VOCAB, add_lora, base_model, lora_model, nf4_lora_model
-from test_losses import word_tokenizer
+from words import word_tokenizer
 
 from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher
 

@@ -11,8 +11,8 @@ import reference
 import torch
 from batches import pair_batch, response, sft_batch
 from checks import assert_close, error, spearman
+from explicit import directions, norms_in_own_dtype, per_token
 from models import lora_model, nf4_lora_model
-from test_faithful import directions, norms_in_own_dtype, per_token
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, Target, alphatoken_weights, sft_loss
 from alphatoken_loss.directions import preconditioning as precondition

@@ -13,6 +13,7 @@ import reference
 import torch
 from batches import is_pairs, pair_batch, response, sft_batch, stacked
 from checks import TOL_NF4, assert_close, assert_same_grads, error, grads_of, spearman
+from explicit import directions, norms_in_own_dtype, per_token
 from models import FAMILIES, VOCAB, base_model, lora_model, nf4_lora_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -32,53 +33,6 @@ from alphatoken_loss.models.attention import AttentionCall
 
 TOL = 1e-9
 SMALL = 1e-5  # a nudge whose curvature is far below the tolerance it is compared with
-
-
-@contextlib.contextmanager
-def norms_in_own_dtype():
-    """transformers' RMSNorm computes in float32 whatever it is given; here in float64, so that 1e-9 means something."""
-    before = LlamaRMSNorm.forward
-
-    def forward(self, hidden):
-        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    LlamaRMSNorm.forward = forward
-    try:
-        yield
-    finally:
-        LlamaRMSNorm.forward = before
-
-
-def directions(model, family, k, seed=0, adapter="default"):
-    """(target, drift) of the tests' validation batches and Fisher, from the reference."""
-    names = cases.factor_names(model, family, k, adapter)
-    layers = reference.scored_layers(model, FAMILIES[family], k, adapter)
-    target = reference.target_gradient(model, cases.validation(seed), names)
-    return target, reference.drift_gradient(model, layers, cases.fisher_tensors(model, family, k, adapter, seed))
-
-
-def per_token(model, batch, *each, beta=0.1, ref_model=None, work=None):
-    """For each direction `(B, T)`: the inner product with every token's own gradient, one backward per token.
-
-    For pairs the token's gradient is that of the DPO loss through its log-probability: -sign * omega * grad log p.
-    """
-    rows, mask = stacked(batch), response(batch)
-    work = work or reference.frozen_copy(model)
-    nll = reference.token_nll(work, rows)
-    factor = torch.ones(len(mask), dtype=nll.dtype)
-    if is_pairs(batch):
-        s = reference.margins(nll.detach(), reference.reference_logps(model, batch, ref_model), beta)
-        omega = (beta * torch.sigmoid(-s)).to(nll.dtype)
-        factor = torch.cat([omega, -omega])
-    parameters = dict(work.named_parameters())
-    found = [torch.zeros(mask.shape, dtype=nll.dtype) for _ in each]
-    for b, t in mask.nonzero().tolist():
-        names = list(each[0])
-        grads = torch.autograd.grad(nll[b, t], [parameters[n] for n in names], retain_graph=True, allow_unused=True)
-        for out, direction in zip(found, each, strict=True):
-            products = [(g * direction[n].to(g)).sum() for n, g in zip(names, grads, strict=True) if g is not None]
-            out[b, t] = factor[b] * sum(products)
-    return found
 
 
 def compare(model, family, batch, tol, *, estimator="exact", k=2, seed=0, **options):
@@ -434,7 +388,7 @@ def test_a_direction_that_was_zero_for_a_while():
     config = AlphaTokenConfig(estimator="difference", difference_rms=1e-4, stability_weight=0)
     gate = AlphaToken(model, target=target_of(target), config=config)
     for scale in (1.0, 0.0, 0.0, 0.0, 1e-6, 1.0):
-        gate.target = target_of({name: scale * tensor for name, tensor in target.items()})
+        gate.source.target = target_of({name: scale * tensor for name, tensor in target.items()})
         with gate(batch):
             model(**batch).loss.backward()
         assert_close(gate.values.total * int(response(batch).sum()), scale * wanted, 1e-2) if scale else None
@@ -472,7 +426,7 @@ def test_no_head_and_no_logits_in_the_nudged_forward():
     head = []
     handle = model.get_base_model().lm_head.register_forward_hook(lambda *_: head.append(1))
     gate = gate_for(model, "difference")
-    gate.target = target_gradient(model, cases.validation(), config=gate.config)
+    gate.source.target = target_gradient(model, cases.validation(), config=gate.config)
     for _ in range(2):  # with the first step's probes, and without
         head.clear()
         with gate(batch):
@@ -641,7 +595,7 @@ def test_dropout_draws_what_it_would_have_drawn(estimator, how):
             model.enable_input_require_grads()
         gate = gate_for(model, estimator)
         if gated:
-            gate.target = target_gradient(model, cases.validation(), config=gate.config)
+            gate.source.target = target_gradient(model, cases.validation(), config=gate.config)
             gate.target_batches = None
         torch.manual_seed(5)
         with gate(batch) if gated else contextlib.nullcontext():

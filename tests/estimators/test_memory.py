@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, sft_loss, target_gradient
-from alphatoken_loss import gate as gate_module
 from alphatoken_loss.models.attention import CHUNK_ELEMENTS, CHUNK_ROWS
 from alphatoken_loss.models.sites import find_scored
+from alphatoken_loss.step import Step
 
 K, WINDOW, FLOAT = 2, 8, 4
 
@@ -94,7 +94,7 @@ def peak_bytes(model: torch.nn.Module, batch: dict[str, torch.Tensor], gate: Alp
 def gate_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], estimator: str) -> AlphaToken:
     layers = K if estimator == "ghost" else "all"
     config = AlphaTokenConfig(estimator=estimator, num_layers=layers, causal_window=WINDOW)
-    scored = find_scored(model, layers, estimator)
+    scored = find_scored(model, layers, AlphaTokenConfig(estimator=estimator).scope)
     shapes = {site.name: site.shape for site in scored.sites}
     fisher = Fisher({name: (torch.full((out,), size / out), torch.ones(size)) for name, (out, size) in shapes.items()})
     return AlphaToken(model, target=target_gradient(model, batch, config=config), fisher=fisher, config=config)
@@ -138,12 +138,12 @@ def test_a_gated_step_holds_its_inventory_and_no_more(name, estimator, checkpoin
     gate = gate_of(model, batch, estimator)
     peak_bytes(model, batch, gate)  # what is found out once per model
     plain = peak_bytes(model, batch, None)
-    scored = find_scored(model, gate.config.scored_layers, estimator)
+    scored = find_scored(model, gate.config.scored_layers, gate.config.scope)
     allowed = inventory(size, FLOAT * sum(p.numel() for p in scored.parameters.values()), estimator)
     assert peak_bytes(model, batch, gate) - plain <= allowed
 
     place, kinds = PLANTED[name]
-    original = getattr(gate_module._Step, place)
+    original = getattr(Step, place)
     for kind in kinds:
 
         def hoarding(step, given, kind=kind):
@@ -151,5 +151,5 @@ def test_a_gated_step_holds_its_inventory_and_no_more(name, estimator, checkpoin
             return original(step, given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(gate_module._Step, place, hoarding)
+            patch.setattr(Step, place, hoarding)
             assert peak_bytes(model, batch, gate) - plain > allowed, kind

@@ -12,11 +12,12 @@ import torch
 import tuning
 from batches import response, sft_batch
 from checks import TOL64, TOL_NF4, assert_close, assert_same_grads, error, grads_of
+from gates import CHECKPOINTING, checkpointed, gate_for, steady
 from models import FAMILIES, ROTARY, base_model, lora_model, nf4_lora_model
 from peft import PromptTuningConfig, get_peft_model
+from penalties import COEF, kl_sum, penalised
 from state import differences, snapshot
-from test_gate import CHECKPOINTING, checkpointed, gate_for, steady
-from test_trainers import feature, make, offload_on_a_cpu, own_loss
+from trainer_cases import feature, make, offload_on_a_cpu, own_loss
 from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, GraniteConfig, RecurrentGemmaConfig
 from trl import SFTTrainer
 
@@ -31,32 +32,8 @@ from alphatoken_loss import (
 from alphatoken_loss.losses import kl as kl_module
 from alphatoken_loss.losses.logps import logits_of_hidden
 
-COEF = 0.3
 KINDS = ("none", "right", "left", "ragged", "full", "packed")
 ESTIMATORS = ("ghost", "difference", "exact")
-
-
-def kl_sum(model, batch, ref_model=None, *, reverse=False, shift=0, mask=None):
-    """The plain formula on whole logits: sum over response tokens and vocabulary."""
-    ref = reference.frozen_copy(model, reference.reference_adapter(model)) if ref_model is None else ref_model
-    with torch.no_grad():
-        wanted = reference.logits_of(ref, batch).log_softmax(-1)
-    logp = reference.logits_of(model, batch).log_softmax(-1)
-    p, q = (logp, wanted) if reverse else (wanted, logp)
-    tokens = (p.exp() * (p - q)).sum(-1).roll(1 - shift, 1)  # the row before a label predicts it
-    return tokens[response(batch) if mask is None else mask].sum()
-
-
-def penalised(model, batch, *, mask=None, num_items=None, coef=COEF, kl=None, ref_model=None):
-    """Value and gradients: masked (or whole) mean loss, and coef times the mean KL."""
-    work = reference.frozen_copy(model)
-    mask = response(batch) if mask is None else mask
-    count = float(response(batch).sum())
-    penalty = (kl or kl_sum)(work, batch, ref_model)
-    nll = reference.token_nll(work, batch)
-    loss = (mask * nll).sum() / (num_items or mask.sum()) + coef * penalty / (num_items or count)
-    plain = nll.sum() / (num_items or count) + coef * penalty / (num_items or count)
-    return plain.detach(), loss.detach(), reference.gradients(work, loss)
 
 
 def small_chunks(monkeypatch, rows=5):

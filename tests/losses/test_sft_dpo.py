@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import string
 
 import pytest
 import reference
@@ -13,11 +12,8 @@ from batches import pair_batch, response, sft_batch, stacked
 from checks import TOL64, assert_close, assert_same_grads, grads_of
 from datasets import Dataset
 from models import VOCAB, base_model, lora_model, nf4_lora_model, randomise_adapter
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
+from words import word_tokenizer
 
 from alphatoken_loss import dpo_loss, sft_loss
 
@@ -252,13 +248,6 @@ def test_no_completion_anywhere_is_a_zero_gradient_with_a_graph():
 
 
 # ---------------------------------------------------------------------------------------------- TRL
-
-
-def word_tokenizer():
-    words = ["<pad>", "<eos>", *string.ascii_lowercase]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def trainer_and_twin(folder, **options):

@@ -121,7 +121,7 @@ def test_difference(name):
     target = target_gradient(model, [validation], config=config)
     _, values = alphatoken_weights(model, None, batch, target=target, fisher=fisher, config=config, return_values=True)
     assert_close(values.adaptation, values_by_token(model, batch, target.gradients), tol, "adaptation")
-    drift = drift_of(fisher, find_scored(model, "all", "difference"), None)
+    drift = drift_of(fisher, find_scored(model, "all", "anywhere"), None)
     assert set(drift) == set(target.gradients)
     assert_close(values.stability, values_by_token(model, batch, drift), tol, "stability")
 
@@ -170,7 +170,7 @@ def test_fisher_of_other_parameters_is_the_squared_gradient_per_prompt(name, mon
     monkeypatch.setattr(module, "draw_labels", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     config = AlphaTokenConfig(estimator="difference")
     fisher = estimate_fisher(model, batches, generate=False, config=config, progress=False)
-    others = find_scored(model, "all", "difference").others
+    others = find_scored(model, "all", "anywhere").others
     assert set(fisher.others) == set(others) and others
     sums = {n: torch.zeros_like(p) for n, p in others.items()}
     count = 0
@@ -191,7 +191,7 @@ def test_fisher_of_other_parameters_is_the_squared_gradient_per_prompt(name, mon
 
 
 def _scored(model):
-    return find_scored(model, "all", "difference")
+    return find_scored(model, "all", "anywhere")
 
 
 def test_fisher_with_other_parameters_is_saved_whole(tmp_path):
@@ -228,7 +228,7 @@ def test_full_finetuning(estimator):
     _, values = alphatoken_weights(model, ref_model, batch, fisher=fisher, **given)
     tol = 2e-2 if estimator == "difference" else 2e-6
     assert_close(values.adaptation, values_by_token(model, batch, target.gradients), tol)
-    drift = drift_of(fisher, find_scored(model, "all", estimator), ref_model)
+    drift = drift_of(fisher, find_scored(model, "all", AlphaTokenConfig(estimator=estimator).scope), ref_model)
     assert_close(values.stability, values_by_token(model, batch, drift), tol)
     reference_values = dict(ref_model.named_parameters())
     for name, (diagonal, _) in fisher.others.items():

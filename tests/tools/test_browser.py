@@ -14,7 +14,7 @@ from typing import Any
 import batches
 import pytest
 import torch
-from test_show import TEXTS, batch_of, tokenizer, values_of
+from shown import TEXTS, batch_of, tokenizer, values_of
 
 from alphatoken_loss import SampleWriter, TokenValues, show_tokens
 from alphatoken_loss.tools.report.report import write_report

@@ -16,7 +16,7 @@ import torch
 import tuning
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
-from test_show import Reader, tokenizer, values_of
+from shown import Reader, tokenizer, values_of
 from transformers import Trainer
 
 from alphatoken_loss import AlphaTokenSFTConfig, SampleWriter

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import tuning
 from checks import error
 from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model
+from trainer_cases import feature, make, offload_on_a_cpu, own_loss
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import (
     DPOConfig,
@@ -40,15 +40,9 @@ from alphatoken_loss import (
     AlphaTokenSFTConfig,
 )
 from alphatoken_loss.trl import arguments as fields
-from alphatoken_loss.trl import mixin
+from alphatoken_loss.trl import fisher as fisher_of_prompts
 
 # feature -> (arguments, form of the data, model, adapter, more for the trainer)
-
-
-def feature(
-    form: str = "plain", model: Any = base, peft: Any = lora, options: Any = None, **args: Any
-) -> dict[str, Any]:
-    return {"form": form, "model": model, "peft": peft, "options": options or dict, "args": args}
 
 
 SFT = {
@@ -128,60 +122,6 @@ OWN_VALUES = {
     "difference", "difference_offloading", "dft", "label_smoothing", "dropout", "bf16", "nf4", *LOSSES, "exo_pair",
     "combination", "forward_kl", "js_divergence", "alpha_divergence", "ld_alpha", "use_weighting",
 } - {"sigmoid"}  # fmt: skip
-
-
-def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    nll = torch.nn.functional.cross_entropy(
-        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-    )
-    return nll / num_items_in_batch
-
-
-def offload_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's own offloading, which asks for an accelerator, on a CPU: copies, and tensors that unpack once."""
-    from trl.models.activation_offloading import OffloadActivations
-
-    def manager(model: torch.nn.Module) -> OffloadActivations:
-        offloading = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=0)
-        offloading.update_model_params(model)
-        return offloading
-
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *args, **kwargs: torch.device("cpu"))
-    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
-    for module in ("sft", "dpo"):
-        monkeypatch.setattr(f"trl.trainer.{module}_trainer.get_act_offloading_ctx_manager", manager)
-
-
-def make(
-    kind: str,
-    trainer_class: Any,
-    case: dict[str, Any],
-    folder: Any,
-    *,
-    ours: bool = True,
-    evaluate: bool = False,
-    **changes: Any,
-) -> Any:
-    """A trainer of one feature; a stock one without what only ours takes."""
-    make_data = sft_data if kind == "sft" else dpo_data
-    data = make_data(case["form"])
-    options = case["options"]()
-    if evaluate:
-        options["eval_dataset"] = make_data(case["form"], count=5, first=30)
-    if options.pop("stream", False):
-        data = data.to_iterable_dataset()
-    if ours:
-        options.setdefault("target_dataset", sft_data(case["form"], count=4, first=50))
-    elif kind == "sft":
-        options.pop("ref_model", None)
-    return trainer_class(
-        case["model"](),
-        args=arguments(kind, folder, **{**case["args"], **changes}),
-        train_dataset=data,
-        processing_class=tokenizer(chat=case["form"] in ("chat", "messages")),
-        peft_config=case["peft"]() if case["peft"] else None,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -369,7 +309,7 @@ def test_a_resumed_run_reproduces_the_uninterrupted_one(kind, estimator, tmp_pat
     whole.train()
     assert (tmp_path / "fisher.safetensors").is_file()
     assert not list(tmp_path.glob("checkpoint-*/fisher.safetensors"))
-    monkeypatch.setattr(mixin, "estimate_fisher", None)  # what was saved is used
+    monkeypatch.setattr(fisher_of_prompts, "estimate_fisher", None)  # what was saved is used
     resumed = make(kind, recording(ours), case, tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert len(resumed.masks) == 3
@@ -403,7 +343,7 @@ def test_fisher_given_or_loaded_is_not_estimated(tmp_path, monkeypatch):
     trainer.train()
     fisher, path = trainer.alphatoken.fisher, tmp_path / "fisher.safetensors"
     assert fisher.prompts == 4 and path.is_file()
-    monkeypatch.setattr(mixin, "estimate_fisher", None)
+    monkeypatch.setattr(fisher_of_prompts, "estimate_fisher", None)
     cases = (
         feature(max_steps=1, options=lambda: {"fisher": fisher}),
         feature(max_steps=1, options=lambda: {"fisher": str(path)}),
@@ -425,8 +365,8 @@ def test_fisher_is_estimated_from_the_prompts_of_the_training_data(tmp_path, mon
         asked["prompts"] = [trainer._tokenizer.decode(p) for p in prompts]
         return real(model, prompts, **options)
 
-    real = mixin.estimate_fisher
-    monkeypatch.setattr(mixin, "estimate_fisher", estimate)
+    real = fisher_of_prompts.estimate_fisher
+    monkeypatch.setattr(fisher_of_prompts, "estimate_fisher", estimate)
     known = {row["prompt"] for row in tuning.rows()}
     halves = {row["prompt"] + row["completion"] + "</s>" for row in tuning.rows()}
     for kind, form, stream in (

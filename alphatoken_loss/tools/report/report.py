@@ -18,7 +18,8 @@ from ...batches.read import read_batch
 from ...values import TokenValues
 from ..show.charts import CHART_STYLE, Line, chart
 from ..show.page import escape, page, save_text, visible
-from ..show.tokens import WORDS, decode, show_tokens
+from ..show.spans import decode
+from ..show.tokens import WORDS, show_tokens
 from .samples import FOLDER, METRICS_FILE, Sample, read_log, read_samples
 
 REPORT_FILE = "_alphatoken_report.html"  # not pushed to the hub either

@@ -1,0 +1,153 @@
+"""Where directions come from in a run: the target, estimated anew as the model moves, and the Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from ..config import AlphaTokenConfig
+from ..models.sites import Scored
+from ..models.tensors import fingerprint
+from .estimate import fisher_of_batches
+from .fisher import Fisher
+from .parts import Parts, directions
+from .target import Target, estimate_target, in_parts
+
+
+class Source:
+    """Target, Fisher and optimizer of a run, and the schedule by which the target is estimated anew.
+
+    Args:
+        target (`Target`, SFT batches or `None`): a `Target` is used as it is, batches are estimated from.
+        fisher (`Fisher`, *optional*): by default estimated at the first step, from the target batches or, without
+            them, from the first batch.
+        optimizer (`torch.optim.Optimizer`, *optional*): the Adam whose steps are valued.
+
+    Attributes:
+        drifts (`bool`): whether the drift is a direction; by default where it has a weight.
+        age (`int`): optimizer steps that `target` is old.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        *,
+        target: Target | Iterable[Mapping[str, Any] | Batch] | None,
+        fisher: Fisher | None,
+        config: AlphaTokenConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if target is None and optimizer is not None:
+            raise ValueError(
+                "An optimizer was given without a target. The other sequences of a batch, which stand in for one, are "
+                "not preconditioned: pass target, or no optimizer."
+            )
+        self.model, self.ref_model, self.config = model, ref_model, config
+        self.fisher, self.optimizer = fisher, optimizer
+        self.target = target if isinstance(target, Target) else None
+        self.batches: list[Mapping[str, Any] | Batch] | None = None
+        if target is not None and not isinstance(target, Target):
+            self.batches = [target] if isinstance(target, Mapping | Batch) else list(target)
+            if not self.batches:
+                raise ValueError("target holds no batches. Give validation batches, a Target, or None.")
+        self.drifts = config.stability_weight > 0
+        self.age = 0
+        self._parts: list[list[Batch]] = []
+        self._turn = 0  # of the parts
+        self._state: tuple[list[int], torch.Tensor] | None = None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a target; else the sequences of a batch are valued against each other."""
+        return self.target is not None or self.batches is not None
+
+    @property
+    def drift_fisher(self) -> Fisher | None:
+        """The Fisher, where the drift counts."""
+        return self.fisher if self.drifts else None
+
+    def check(self, scored: Scored) -> None:
+        """Read the target's batches, and see that a target and a Fisher that were given are of these parameters.
+
+        Raises:
+            ValueError: a batch can't be read, or one was made for other parameters.
+        """
+        self._parts = in_parts(self.batches or [], self.config.target_parts)
+        for part in (self.target, self.drift_fisher):
+            if part is not None:
+                part.check(scored)
+        if self.drift_fisher is not None:
+            self.drift_fisher.check_base(self.model)
+
+    def directions(self, scored: Scored, batch: Batch) -> Parts:
+        """The directions for the next forward; a target that is old enough is estimated anew first."""
+        self.ensure_fisher(scored, batch)
+        self._refresh(scored)
+        return directions(scored, self.target, self.drift_fisher, self.ref_model, self.optimizer)
+
+    def ensure_fisher(self, scored: Scored, batch: Batch) -> None:
+        """Estimate the Fisher where none was given."""
+        if not self.drifts:
+            return
+        if self.fisher is None:
+            batches = [batch.chosen()]
+            if self.batches is not None:
+                batches = [read_batch(b).chosen().to(scored.device) for b in self.batches]
+            elif not bool(batch.rows.any()):
+                return  # nothing to value here, nor to estimate from
+            dense = self.config.fisher == "dense"
+            self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
+        self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
+
+    def state_dict(self, scored: Scored) -> dict[str, Any]:
+        """The target that was estimated from batches, if it was by now, and its age with the step just taken."""
+        if self.batches is None or self.target is None:
+            return {"target": None, "age": 0, "turn": 0}
+        if self._moved(scored):
+            self.age += 1
+        return {"target": self.target, "age": self.age, "turn": self._turn}
+
+    def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
+        if state["target"] is not None:
+            state["target"].check(scored)
+            self.target = state["target"]
+        self.age, self._turn = state["age"], state["turn"]
+        self._state = None
+
+    def _refresh(self, scored: Scored) -> None:
+        """Count optimizer steps, and estimate the target anew when it is old enough."""
+        if self._moved(scored):
+            self.age += 1
+        if self.batches is None or (self.target is not None and self.age < self.config.target_every):
+            return
+        self.age = 0
+        decay = self.config.target_decay
+        if self.target is None or decay is None:
+            self.target = estimate_target(self.model, scored, self.batches)
+            return
+        held = self.target
+        if not self._turn:  # the first, from all of it, is worth as much as one of those that follow
+            held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
+        part = self._parts[self._turn % len(self._parts)] if self._parts else []
+        self._turn += 1
+        self.target = held.averaged(estimate_target(self.model, scored, part), decay)
+
+    def _moved(self, scored: Scored) -> bool:
+        """Whether the scored parameters have changed since the last call.
+
+        Optimizers that write through raw pointers (bitsandbytes) do not move version counters; then the bits tell.
+        """
+        parameters = [p.detach() for p in scored.parameters.values()]
+        versions = [p._version for p in parameters]
+        if self._state is not None and versions != self._state[0]:
+            self._state = (versions, fingerprint(parameters))
+            return True
+        bits = fingerprint(parameters)
+        before, self._state = self._state, (versions, bits)
+        return before is not None and not torch.equal(before[1], bits)

@@ -1,0 +1,81 @@
+"""What the difference and exact estimators share: values from how a hidden state changes along each direction.
+
+With r_t the gradient of the loss at the hidden state h_t, and dh_t what h_t changes by as the scored parameters go a
+step eps along a direction, the value of token t is <r_t, dh_t> / eps.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..directions.parts import merged
+from ..models.tensors import accumulation_dtype
+from ..values import TokenValues
+from .base import Estimator, NonFiniteRows, Task
+
+
+class ByChange(Estimator):
+    """Values a batch by the change of its hidden state.
+
+    Attributes:
+        parts (`tuple`): the parts of the value, "total" alone or "target" and "drift", those there are.
+        directions (`dict`): part -> parameter name -> direction; let go of as soon as it was followed.
+        changes (`dict`): part -> the change `(B, T, hidden)` and the step that made it; one that is missing is zero.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        parts = task.parts if task.apart else merged(task.parts, task.config.stability_weight)
+        self.parts, self.directions = tuple(parts), dict(parts)
+        self.changes: dict[str, tuple[torch.Tensor, torch.Tensor | float]] = {}
+
+    def release(self) -> None:
+        self.changes = {}
+
+    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+        """From the gradient `(B, T, hidden)` at the hidden state that `on_hidden` was given.
+
+        Raises:
+            FloatingPointError: values are not finite.
+        """
+        batch = self.task.batch
+        dtype = accumulation_dtype(rows)
+        rows = rows[:, -batch.shape[1] :].to(dtype)  # behind any virtual tokens
+        nothing = torch.zeros(batch.shape, dtype=dtype, device=rows.device)
+
+        def term(part: str) -> torch.Tensor:
+            if part not in self.changes:
+                return nothing
+            change, step = self.changes[part]
+            return batch.at_labels((rows * change[:, -batch.shape[1] :].to(dtype)).sum(-1) / step)
+
+        if "total" in self.parts:
+            values = TokenValues(term("total"))
+        else:
+            adaptation, stability = term("target"), term("drift")
+            values = TokenValues(adaptation + self.task.config.stability_weight * stability, adaptation, stability)
+        if not values.total.isfinite().all():
+            self._blame(rows)
+        return values
+
+    def _blame(self, rows: torch.Tensor) -> None:
+        """Raise for what makes values not finite."""
+        for name, parameter in self.task.scored.parameters.items():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
+                    "gradients, or go back to a checkpoint."
+                )
+        for part, (_, step) in self.changes.items():
+            if not 0 < step < float("inf"):
+                raise FloatingPointError(not_finite(part))
+        if not rows[self.task.batch.rows].isfinite().all():
+            raise NonFiniteRows("The gradient of the loss is not finite at the hidden state. Look at the loss.")
+        raise FloatingPointError(
+            "Token values are not finite: the hidden state overflows. Use bf16 instead of float16, or float32."
+        )
+
+
+def not_finite(part: str) -> str:
+    which = {"target": "target gradient", "drift": "drift"}.get(part, "target gradient or the drift")
+    return f"The {which} is not finite. Look at the validation batches and the Fisher."

@@ -1,0 +1,48 @@
+"""What a logger sees of a run: sums over valued batches, read as means since the last time."""
+
+from __future__ import annotations
+
+import torch
+
+from .batches.batch import Batch
+from .losses.kl import Penalty
+from .values import TokenValues
+
+_TERMS = ("total", "direct_target", "causal_target", "direct_drift", "causal_drift")
+
+
+class Figures:
+    """Sums since the last `read`. On an accelerator nothing waits for the device until then.
+
+    Attributes:
+        seconds (`float`): spent valuing.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._sums: dict[str, torch.Tensor | float] = {}
+        self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
+
+    def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
+        """Count a batch by its weights `(B, T)` and, where it was valued, its values."""
+        figures = {"tokens": batch.rows, "kept": weights != 0}
+        figures |= {name: term for name in _TERMS if (term := getattr(values, name, None)) is not None}
+        for name, figure in figures.items():
+            self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
+
+    def add_kl(self, penalty: Penalty) -> None:
+        """Count a batch by its KL, if its forward has run."""
+        if penalty.total is not None:
+            for i, figure in enumerate((penalty.total, penalty.batch.rows.sum())):
+                self._divergence[i] = self._divergence[i] + figure
+
+    def read(self) -> dict[str, float]:
+        """Means over response tokens since the last call: `kept`, terms of the value, `kl`; and `seconds`."""
+        sums, self._sums = self._sums, {}
+        seconds, self.seconds = self.seconds, 0.0
+        (divergence, compared), self._divergence = self._divergence, [0.0, 0.0]
+        tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
+        figures = {name: float(total) / tokens for name, total in sums.items()}
+        if compared:
+            figures["kl"] = float(divergence) / float(compared)
+        return {**figures, "seconds": seconds}

@@ -1,0 +1,140 @@
+"""One forward of the decoder that is watched, and can be run again with other parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..batches.batch import Batch
+from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
+from .modes import without_checkpointing
+from .structure import find_decoder, unwrap
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the decoder (with virtual tokens, the whole model) was called; tensors are references, not copies."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class DecoderForward:
+    """Watches the one forward that values a batch.
+
+    Args:
+        model (`nn.Module`): the model that runs.
+        batch (`Batch`): what it runs on.
+        parameters (`dict`): those that `again` replaces, by their names in `model.named_parameters()`.
+        training (`bool`): the forward that runs with grad; else the one without.
+
+    Attributes:
+        seen (`bool`): whether it has run.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, parameters: Mapping[str, torch.Tensor], *, training: bool
+    ) -> None:
+        self.batch, self.training = batch, training
+        self.decoder = find_decoder(model)
+        own = {id(p): name for name, p in self.decoder.named_parameters()}
+        # Virtual tokens of prompt learning come from outside the decoder: then the whole model runs again.
+        self.virtual = not all(id(p) in own for p in parameters.values())
+        self.entry = unwrap(model) if self.virtual else self.decoder
+        if self.virtual:
+            own = {id(p): name for name, p in self.entry.named_parameters()}
+        self._names = {name: own[id(p)] for name, p in parameters.items()}
+        self._dtypes = {name: p.dtype for name, p in parameters.items()}
+        self._devices = {p.device for p in parameters.values()} - {torch.device("cpu")}
+        self.seen = False
+        self._running = False
+        self._hidden: torch.Tensor | None = None  # of a forward that `again` runs
+
+    @contextlib.contextmanager
+    def watching(
+        self,
+        on_hidden: Callable[[Call, torch.Tensor], torch.Tensor],
+        *,
+        on_call: Callable[[Call], object] | None = None,
+    ) -> Iterator[None]:
+        """Call `on_call` before the forward, and pass its last hidden state `(B, T, hidden)` through `on_hidden`.
+
+        Raises:
+            RuntimeError: a second such forward runs.
+            ValueError: the forward's shape is not the batch's, or it has a cache.
+        """
+        call: Call | None = None
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal call
+            if self._running or torch.is_grad_enabled() != self.training:
+                return
+            if self.seen:
+                raise RuntimeError(SECOND_FORWARD)
+            self._check_call(args, kwargs)
+            self.seen = True
+            call = Call(args, kwargs)
+            if on_call is not None:
+                on_call(call)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            nonlocal call
+            if self._running:
+                self._hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                return None
+            if call is None:
+                return None
+            watched, call = call, None
+            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            check_batch(self.batch, hidden.shape[0], hidden.shape[1], virtual=self.virtual)
+            if isinstance(output, tuple):
+                return (on_hidden(watched, hidden), *output[1:])
+            output.last_hidden_state = on_hidden(watched, hidden)
+            return output
+
+        handles = [
+            self.entry.register_forward_pre_hook(before, with_kwargs=True),
+            self.decoder.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def again(self, call: Call, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The last hidden state `(B, T, hidden)` of the same call without grad, from the same random state, with
+        `moved` in the place of parameters of these names; theirs are never written to."""
+        kwargs = {k: v for k, v in call.kwargs.items() if k not in ("labels", "fused_lm_head")}  # no loss
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        kind = next(iter(self._devices)).type if self._devices else "cuda"
+        placed = {self._names[name]: tensor.to(self._dtypes[name]) for name, tensor in moved.items()}
+        self._running = True
+        try:
+            fork = torch.random.fork_rng(list(self._devices), device_type=kind)
+            with torch.no_grad(), fork, without_checkpointing(self.entry):
+                torch.func.functional_call(self.entry, placed, call.args, kwargs)
+            assert self._hidden is not None
+            return self._hidden
+        finally:
+            self._running, self._hidden = False, None
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.virtual:
+            return
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ValueError(
+                "The model was called with a cache, to which a second forward would append. Call it with "
+                "use_cache=False and without past_key_values."
+            )
+        caching = kwargs.get("use_cache")
+        caching = getattr(self.decoder.config, "use_cache", False) if caching is None else caching
+        if self.batch.packed and caching:
+            raise ValueError(PACKED_WITH_CACHE)

@@ -1,0 +1,124 @@
+"""One batch on its way through the gate: an identity whose backward values the batch and masks its rows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .batches.batch import Batch
+from .config import AlphaTokenConfig
+from .estimators.base import Estimator, NonFiniteRows
+from .figures import Figures
+from .models.structure import find_blocks, trained_behind
+from .selection.thresholds import select
+from .values import TokenValues
+
+
+class Owner(Protocol):
+    """What a step knows of the `AlphaToken` that it belongs to."""
+
+    config: AlphaTokenConfig
+    figures: Figures
+    weights: torch.Tensor | None
+    values: TokenValues | None
+
+    def record(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None: ...
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+        ctx.step = step
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, rows: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.step.mask(rows), None
+
+
+class Step:
+    """One batch on its way: from the forward that is captured to the backward that is masked.
+
+    Attributes:
+        factors (`torch.Tensor` or `None`): `(B, T)` bool or float at rows, what each response row's gradient is
+            multiplied by; `None` until the batch was valued.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        batch: Batch,
+        estimator: Estimator,
+        factors: torch.Tensor | None,
+        mean_over_kept: bool,
+    ) -> None:
+        self.owner, self.batch, self.estimator = owner, batch, estimator
+        self.factors, self.mean_over_kept = factors, mean_over_kept
+        self.failed = False
+
+    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not hidden.requires_grad:
+            raise ValueError(
+                "The last block's output does not require grad, so no gradient will pass the gate. With reentrant "
+                "checkpointing call model.enable_input_require_grads(); otherwise see that adapters are trainable."
+            )
+        return _Gate.apply(hidden, self)
+
+    def mask(self, rows: torch.Tensor) -> torch.Tensor:
+        batch = self.batch
+        if self.failed:
+            raise RuntimeError("Valuing this batch failed in an earlier backward. Run its forward again.")
+        if self.factors is None:
+            started = time.perf_counter()
+            try:
+                self.failed = True
+                self._value(rows)
+                self.failed = False
+            except NonFiniteRows:
+                # An overflowing loss: what scales it (fp16) must see that.
+                self.failed, self.factors = False, batch.rows
+                self.owner.weights = self.owner.values = None
+            finally:
+                self.estimator.release()
+                self.owner.figures.seconds += self.estimator.seconds + time.perf_counter() - started
+        assert self.factors is not None
+        self.estimator.release()
+        virtual = rows.shape[1] - batch.shape[1]  # tokens before the batch's own
+        drop = F.pad(batch.rows & (self.factors == 0), (virtual, 0))
+        rows = rows.masked_fill(drop[..., None], 0)  # not times 0, which leaves nan
+        if self.factors.dtype != torch.bool:
+            scale = self.factors.to(rows.dtype).masked_fill(~batch.rows, 1)
+            rows = rows * F.pad(scale, (virtual, 0), value=1)[..., None]
+        if self.mean_over_kept:
+            total = (self.factors * batch.rows).sum()
+            rows = rows * (batch.rows.sum() / torch.where(total == 0, 1, total))
+        return rows
+
+    def _value(self, rows: torch.Tensor) -> None:
+        values = self.estimator.values(rows)
+        weights = select(values, self.batch, self.owner.config)
+        self.factors = weights.roll(-1, 1)
+        self.owner.record(values, weights, self.batch)
+
+
+def check_nothing_behind(model: nn.Module, gate: str) -> None:
+    """See that nothing is trained behind the gate, at the last `"block"` or the `"decoder"`.
+
+    Raises:
+        ValueError: something is, and no gate there masks its gradient.
+    """
+    at_decoder = gate == "decoder"
+    behind = trained_behind(model, None if at_decoder else find_blocks(model))
+    if behind:
+        place = "decoder" if at_decoder else "last block"
+        raise ValueError(
+            f"{behind[0]} is trained and lies behind the {place}, where the gate cannot mask its gradient "
+            f"({len(behind)} such parameters). Freeze them (if only adapters are to be trained, wrap the model "
+            "with peft.get_peft_model first), or mask the loss itself: sft_loss(model, batch, "
+            "alphatoken_weights(model, ref_model, batch))."
+        )

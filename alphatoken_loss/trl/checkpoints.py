@@ -1,0 +1,65 @@
+"""What a trainer's checkpoint holds so that a resumed run masks as an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..directions.fisher import Fisher
+from ..directions.target import Target
+from ..gate import AlphaToken
+from .arguments import AlphaTokenArguments
+
+logger = get_logger(__name__)
+_Trainer: Any = object
+
+FISHER_FILE = "fisher.safetensors"
+STATE_FILE = "alphatoken.safetensors"
+_STEPS = "steps|"  # no parameter's name holds a bar
+
+
+class Checkpoints(_Trainer):
+    """The part of [`AlphaTokenMixin`] that saves and loads target, Fisher and what the estimator carries."""
+
+    args: Any
+    alphatoken_args: AlphaTokenArguments
+    alphatoken: AlphaToken | None = None
+
+    @property
+    def _gate(self) -> AlphaToken | None:
+        """What masks, rather than only holding to the reference."""
+        return None if self.alphatoken is None or self.alphatoken.config.rho >= 1.0 else self.alphatoken
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._gate is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
+            return
+        state = self._gate.state_dict()
+        target = state["target"] or Target({}, 0)
+        about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
+        tensors = {name: gradient.cpu().contiguous() for name, gradient in target.gradients.items()}
+        tensors |= {f"{_STEPS}{name}": tensor.cpu() for name, tensor in state["steps"].items()}
+        save_file(tensors, Path(output_dir) / STATE_FILE, metadata={"about": json.dumps(about)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        checkpoint, gate = Path(resume_from_checkpoint), self._gate
+        if gate is None or self.alphatoken_args.selection != "alphatoken":
+            return
+        if gate.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
+            gate.source.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
+        if not (checkpoint / STATE_FILE).is_file():
+            logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
+            return
+        with safe_open(checkpoint / STATE_FILE, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
+        target = Target(gradients, about["tokens"]) if gradients else None
+        steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}
+        gate.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})

@@ -1,0 +1,72 @@
+"""The Fisher of a trainer: estimated from prompts of its training data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..directions.estimate import estimate_fisher
+from ..directions.fisher import Fisher
+from ..gate import AlphaToken
+from .arguments import AlphaTokenArguments
+from .checkpoints import FISHER_FILE
+
+
+class FisherOfPrompts:
+    """The part of [`AlphaTokenMixin`] that estimates the Fisher when training starts."""
+
+    args: Any
+    accelerator: Any
+    alphatoken: AlphaToken | None
+    alphatoken_args: AlphaTokenArguments
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    _alphatoken_ref: Any
+
+    def _estimate_fisher(self) -> Fisher:
+        assert self.alphatoken is not None
+        args = self.alphatoken_args
+        prompts = list(self._prompts(args.fisher_prompts))
+        if len(prompts) >= self.accelerator.num_processes:
+            prompts = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        fisher = estimate_fisher(
+            self.model,
+            prompts,
+            tokenizer=getattr(self, "_tokenizer", self.processing_class),
+            ref_model=self._alphatoken_ref,
+            config=self.alphatoken.config,
+            batch_size=args.fisher_batch_size,
+            max_new_tokens=args.fisher_new_tokens,
+            max_prompt_length=args.fisher_prompt_length,
+            seed=self.args.seed,
+            progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+        )
+        if self.args.should_save:
+            fisher.save(Path(self.args.output_dir) / FISHER_FILE)
+        return fisher
+
+    def _prompts(self, count: int) -> Iterator[list[int]]:
+        """Token ids of prompts in the training data; of rows without one, their first half."""
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__"):
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+            rows = (self.train_dataset[i] for i in order)
+        for row in itertools.islice(rows, count):
+            prompt = row.get("prompt_ids", row.get("prompt_input_ids"))
+            if prompt is None and "input_ids" in row:
+                ids = row["input_ids"][: row["seq_lengths"][0]] if "seq_lengths" in row else row["input_ids"]
+                labels = row.get("labels", ids)[: len(ids)]
+                start = next((i for i, label in enumerate(labels) if label != -100), 0)
+                prompt = ids[: start or (len(ids) + 1) // 2]
+            if prompt is None:
+                raise ValueError(
+                    f"No prompts for the Fisher can be read from training rows with the columns {sorted(row)}. Pass "
+                    "fisher, made with estimate_fisher(model, prompts), or set stability_weight=0."
+                )
+            if len(prompt):
+                yield list(prompt)

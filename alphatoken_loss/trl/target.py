@@ -1,0 +1,94 @@
+"""The target of a trainer: rows held out of the training data, or a data set of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch.utils.data import Subset
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .arguments import AlphaTokenArguments
+
+logger = get_logger(__name__)
+
+
+class TargetRows:
+    """The part of [`AlphaTokenMixin`] that makes batches of the target."""
+
+    args: Any
+    accelerator: Any
+    alphatoken_args: AlphaTokenArguments
+    alphatoken_batch: Any
+    data_collator: Any
+    processing_class: Any
+    train_dataset: Any
+    _remove_unused_columns: Any
+
+    def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
+        """The target, as this process' share of collated batches."""
+        if dataset is not None:
+            rows, collate = self._sft_rows(dataset)
+        else:
+            rows, collate = self._held_out_rows(), self.data_collator
+        share = range(len(rows))
+        if len(rows) >= self.accelerator.num_processes:
+            share = share[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = self.alphatoken_args.target_batch_size or self.args.per_device_train_batch_size
+        for start in range(0, len(share), size):
+            yield self.alphatoken_batch(collate([rows[i] for i in share[start : start + size]]))
+
+    def _held_out_rows(self) -> Any:
+        """Take rows out of the training data, the same ones for the same seed; both parts keep their order."""
+        size = self.alphatoken_args.target_size
+        if not hasattr(self.train_dataset, "__len__"):
+            raise ValueError(
+                f"train_dataset is a {type(self.train_dataset).__name__}, a stream, of which no slice can be held out "
+                "as the target. Pass target_dataset, a Dataset of clean examples of the target task."
+            )
+        count = len(self.train_dataset)
+        if count <= size:
+            raise ValueError(
+                f"train_dataset has {count} rows and target_size is {size}, which leaves none to train on. Lower "
+                "target_size, or pass target_dataset."
+            )
+        logger.warning(
+            f"{size} of {count} training rows are held out as the target of token values. Pass target_dataset, "
+            "clean examples of the target task, to train on all rows."
+        )
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        held_out, rest = sorted(order[:size]), sorted(order[size:])
+        if not isinstance(self.train_dataset, Dataset):
+            held, self.train_dataset = Subset(self.train_dataset, held_out), Subset(self.train_dataset, rest)
+            return held
+        held, self.train_dataset = self.train_dataset.select(held_out), self.train_dataset.select(rest)
+        return self._remove_unused_columns(held, "target") if self.args.remove_unused_columns else held
+
+    def _sft_rows(self, dataset: Any) -> tuple[Dataset, DataCollatorForLanguageModeling]:
+        """Rows in SFT form, tokenised by TRL as it would to train on them: unpacked, and each for itself."""
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"target_dataset is a {type(dataset).__name__}; it must be a datasets.Dataset in SFT form: "
+                "prompt-completion, conversational, text, or tokenised."
+            )
+        tokenizer = getattr(self, "_tokenizer", self.processing_class)
+        first = next(iter(dataset))
+        completion_only = getattr(self.args, "completion_only_loss", None)
+        reader = SimpleNamespace(
+            _tokenizer=tokenizer,
+            chat_template=getattr(self, "chat_template", None),
+            completion_only_loss="prompt" in first if completion_only is None else completion_only,
+        )
+        names = ("dataset_num_proc", "max_length", "assistant_only_loss")
+        options = {name: getattr(self.args, name, None) for name in names}
+        options["dataset_text_field"] = getattr(self.args, "dataset_text_field", "text")
+        options["truncation_mode"] = getattr(self.args, "truncation_mode", "keep_start")
+        args = SimpleNamespace(**options, shuffle_dataset=False)
+        formatting = getattr(self, "_formatting_func", None)
+        rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
+        return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)

@@ -1,0 +1,76 @@
+"""The folder is the architecture: rooms know only rooms before them, and each can be read in one sitting."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import alphatoken_loss
+
+ROOT = Path(alphatoken_loss.__file__).parent
+ROOMS = [
+    "files", "values", "batches", "models", "losses", "config", "directions", "estimators", "selection",
+    "weights", "figures", "step", "gate", "tools", "trl", "integrations", "__main__",
+]  # fmt: skip
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
+# What looks back, each with its reason.
+ALLOWED = {
+    ("config", "estimators"): "a name is checked where it is set, against the table, which imports no estimator",
+}
+LONGEST_MODULE, LONGEST_CLASS = 350, 200
+# What is longer, each with its reason.
+LONG = {
+    "gate.py:AlphaToken": "the user's surface: a third of it is docstrings",
+    "tools/score/command.py": "one command from its options to its files",
+}
+
+
+def _imports(path: Path) -> set[str]:
+    """The rooms that a module imports, as it is read; what only type checkers see, or a command loads, is left out."""
+    depth = len(path.relative_to(ROOT).parts)
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {name.split(".")[0] for name in names if name}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_know_only_rooms_before_them(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for other in _imports(path) - {room, "__version__"}:
+        before = ROOMS.index(other) < ROOMS.index(room)
+        assert before or (room, other) in ALLOWED, f"{room} imports {other}, which comes after it"
+
+
+def test_no_estimator_imports_another():
+    estimators = {"ghost", "difference", "exact", "path"}
+    for path in (ROOT / "estimators").glob("*.py"):
+        if path.stem in estimators:
+            imported = {
+                node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+            }
+            assert not imported & estimators, path.name
+
+
+@pytest.mark.parametrize("name", ["gate.py", "step.py", "weights.py", "selection/thresholds.py"])
+def test_the_ways_in_know_no_estimator_by_name(name):
+    text = (ROOT / name).read_text()
+    code = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    assert not code & {"ghost", "difference", "exact", "path"}
+    assert not {"Ghost", "Difference", "Exact", "Path"} & {
+        node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path):
+    text = path.read_text()
+    name = str(path.relative_to(ROOT))
+    assert len(text.splitlines()) <= LONGEST_MODULE or name in LONG
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef) and f"{name}:{node.name}" not in LONG:
+            assert node.end_lineno - node.lineno < LONGEST_CLASS, node.name
