@@ -428,7 +428,7 @@ def test_without_target_dataset_a_slice_is_held_out(tmp_path, caplog):
                 trainer = make(kind, tuning.TRAINERS[kind][0], case, tmp_path)
             assert "5 of 12 training rows are held out" in caplog.text
             assert len(trainer.train_dataset) == 7
-            batches = trainer.alphatoken.target_batches
+            batches = trainer.alphatoken.source.batches
             answers = 2 if kind == "dpo" else 1
             assert [len(batch["input_ids"]) // answers for batch in batches] == [2, 2, 1]
             decode = trainer._tokenizer.batch_decode

@@ -39,7 +39,7 @@ def run(kind: str, folder: Path, *, size: int, fisher: Fisher | None, **more: ob
         "target": dict(trainer.alphatoken.target.gradients),
         "fisher": {name: fisher.diagonal(name) for name in fisher.names},
         "prompts": fisher.prompts,
-        "share": sum(len(batch["input_ids"]) for batch in trainer.alphatoken.target_batches),
+        "share": sum(len(batch["input_ids"]) for batch in trainer.alphatoken.source.batches),
         "kept": [log.get("alphatoken/kept") for log in logs],
         "kl": [log.get("alphatoken/kl") for log in logs],
         "losses": [log["loss"] for log in logs],
