@@ -11,6 +11,7 @@ from .directions.target import Target, target_gradient
 from .gate import AlphaToken
 from .losses.dpo import dpo_loss
 from .losses.sft import sft_loss
+from .models.start import remember_start
 from .selection.rules import excess_loss_weights, log_ratio_weights, random_weights
 from .values import TokenValues
 from .weights import alphatoken_weights
@@ -42,6 +43,7 @@ __all__ = [
     "excess_loss_weights",
     "log_ratio_weights",
     "random_weights",
+    "remember_start",
     "sft_loss",
     "show_tokens",
     "target_gradient",

@@ -27,6 +27,7 @@ from .estimators import estimator_class
 from .estimators.base import Task
 from .figures import Figures
 from .losses.kl import Penalty, check_kl_coef
+from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
 from .step import Step, check_nothing_behind
 from .values import TokenValues
@@ -93,6 +94,8 @@ class AlphaToken:
         self._known: Scored | None = None
         self._penalty: Penalty | None = None
         if self.config.rho < 1.0:  # else nothing is read, and nothing refused
+            if ref_model is None and self.config.stability_weight > 0:
+                refuse_trained_reference(model.modules())
             scored = self._scored()
             check_nothing_behind(model, self._estimator.gate)
             self.source.check(scored)

@@ -25,6 +25,7 @@ from .losses.logps import token_logps
 from .losses.preference import LOSSES, check_loss, pair_logps, reference_logps
 from .models.forwards import rows_without_graph
 from .models.sites import find_scored
+from .models.start import adopt_start
 from .models.tensors import accumulation_dtype
 from .selection.thresholds import select
 from .values import TokenValues
@@ -112,6 +113,8 @@ def alphatoken_weights(
     check_loss("sigmoid", beta, 0.0)
     if config.rho >= 1.0 and not return_values:
         return read.at_labels(read.rows.float())
+    if fisher is not None:
+        adopt_start(model, fisher.start)
     scored = find_scored(model, config.scored_layers, config.scope)
     if not bool(read.rows.any()):
         nothing = torch.zeros(read.shape, device=read.labels.device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..models.reference import REFERENCE_ADAPTER, same_module
+from ..models.reference import refuse_trained_reference, same_module
 from ..models.sites import LinearSite, LoraSite, Scored
+from ..models.start import REFERENCE_ADAPTER, Start
 from ..models.tensors import accumulation_dtype, positive
 from .fisher import Fisher
 
@@ -16,8 +18,9 @@ from .fisher import Fisher
 def drift(fisher: Fisher, scored: Scored, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
     """Gradient of 0.5 * sum(F * dW^2) with respect to each scored parameter (Eqs. 10, 11).
 
-    dW = s B A - s_ref B_ref A_ref is the adapter delta (second part zero when the reference is the base model),
-    or W - W_ref for a linear that is trained itfisher. Factored, no `(d_out, d_in)` matrix is formed for LoRA.
+    dW = s B A - s_ref B_ref A_ref is the adapter delta (second part zero when the reference is the base model, and the
+    adapter's own start where that took its part out of the base), or W - W_ref for a linear that is trained itself.
+    Factored, no `(d_out, d_in)` matrix is formed for LoRA.
 
     Returns:
         `dict`: parameter name -> tensor of the parameter's shape, float32 (float64 for a float64 model).
@@ -25,13 +28,13 @@ def drift(fisher: Fisher, scored: Scored, ref_model: nn.Module | None) -> dict[s
     fisher.check(scored)
     with torch.no_grad(), torch.autocast(scored.device.type, enabled=False):
         found: dict[str, torch.Tensor] = {}
-        alike: dict[Hashable, list[tuple[LoraSite, LoraSite | None]]] = {}
+        alike: dict[Hashable, list[tuple[LoraSite, _Factors | None]]] = {}
         for site in scored.sites:
             if isinstance(site, LoraSite):
-                reference = _reference_lora(site, ref_model)
+                reference = _reference_factors(site, ref_model, scored.start)
                 alike.setdefault(_kind(fisher, site, reference), []).append((site, reference))
             else:
-                found.update(_linear_drift(fisher, site, ref_model))
+                found.update(_linear_drift(fisher, site, ref_model, scored.start))
         for pairs in alike.values():
             found.update(_lora_drift(fisher, *zip(*pairs, strict=True)))
         for name, parameter in scored.others.items():
@@ -41,17 +44,25 @@ def drift(fisher: Fisher, scored: Scored, ref_model: nn.Module | None) -> dict[s
     return {name: found[name] for name in scored.parameters}
 
 
-def _kind(fisher: Fisher, site: LoraSite, reference: LoraSite | None) -> Hashable:
+class _Factors(NamedTuple):
+    """What a LoRA layer of the reference adds, scaling * b @ a."""
+
+    scaling: float
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def _kind(fisher: Fisher, site: LoraSite, reference: _Factors | None) -> Hashable:
     """Sites of one kind are taken together: the same few kernels for all of them, on stacks of their factors."""
     if len(fisher.factors[site.name]) == 1:
         return site.name  # a stack of dense diagonals would be large
     weights = site.a.weight, site.b.weight
-    start = None if reference is None else (reference.scaling, reference.a.weight.shape)
+    start = None if reference is None else (reference.scaling, reference.a.shape)
     return site.scaling, start, *((w.shape, w.dtype, w.device) for w in weights)
 
 
 def _lora_drift(
-    fisher: Fisher, sites: Sequence[LoraSite], references: Sequence[LoraSite | None]
+    fisher: Fisher, sites: Sequence[LoraSite], references: Sequence[_Factors | None]
 ) -> dict[str, torch.Tensor]:
     like, scaling = sites[0].b.weight, sites[0].scaling
     like = like.new_empty((), dtype=accumulation_dtype(like))
@@ -59,8 +70,8 @@ def _lora_drift(
     left, right = scaling * b, a  # dW = left @ right
     starts = [start for start in references if start is not None]
     if starts:
-        left = torch.cat([left, -starts[0].scaling * _stacked((s.b.weight for s in starts), like)], -1)
-        right = torch.cat([right, _stacked((s.a.weight for s in starts), like)], -2)
+        left = torch.cat([left, -starts[0].scaling * _stacked((s.b for s in starts), like)], -1)
+        right = torch.cat([right, _stacked((s.a for s in starts), like)], -2)
     factors = zip(*(fisher.factors[site.name] for site in sites), strict=True)
     factor = [_stacked(tensors, like) for tensors in factors]
     if len(factor) == 1:
@@ -75,18 +86,24 @@ def _lora_drift(
     return {name: drift for names, *both in drifts for name, drift in zip(names, both, strict=True)}
 
 
-def _linear_drift(fisher: Fisher, site: LinearSite, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
-    if ref_model is None:
+def _linear_drift(
+    fisher: Fisher, site: LinearSite, ref_model: nn.Module | None, start: Start
+) -> dict[str, torch.Tensor]:
+    (name,) = site.parameters
+    if ref_model is None and name not in start.tensors:
         raise ValueError(
             f"{site.name} is trained itself and ref_model is None, so there is nothing to measure drift from. Pass "
             "the model that training started from as ref_model, or set stability_weight=0."
         )
     dtype = accumulation_dtype(site.weight)
-    reference = LinearSite(site.name, site.block, same_module(site.name, ref_model))
+    if ref_model is not None:
+        reference = LinearSite(site.name, site.block, same_module(site.name, ref_model)).weight
+    else:
+        reference = start.tensors[name].T if site.transposed else start.tensors[name]
     drift = fisher.diagonal(site.name).to(site.weight.device, dtype) * (
-        site.weight.to(dtype) - reference.weight.to(site.weight.device, dtype)
+        site.weight.to(dtype) - reference.to(site.weight.device, dtype)
     )
-    return {name: drift.T if site.transposed else drift for name in site.parameters}
+    return {name: drift.T if site.transposed else drift}
 
 
 def _stacked(tensors: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -94,11 +111,24 @@ def _stacked(tensors: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tenso
     return torch.stack([first, *rest]) if rest else first[None]  # one that is dense is not copied
 
 
+def _reference_factors(site: LoraSite, ref_model: nn.Module | None, start: Start) -> _Factors | None:
+    """What the reference has at a site beside this model's base, if anything."""
+    reference = _reference_lora(site, ref_model)
+    if reference is not None:
+        return _Factors(reference.scaling, reference.a.weight, reference.b.weight)
+    if not start.adapters_on:
+        return None
+    # Also beside a ref_model, which has whole what the initialisation split into base and adapter.
+    a, b = (start.tensors.get(name, parameter) for name, parameter in site.parameters.items())
+    return _Factors(site.scaling, a, b)
+
+
 def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | None:
     """The adapter that the reference has at a site, if any."""
     from peft.tuners.lora import LoraLayer
 
     if ref_model is None:
+        refuse_trained_reference([site.layer])
         has_reference = REFERENCE_ADAPTER in site.layer.lora_A
         return LoraSite(site.name, site.block, site.layer, REFERENCE_ADAPTER) if has_reference else None
     layer = same_module(site.name, ref_model)

@@ -18,6 +18,7 @@ from ..models.processes import all_sum
 from ..models.reference import reference_mode, same_module
 from ..models.replay import capture_without_graph
 from ..models.sites import LinearSite, Scored, Site, find_scored
+from ..models.start import replaced
 from ..models.structure import find_blocks, unwrap
 from ..models.tensors import accumulation_dtype
 from .fisher import Fisher, base_of
@@ -102,11 +103,13 @@ class _Sums:
         self.model, self.scored, self.ref_model, self.dense = model, scored, ref_model, dense
         self.ref_scored = _reference_scored(scored, ref_model)
         self.of_sites = _zeros(scored, dense)
-        # Where an adapter is off it has no gradient: the others' is taken with them on, at the values they have now,
-        # unless ref_model has parameters of their names.
+        # Where an adapter is off it has no gradient: the others' is taken with them on, at the values they started from
+        # or have now, unless ref_model has parameters of their names.
         own = {} if ref_model is None else dict(unwrap(ref_model).named_parameters())
         self.owner = ref_model if ref_model is not None and all(name in own for name in scored.others) else model
         self.others = {name: own[name] for name in scored.others} if self.owner is ref_model else dict(scored.others)
+        started = scored.start.tensors if self.owner is model else {}
+        self.others |= {n: started[n].clone().requires_grad_() for n in self.others if n in started}
         self.of_others = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in self.others.items()}
 
     def add(self, batch: Batch) -> None:
@@ -120,9 +123,10 @@ class _Sums:
             try:
                 for parameter in frozen:
                     parameter.requires_grad_()
-                for _, sequence in batch.sequences():
-                    for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
-                        self.of_others[name] += gradient.to(self.of_others[name]).square()
+                with replaced(unwrap(self.owner), self.others):
+                    for _, sequence in batch.sequences():
+                        for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
+                            self.of_others[name] += gradient.to(self.of_others[name]).square()
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(False)
@@ -137,7 +141,7 @@ class _Sums:
             )
         sites = {name: tuple(tensor / total for tensor in parts) for name, parts in self.of_sites.items()}
         others = {n: (sums / total, self.others[n].detach().to(sums).clone()) for n, sums in self.of_others.items()}
-        return Fisher(sites, total, base_of(self.model), others)
+        return Fisher(sites, total, base_of(self.model), others, self.scored.start)
 
 
 def _zeros(scored: Scored, dense: bool) -> dict[str, tuple[torch.Tensor, ...]]:

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..files import write_whole
 from ..models.sites import Scored
+from ..models.start import NOWHERE_ELSE, Start
 from ..models.structure import causal_lm
 from ..models.tensors import positive
 
@@ -44,12 +45,15 @@ class Fisher:
         others (`dict`): for scored parameters that are neither LoRA nor a linear's weight, name, as in
             `model.named_parameters()`, -> `(diagonal, reference)` of the parameter's shape: its Fisher, and the value
             it had when this was estimated, from which its drift is measured.
+        start (`Start`): where training started, for models that adapters off do not take there; a run that is resumed
+            with this Fisher measures its drift from there, and takes it for its reference.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, ...]]
     prompts: int = 0
     base: tuple[float, ...] = ()
     others: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    start: Start = NOWHERE_ELSE
 
     @property
     def names(self) -> list[str]:
@@ -82,12 +86,8 @@ class Fisher:
 
     def factored(self) -> Fisher:
         """The factored form: the same row and column sums, rank one."""
-        return Fisher(
-            {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()},
-            self.prompts,
-            self.base,
-            self.others,
-        )
+        factors = {name: f if len(f) == 2 else (f[0].sum(1), f[0].sum(0)) for name, f in self.factors.items()}
+        return replace(self, factors=factors)
 
     def to(self, device: torch.device) -> Fisher:
         """With its tensors on `device`; itself where they are there."""
@@ -108,8 +108,11 @@ class Fisher:
         }
         for name, pair in self.others.items():
             tensors |= {f"{name}|other{part}": tensor.detach().cpu().contiguous() for part, tensor in enumerate(pair)}
+        tensors |= {f"{name}|start": tensor.detach().cpu().contiguous() for name, tensor in self.start.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = json.dumps({"prompts": self.prompts, "base": self.base})
+        told_by = None if self.start.base is None else self.start.base.tolist()
+        start = {"adapters_on": self.start.adapters_on, "base": told_by}
+        about = json.dumps({"prompts": self.prompts, "base": self.base, "start": start})
         write_whole(path, lambda file: save_file(tensors, file, metadata={"format": _FORMAT, "about": about}))
 
     @classmethod
@@ -132,12 +135,20 @@ class Fisher:
             raise ValueError(f"{path} is not a saved Fisher: its format is {about.get('format')!r}, not {_FORMAT!r}.")
         factors: dict[str, tuple[torch.Tensor, ...]] = {}
         others: dict[str, Any] = {}
+        started: dict[str, torch.Tensor] = {}
         for key in sorted(tensors):  # part 0 before part 1
             name, _, part = key.rpartition("|")
+            if part == "start":
+                started[name] = tensors[key]
+                continue
             into = others if part.startswith("other") else factors
             into[name] = (*into.get(name, ()), tensors[key])
         saved = json.loads(about["about"])
-        return cls(factors, saved["prompts"], tuple(saved["base"]), others)
+        start = NOWHERE_ELSE
+        if started:
+            base = torch.tensor(saved["start"]["base"], dtype=torch.float64)
+            start = Start(started, saved["start"]["adapters_on"], base)
+        return cls(factors, saved["prompts"], tuple(saved["base"]), others, start)
 
     def check(self, scored: Scored) -> None:
         """See that it was made for these scored modules.

@@ -12,6 +12,7 @@ from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..models.sites import Scored
+from ..models.start import adopt_start, start_of
 from ..models.tensors import fingerprint
 from .estimate import fisher_of_batches
 from .fisher import Fisher
@@ -49,6 +50,8 @@ class Source:
                 "not preconditioned: pass target, or no optimizer."
             )
         self.model, self.ref_model, self.config = model, ref_model, config
+        start_of(model)  # what the model is now, before the first step
+        self._fisher: Fisher | None = None
         self.fisher, self.optimizer = fisher, optimizer
         self.target = target if isinstance(target, Target) else None
         self.batches: list[Mapping[str, Any] | Batch] | None = None
@@ -61,6 +64,16 @@ class Source:
         self._parts: list[list[Batch]] = []
         self._turn = 0  # of the parts
         self._state: tuple[list[int], torch.Tensor] | None = None
+
+    @property
+    def fisher(self) -> Fisher | None:
+        return self._fisher
+
+    @fisher.setter
+    def fisher(self, fisher: Fisher | None) -> None:
+        if fisher is not None and fisher is not self._fisher:
+            adopt_start(self.model, fisher.start)
+        self._fisher = fisher
 
     @property
     def validates(self) -> bool:

@@ -23,6 +23,7 @@ from ..batches.batch import Batch
 from ..models.forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
 from ..models.modes import HOOKS_INSIDE_CHECKPOINT, saved_tensors_hooked, unhooked, without_noise
 from ..models.reference import reference_mode
+from ..models.start import start_of
 from ..models.structure import causal_lm, find_decoder, learns_prompts, unwrap
 from ..models.tensors import accumulation_dtype
 from .logps import logits_of_hidden
@@ -202,7 +203,8 @@ class Penalty:
         return total, gradient, [g.to(p.dtype) for g, p in zip(of_head, trained, strict=True)]
 
     def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.ref_model is not None or not _adapted(_head(self.model)):
+        unlike = _adapted(_head(self.model)) or bool(start_of(self.model).tensors)  # a head that is trained itself
+        if self.ref_model is not None or not unlike:
             return logits_of_hidden(self.ref_model or self.model, hidden)
         with reference_mode(self.model, None) as reference:
             return logits_of_hidden(reference, hidden)

@@ -1,30 +1,29 @@
-"""The reference: a separate model, or the model itself with adapters off or its adapter "ref" on."""
+"""The reference: a separate model, or the model itself as it was when training started (see start.py): with adapters
+off, with its adapter "ref" on, or with the values that its adapters started from."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
+from .start import REFERENCE_ADAPTER, replaced, start_of
 from .structure import causal_lm, learns_prompts, unwrap
 
-if TYPE_CHECKING:
-    pass
-
+_SWITCHES = ("_disable_adapters", "_active_adapter")
 _LEFT_BY_PEFT = ("forward", "prepare_inputs_for_generation")
-REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
 
 
 @contextlib.contextmanager
 def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
-    """Yield the reference model: `ref_model`, or `model` with adapters off or its adapter "ref" on.
+    """Yield the reference model: `ref_model`, or `model` with adapters off or its adapter "ref" on, or as it started.
 
-    Adapters, their flags and `requires_grad` are as before afterwards, also after an exception.
+    Parameters, adapters, their flags and `requires_grad` are as before afterwards, also after an exception.
 
     Raises:
-        ValueError: there is no separate reference and `model` has no adapters to switch off.
+        ValueError: there is no separate reference and `model` has no adapters to switch off, or trains its own "ref".
     """
     model = unwrap(model)
     if ref_model is not None:
@@ -48,9 +47,16 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
     has_reference = REFERENCE_ADAPTER in getattr(model, "peft_config", {}) or any(
         REFERENCE_ADAPTER in m.lora_A for m in wrappers if isinstance(m, LoraLayer)
     )
-    before = [(m, m._disable_adapters, m._active_adapter) for m in wrappers]
+    refuse_trained_reference(wrappers)
+    start = start_of(model)
+    if start.adapters_on and not has_reference:
+        with replaced(model, start.tensors):
+            yield model
+        return
+    before = [(m, {key: vars(m)[key] for key in _SWITCHES if key in vars(m)}) for m in wrappers]
     flags = [(p, p.requires_grad) for m in wrappers for p in m.parameters()]
-    try:
+    beside_adapters = {} if start.adapters_on else start.tensors
+    with _as_they_were(before, flags), replaced(model, beside_adapters):
         for module in wrappers:
             beside = isinstance(module, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in module._adapters
             if has_reference and not beside:
@@ -58,11 +64,34 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
             else:
                 module.enable_adapters(False)
         yield model
+
+
+@contextlib.contextmanager
+def _as_they_were(
+    before: list[tuple[nn.Module, dict[str, Any]]], flags: list[tuple[nn.Parameter, bool]]
+) -> Iterator[None]:
+    try:
+        yield
     finally:
-        for module, disabled, active in before:
-            module._disable_adapters, module._active_adapter = disabled, active
+        for module, switches in before:
+            for key in _SWITCHES:  # some are the class' own until they are first set
+                vars(module).pop(key, None)
+            vars(module).update(switches)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def refuse_trained_reference(modules: Iterable[nn.Module]) -> None:
+    """Raise ValueError where the adapter that stands for the reference is in training itself."""
+    for module in modules:
+        factors = getattr(module, "lora_A", {})
+        if REFERENCE_ADAPTER not in factors or REFERENCE_ADAPTER not in module.active_adapters:  # type: ignore[operator]
+            continue
+        if any(p.requires_grad for p in factors[REFERENCE_ADAPTER].parameters()):
+            raise ValueError(
+                'The adapter in training is called "ref", which is the name of the adapter that holds the reference: '
+                "it would be its own. Give it another name, as in get_peft_model(model, config, adapter_name=...)."
+            )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .start import NOWHERE_ELSE, Start, start_of
 from .structure import blocks_or_none, find_blocks, trained_behind, unwrap
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Scored:
         total (`int`): how many blocks the model has.
         others (`dict`): what else is trained and scored, by its name in `model.named_parameters()`: adapters that are
             not plain LoRA, norms, biases, embeddings. The ghost estimator has none.
+        start (`Start`): what of the model training started from, where adapters off don't tell.
         value_rows (`dict`): block index -> site name -> which of its output rows are attention values, for the sites
             that have such rows; filled by `attention.py` when it first sees the block run.
     """
@@ -105,6 +107,7 @@ class Scored:
     total: int
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     value_rows: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    start: Start = NOWHERE_ELSE
 
     def in_block(self, index: int) -> list[Site]:
         return [site for site in self.sites if site.block == index]
@@ -164,7 +167,7 @@ def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") 
         for module in block.modules():
             if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
                 sites.append(LinearSite(names[id(module)], index, module))
-    found = Scored(scored, sites, len(blocks))
+    found = Scored(scored, sites, len(blocks), start=start_of(model))
     if scope == "lora":
         _warn_of_linears_beside(found, names)
     else:

@@ -25,6 +25,7 @@ from trl import SFTTrainer
 from ..config import AlphaTokenConfig
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
+from ..models.start import add_reference_adapter
 from ..selection.rules import excess_loss_weights, log_ratio_weights, random_weights
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
@@ -102,6 +103,8 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
         if config.rho >= 1.0 and not kl_coef:
             return
         self._refuse_what_is_not_modelled()
+        if own and getattr(self, "ref_model", None) is None and is_peft_model(self.model):
+            add_reference_adapter(self.model, precomputed=getattr(self.args, "precompute_ref_log_probs", False))
         self._alphatoken_ref = reference if reference is not None else getattr(self, "ref_model", None)
         if reference is not None:
             reference.requires_grad_(False).to(self.accelerator.device).eval()

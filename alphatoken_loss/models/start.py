@@ -1,0 +1,202 @@
+"""Where training started, for models that switching their adapters off does not take back there.
+
+Most adapters begin as nothing: off, the network is the one that training started from. Not so where
+
+- an initialisation moved part of the base into the adapter (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): off, the network is
+  what is left of the base. Its reference has the adapters on, with the values they started from;
+- something beside the adapters is trained (LoRA with `bias="all"` or `"lora_only"`, parameters unfrozen by hand), which
+  stays as it is when they are off. Its reference has these at the values they started from.
+
+Those values are copied when this library first meets the model (an `AlphaToken` or a trainer is made, a Fisher
+estimated, a reference asked for), which has to be before its first step; a Fisher keeps them in its file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .structure import unwrap
+
+REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of LoraConfig.init_lora_weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a reference needs beside the network itself.
+
+    Attributes:
+        tensors (`dict`): parameter name, as in `model.named_parameters()`, -> its value when training started.
+        adapters_on (`bool`): the reference is the network with adapters on, at these values; else with them off.
+        base (`torch.Tensor` or `None`): some numbers out of the adapted weights, which tell whether an initialisation
+            left another base here.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    adapters_on: bool = False
+    base: torch.Tensor | None = None
+
+
+NOWHERE_ELSE = Start()
+_starts: WeakKeyDictionary[nn.Module, Start] = WeakKeyDictionary()
+
+
+def start_of(model: nn.Module) -> Start:
+    """The start of a model, copied now where this is the first time that it is asked for."""
+    model = unwrap(model)
+    if model not in _starts:
+        moved = _moved_bases(model)
+        _starts[model] = _copied(model, adapters_on=moved)
+    return _starts[model]
+
+
+def remember_start(model: nn.Module) -> None:
+    """Make what the model computes now its reference, wherever `ref_model` is None and it has no adapter "ref".
+
+    For an adapter that holds a part of its base and does not say so (LoftQ's and PiSSA's, loaded from their files), or
+    that is trained further and to be held to where it is rather than to the base. Call it before the first step; it
+    takes the place of an earlier start.
+
+    Args:
+        model (`nn.Module`): a model with adapters.
+    """
+    _starts[unwrap(model)] = _copied(unwrap(model), adapters_on=True)
+
+
+def adopt_start(model: nn.Module, start: Start) -> None:
+    """Take over the start that a Fisher kept, as a resumed run does whose adapters were trained before it was made.
+
+    One of another base is left alone: where an initialisation draws random numbers, this run's own start is right.
+    """
+    model = unwrap(model)
+    own = dict(model.named_parameters())
+    if not start.tensors or any(name not in own or own[name].shape != t.shape for name, t in start.tensors.items()):
+        return
+    here = _numbers(model)
+    if start.base is None or here is None or start.base.shape != here.shape:
+        return
+    if torch.allclose(start.base, here, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
+        tensors = {name: tensor.to(own[name]) for name, tensor in start.tensors.items()}
+        _starts[model] = Start(tensors, start.adapters_on, here)
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Run a model with other tensors in the place of parameters, also of those tied to them; nothing is written to."""
+    named = dict(model.named_parameters())
+    wanted = {id(named[name]): tensor.to(named[name]) for name, tensor in tensors.items()}
+    places: list[dict[str, Any]] = []
+    theirs: list[dict[str, Any]] = []
+    ours: list[dict[str, Any]] = []
+    for module in model.modules() if wanted else ():
+        if own := {key: p for key, p in module._parameters.items() if id(p) in wanted}:
+            places.append(module._parameters)
+            theirs.append(own)
+            ours.append({key: wanted[id(p)] for key, p in own.items()})
+    try:
+        _put(places, ours)
+        yield
+    finally:
+        _put(places, theirs)
+
+
+def _put(places: list[dict[str, Any]], entries: list[dict[str, Any]]) -> None:
+    """Update many dicts in one call that runs no Python: no signal's handler can come between two of them."""
+    any(map(dict.update, places, entries))
+
+
+def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> None:
+    """Give a model whose start adapters off don't bring back the adapter "ref", which TRL's own losses go by.
+
+    Args:
+        precomputed (`bool`): those losses' reference has been run already.
+
+    Raises:
+        ValueError: it has been, with adapters off; or what is trained beside the adapters can be no part of one.
+    """
+    model = unwrap(model)
+    start = start_of(model)
+    config = getattr(model, "peft_config", {})
+    if not start.tensors or REFERENCE_ADAPTER in config:
+        return
+    if precomputed and start.adapters_on:
+        raise ValueError(
+            "precompute_ref_log_probs=True has run the reference with adapters off, but this adapter's initialisation "
+            "took its part out of the base, which is no reference. Set precompute_ref_log_probs=False, or initialise "
+            "the adapter with init_lora_weights=True."
+        )
+    (name,) = model.active_adapters  # type: ignore[misc]
+    beside = [n for n in start.tensors if f".{name}." not in n]
+    if beside:
+        raise ValueError(
+            f"{beside[0]} is trained beside the adapters ({len(beside)} such parameters) and stays trained when they "
+            'are off, so this trainer\'s reference would move with the policy. Use bias="none" and train adapters '
+            "alone, or pass ref_model."
+        )
+    from copy import deepcopy
+
+    plain = deepcopy(config[name])
+    plain.init_lora_weights = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter(REFERENCE_ADAPTER, plain)  # type: ignore[operator]
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for own, tensor in named.items():
+            if f".{REFERENCE_ADAPTER}." in own:
+                of = own.replace(f".{REFERENCE_ADAPTER}.", f".{name}.")
+                tensor.copy_(start.tensors.get(of, named[of]))
+    _starts[model] = NOWHERE_ELSE  # the adapter says it now
+
+
+def _copied(model: nn.Module, *, adapters_on: bool) -> Start:
+    wrappers = _wrappers(model)
+    if not wrappers:
+        return NOWHERE_ELSE
+    of_adapters: set[int] = set()
+    for wrapper, inner in wrappers:
+        inside = set() if inner is None else {id(p) for p in inner.parameters()}
+        of_adapters |= {id(p) for p in wrapper.parameters() if id(p) not in inside}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = {name: p.detach().clone() for name, p in trained.items() if adapters_on or id(p) not in of_adapters}
+    return Start(kept, adapters_on, _numbers(model)) if kept else NOWHERE_ELSE
+
+
+def _wrappers(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
+    """PEFT's modules that can be switched off, each with what is then left."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: list[tuple[nn.Module, nn.Module | None]] = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            found.append((module, getattr(module, "base_layer", None)))
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            found.append((module, getattr(module, "original_module", None)))
+    return found
+
+
+def _moved_bases(model: nn.Module) -> bool:
+    """Whether the initialisation of an active adapter took its part out of the base."""
+    config = getattr(model, "peft_config", {})
+    active = {name for module, _ in _wrappers(model) for name in getattr(module, "active_adapters", ())}
+    inits = (str(getattr(config[name], "init_lora_weights", "")).lower() for name in active if name in config)
+    return any(init.startswith(_MOVES_THE_BASE) for init in inits)
+
+
+def _numbers(model: nn.Module) -> torch.Tensor | None:
+    weights = [w for _, inner in _wrappers(model) if isinstance(w := getattr(inner, "weight", None), torch.Tensor)]
+    found = []
+    for weight in weights[:: max(1, len(weights) // 8)]:
+        flat = weight.detach().flatten()
+        places = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long()
+        found.append(flat[places.to(flat.device)].double().cpu())
+    return torch.cat(found) if found else None
