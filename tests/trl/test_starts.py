@@ -32,7 +32,7 @@ def test_the_first_loss_of_a_pissa_adapter_is_ln_2_and_the_next_is_not(tmp_path)
     first, second, _ = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert abs(first - math.log(2)) < 1e-5 and abs(second - first) > 1e-3
     drifts = [log["alphatoken/direct_drift"] for log in trainer.state.log_history if "loss" in log]
-    assert abs(drifts[0]) < 1e-6 < abs(drifts[1])
+    assert abs(drifts[0]) < 1e-3 * abs(drifts[1])
 
 
 def test_a_reference_that_was_run_with_adapters_off_is_refused(tmp_path):
