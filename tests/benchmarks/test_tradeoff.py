@@ -5,57 +5,48 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+import tradeoff
 from scipy import stats
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    import tradeoff
-    import tradeoff_data
-    import tradeoff_report
-    import tradeoff_runs
-
-    yield {"main": tradeoff, "data": tradeoff_data, "report": tradeoff_report, "runs": tradeoff_runs}
+from worlds import runner, settings, tables, toy, training
 
 
 @pytest.fixture(scope="module")
-def small(scripts, tmp_path_factory):
-    """A base of two blocks that has taken two steps, its plan, and the cache folder that it lies in."""
+def small(tmp_path_factory):
+    """A base of three blocks that has taken two steps, the world of it, and the cache folder that it lies in."""
     cache = tmp_path_factory.mktemp("cache")
-    base = scripts["data"].Pretraining(
+    base = toy.Pretraining(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, steps=2, batch_size=4, code_sequences=1,
         seq_len=32,
     )  # fmt: skip
-    plan = replace(scripts["main"].PLAN, steps=3, batch=4, pair_steps=2, measured_at=(0.5, 1.0), validation=8, test=4,
+    plan = replace(tradeoff.PLAN, steps=3, batch=4, pair_steps=2, measured_at=(0.5, 1.0), validation=8, test=4,
                    reference_steps=2, fisher_prompts=4, fisher_tokens=3)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        texts = scripts["data"].read_texts()
-        folder = scripts["data"].make_base(texts, base)
-        scripts["runs"].make_fishers(folder, plan)
-    return base, plan, folder, cache
+        world = toy.Toy(toy.make_base(toy.read_texts(), base), plan)
+    return base, world, cache
 
 
-def test_every_kind_of_setting_runs(scripts, small):
+def test_every_kind_of_setting_runs(small):
     """One of each selection and task; the rows that a selection must treat alike are the same."""
-    _, plan, folder, _ = small
-    groups = [*scripts["main"].supervised(), *scripts["main"].without_noise(), *scripts["main"].preferences()]
-    kinds = {(s.selection, s.task, s.noise, s.kl > 0, s.l2 > 0, s.precondition): s for s in groups}
-    kinds["nf4"] = next(scripts["main"].in_nf4())
+    _, world, _ = small
+    plan = world.plan
+    groups = [*settings.supervised(), *settings.without_noise(), *settings.preferences(), *settings.real_supervised(),
+              *settings.real_preferences()]  # fmt: skip
+    kinds = {(s.selection, s.task, s.noise, s.kl > 0, s.kl_to_base, s.l2 > 0, s.precondition, s.loss_type,
+              s.smoothing > 0, s.likelihood > 0): s for s in groups}  # fmt: skip
+    kinds["nf4"] = next(settings.in_nf4())
     before = {}
+    training._BEFORE.clear()
     for setting in kinds.values():
-        scripts["runs"]._BEFORE.clear()
-        found = scripts["runs"].run(folder, setting, 3e-3, 0, plan)
+        found = training.run(world, setting, 3e-3, 0)
         first, *_, last = found["curve"]
         assert [first["step"], last["step"]] == [0, plan.pair_steps if setting.task == "dpo" else plan.steps]
         assert last["pace"] > 0 and all(torch.tensor(float(v)).isfinite() for v in last.values())
-        assert first["target"] != last["target"]
+        # No token's perplexity is below STM's threshold after two steps of pretraining: none is trained on.
+        assert (first["target"] == last["target"]) == (setting.selection == "stm")
         shared = before.setdefault((setting.task, setting.nf4), first)
         assert first == shared, "every run starts from the base"
         if setting.task == "dpo":
@@ -68,49 +59,56 @@ def test_every_kind_of_setting_runs(scripts, small):
             assert 0.3 < found["kept"]["code"] < 0.7
 
 
-def test_kinds_are_those_of_the_tokens(scripts, small):
-    _, plan, folder, _ = small
-    tasks = scripts["runs"]._tasks(folder, plan)
+def test_kinds_are_those_of_the_tokens(small):
+    _, world, _ = small
+    plan, tasks = world.plan, world.tasks
     rows, clean = tasks.training(40, 3, noise=True), tasks.training(40, 3, noise=False)
     assert rows == tasks.training(40, 3, noise=True)
     corrupted = 0
-    for (prompt, answer, kinds), (same, wanted, none) in zip(rows, clean, strict=True):
-        assert prompt == same and len(answer) == len(kinds) and set(none) == {0}
-        code = [(token, kind) for token, kind in zip(answer, kinds, strict=True) if kind < 2]
-        assert kinds == sorted(kinds, key=lambda kind: {2: 0, 0: 1, 1: 1, 3: 2}[kind])  # before, code, behind
-        assert [token == right for (token, _), right in zip(code, wanted, strict=True)] == [k == 0 for _, k in code]
+    for row, same in zip(rows, clean, strict=True):
+        assert row.prompt == same.prompt and len(row.answer) == len(row.kinds) and not same.kinds
+        code = [(token, kind) for token, kind in zip(row.answer, row.kinds, strict=True) if kind < 2]
+        order = {2: 0, 0: 1, 1: 1, 3: 2}  # before, code, behind
+        assert list(row.kinds) == sorted(row.kinds, key=order.__getitem__)
+        right = [token == wanted for (token, _), wanted in zip(code, same.answer, strict=True)]
+        assert right == [kind == 0 for _, kind in code]
         corrupted += sum(kind for _, kind in code)
     assert 0.2 < corrupted / (40 * plan.answer) < 0.3
-    labels, table = tasks.batch([(p, a) for p, a, _ in rows])["labels"], tasks.kinds(rows)
+    labels, table = world.batch(rows)["labels"], training.kinds_of(rows)
     assert torch.equal(labels != -100, table >= 0)
 
 
-def test_the_command_goes_on_where_it_stopped(scripts, small, tmp_path, monkeypatch, capsys):
-    base, plan, _, cache = small
-    main = scripts["main"]
+def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, capsys):
+    base, world, cache = small
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setitem(main.BASES, "small", base)
-    monkeypatch.setattr(main, "PLAN", plan)
+    monkeypatch.setitem(toy.BASES, "small", base)
+    monkeypatch.setattr(tradeoff, "PLAN", world.plan)
     arguments = ["--quick", "--only", "all tokens", "random", "--workers", "1", "--output", str(tmp_path)]
-    main.main(arguments)
+    tradeoff.main(arguments)
     file = tmp_path / "results.jsonl"
     first = file.read_text()
     assert [json.loads(line)["name"] for line in first.splitlines()] == ["all tokens", "random half"]
     lines = first.splitlines(keepends=True)
     file.write_text(lines[0] + lines[1][:40])  # killed while writing
-    monkeypatch.setattr(main, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
-    main.main(arguments)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    tradeoff.main(arguments)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["name"] for row in rows] == ["all tokens", "random half"]
     assert rows[0] == json.loads(lines[0])
+    assert set(rows[0]["about"]) == {"date", "machine", "versions", "command"}
     again = json.loads(lines[1])
     for one, other in zip(rows[1]["curve"], again["curve"], strict=True):  # the same seed, the same run
         assert {k: v for k, v in one.items() if k != "pace"} == {k: v for k, v in other.items() if k != "pace"}
     assert "| random half |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert "| random half |" in capsys.readouterr().out
-    main.main([*arguments, "--pace"])
+    tradeoff.main([*arguments, "--pace"])
     assert set(json.loads((tmp_path / "paces.json").read_text())) == {"all tokens", "random half"}
+
+
+def test_no_path_of_this_machine_is_written():
+    argv = ["/somewhere/benchmarks/real.py", "--data", "/secret/place", "--quick", "--output=/secret", "--workers", "2"]
+    assert runner.about(argv=argv)["command"] == "python benchmarks/real.py --quick --workers 2"
 
 
 def _run(name, seed, *points):
@@ -118,22 +116,21 @@ def _run(name, seed, *points):
     return {"name": name, "seed": seed, "curve": [dict(zip(names, point, strict=True)) for point in points], "kept": {}}
 
 
-def test_differences_are_paired_by_seed(scripts):
-    report = scripts["report"]
+def test_differences_are_paired_by_seed():
     base = {s: _run("all tokens", s, (0, 0, 5, 3), (10, 2.0, 4 + s, 4)) for s in range(4)}
     runs = {s: _run("half", s, (0, 0, 5, 3), (10, 8.0, 3.5 + s + 0.1 * s, 3)) for s in range(1, 4)}
-    text = report.paired(runs, base, lambda run: report.final(run, "target"))
+    text = tables.paired(runs, base, lambda run: tables.final(run, "target"))
     gaps = [-0.4, -0.3, -0.2]
     low, high = stats.t.interval(0.95, 2, loc=-0.3, scale=stats.sem(gaps))
     assert text == f"-0.300 ±{(high - low) / 2:.3f}"
-    assert report.at_step(runs[1], 2.5, "target") == pytest.approx(5 + 0.25 * (4.6 - 5))
-    assert report.at_step(runs[1], 99, "target") == pytest.approx(4.6)
-    assert report.paired({1: runs[1]}, base, lambda run: report.final(run, "target")) == ""
+    assert tables.at_step(runs[1], 2.5, "target") == pytest.approx(5 + 0.25 * (4.6 - 5))
+    assert tables.at_step(runs[1], 99, "target") == pytest.approx(4.6)
+    assert tables.paired({1: runs[1]}, base, lambda run: tables.final(run, "target")) == ""
     # At equal time: four times slower, it is a quarter of the way.
-    text = report.differences({"all tokens": base, "half": runs}, "all tokens", ("target", "retention"),
+    text = tables.differences({"all tokens": base, "half": runs}, "all tokens", ("target", "retention"),
                               {"all tokens": 0.5, "half": 2.0})  # fmt: skip
     cells = text.splitlines()[-1].split(" | ")
-    assert cells[:2] == ["| half", report.paired(runs, base, lambda run: report.final(run, "target"))]
+    assert cells[:2] == ["| half", tables.paired(runs, base, lambda run: tables.final(run, "target"))]
     gaps = [5 + 0.25 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
     assert cells[3].split(" ")[0] == f"{sum(gaps) / 3:+.3f}"
-    assert report.spread([1.0, 2.0]) == "1.500 ±0.707"
+    assert tables.spread([1.0, 2.0]) == "1.500 ±0.707"

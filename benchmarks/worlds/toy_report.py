@@ -1,19 +1,13 @@
-"""Tables and curves of tradeoff.py's runs: means, standard deviations, and differences paired by seed."""
+"""Tables and curves of tradeoff.py's runs."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from scipy.stats import t as student
+from .tables import Paces, Run, Runs, at_best, differences, kept, quality, spread, table, times
 
-Run = dict[str, Any]
-Runs = dict[int, Run]  # by seed
-Paces = dict[str, float]  # seconds of a step, by setting
 SFT = {
     "target": "target loss",
     "retention": "retention loss",
@@ -33,100 +27,6 @@ DPO = {
     "tasks": "tasks loss",
     "tasks rows": "tasks solved",
 }
-
-
-def final(run: Run, name: str) -> float:
-    return run["curve"][-1][name]
-
-
-def at_step(run: Run, step: float, name: str) -> float:
-    """A figure after so many steps, between the moments that were measured; at most the last one."""
-    curve = run["curve"]
-    for before, after in itertools.pairwise(curve):
-        if after["step"] >= step:
-            share = (step - before["step"]) / (after["step"] - before["step"])
-            return before[name] + share * (after[name] - before[name])
-    return curve[-1][name]
-
-
-def spread(values: Iterable[float], digits: int = 3) -> str:
-    found = list(values)
-    deviation = f" ±{statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.{digits}f}{deviation}"
-
-
-def paired(runs: Runs, base: Runs, of: Callable[[Run], float], digits: int = 3) -> str:
-    """Mean difference to the base over the seeds that both have, and its 95 % confidence interval (Student's t)."""
-    found = [of(run) - of(base[seed]) for seed, run in runs.items() if seed in base]
-    if len(found) < 2:
-        return ""
-    half = student.ppf(0.975, len(found) - 1) * statistics.stdev(found) / math.sqrt(len(found))
-    return f"{statistics.mean(found):+.{digits}f} ±{half:.{digits}f}"
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def ratio(name: str, base: str, paces: Paces) -> float:
-    return paces[name] / paces[base] if name in paces and base in paces else math.nan
-
-
-def times(name: str, base: str, paces: Paces) -> str:
-    return f"{ratio(name, base, paces):.2f}" if name in paces and base in paces else ""
-
-
-def quality(groups: dict[str, Runs], base: str, figures: dict[str, str], paces: Paces) -> str:
-    """One line for the untuned model and one for each setting, at its last step."""
-    first = next(iter(groups[base].values()))["curve"][0]
-    before = ["before tuning", *(f"{first[name]:.3f}" for name in figures), "", ""]
-    rows = [before]
-    for name, runs in groups.items():
-        cells = [spread(final(run, figure) for run in runs.values()) for figure in figures]
-        rows.append([name, *cells, times(name, base, paces), str(len(runs))])
-    return table(["at equal steps", *figures.values(), "time a step", "seeds"], rows)
-
-
-def differences(groups: dict[str, Runs], base: str, figures: tuple[str, str], paces: Paces) -> str:
-    """Each setting minus the base, two figures at equal steps, and at equal time: in the time of the base's run, a
-    slower setting has taken fewer steps (a faster one no more than its own)."""
-    rows = []
-    for name, runs in groups.items():
-        if name == base:
-            continue
-        cells = [paired(runs, groups[base], lambda run, figure=figure: final(run, figure)) for figure in figures]
-        slower = ratio(name, base, paces)
-        for figure in figures:
-
-            def of(run: Run, figure: str = figure, slower: float = slower) -> float:
-                return final(run, figure) if run["name"] == base else at_step(run, final(run, "step") / slower, figure)
-
-            cells.append(paired(runs, groups[base], of) if slower == slower else "")
-        rows.append([name, *cells])
-    names = [f"{figure}, equal {what}" for what in ("steps", "time") for figure in figures]
-    return table([f"minus {base}, 95 % interval", *names], rows)
-
-
-def at_best(groups: dict[str, Runs]) -> str:
-    """Each run at its measured moment of lowest target loss: as if one had known when to stop."""
-    rows = []
-    for name, runs in groups.items():
-        best = [min(run["curve"], key=lambda point: point["target"]) for run in runs.values()]
-        cells = [spread(point[figure] for point in best) for figure in ("target", "retention", "tasks")]
-        rows.append([name, *cells, f"{statistics.mean(point['step'] for point in best):.0f}"])
-    return table(["stopped at its best", "target loss", "retention loss", "tasks loss", "after steps"], rows)
-
-
-def kept(groups: dict[str, Runs]) -> str:
-    kinds = list(next(iter(next(iter(groups.values())).values()))["kept"])
-    rows = [
-        [name, *(f"{statistics.mean(run['kept'][kind] for run in runs.values()):.2f}" for kind in kinds)]
-        for name, runs in groups.items()
-        if all(run["kept"] for run in runs.values())
-    ]
-    return table(["share kept", *kinds], rows)
-
 
 # Of the short table: setting -> what it is called there; with a star, at its best measured moment.
 SHORT = {

@@ -1,4 +1,4 @@
-"""Text, tasks and the small base model of tradeoff.py, all from files that ship with Python and the dependencies.
+"""The toy world of tradeoff.py: text, tasks and a small base model, from files that ship with Python and what it needs.
 
 - *Pretraining*: Python source (the standard library), English prose (the language reference, and the descriptions of
   installed packages), and little tasks made here ("reverse: d k a" -> "a k d"). Every tenth document is held out.
@@ -10,27 +10,50 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import itertools
+import json
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+from .rows import Pair, Row, as_batch, to_device
+from .settings import Setting
+from .training import measure
+from .world import Exam, Plan, World
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 from tiny_lm import Pretraining, cached, pretrain, token_stream, train_tokenizer
 
-Batch = dict[str, torch.Tensor]
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "numpy", "pandas", "peft", "torch", "tqdm", "transformers", "trl")
 KINDS = ("code", "corrupted", "boilerplate", "junk")  # of response tokens; a token's kind is its place here
+BASES = {
+    "small": Pretraining(
+        hidden_size=192, intermediate_size=384, num_layers=6, steps=1000, batch_size=16, code_sequences=5
+    ),
+    # About 60M parameters, for a GPU.
+    "medium": Pretraining(
+        vocab_size=4096,
+        hidden_size=640,
+        intermediate_size=1792,
+        num_layers=12,
+        steps=600,
+        batch_size=48,
+        code_sequences=15,
+        seq_len=256,
+        learning_rate=3e-3,
+    ),
+}
 INSTRUCTION, ANSWER = "### Continue this C++ code\n", "\n### Answer\n"
 
 
@@ -105,19 +128,6 @@ def load_base(folder: Path, *, nf4: bool = False) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
 
 
-def as_batch(rows: list[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """Prompts and answers as one SFT batch, padded on the right."""
-    length = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.full((len(rows), length), pad)
-    labels = torch.full((len(rows), length), -100)
-    for i, (prompt, answer) in enumerate(rows):
-        whole = len(prompt) + len(answer)
-        ids[i, :whole] = torch.tensor(prompt + answer)
-        labels[i, len(prompt) : whole] = torch.tensor(answer)
-    seen = torch.tensor([[len(prompt) + len(answer)] for prompt, answer in rows])
-    return {"input_ids": ids, "attention_mask": (torch.arange(length) < seen).long(), "labels": labels}
-
-
 def _runs(ids: list[int], length: int = 12) -> Iterator[tuple[int, ...]]:
     return zip(*(ids[start:] for start in range(length)), strict=False)
 
@@ -164,60 +174,125 @@ class Tasks:
             found += [ids[s : s + self.prompt + self.answer] for s in starts]
         return [window for window in found if len(window) == self.prompt + self.answer]
 
-    def _row(self, window: list[int]) -> tuple[list[int], list[int]]:
-        return self.ends[0] + window[: self.prompt] + self.ends[1], window[self.prompt :]
+    def _row(self, window: list[int]) -> Row:
+        return Row(tuple(self.ends[0] + window[: self.prompt] + self.ends[1]), tuple(window[self.prompt :]))
 
-    def clean(self, part: str, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-        """Prompts and answers of one part of the files, without noise."""
+    def clean(self, part: str, count: int, seed: int) -> list[Row]:
+        """Rows of one part of the files, without noise."""
         return [self._row(window) for window in random.Random(seed).sample(self.windows[part], count)]
 
-    def noisy(self, answer: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+    def noisy(self, answer: Sequence[int], rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """An answer with a line before it, a footer behind it and some tokens replaced; and each token's kind."""
         user, score, number = rng.randrange(10**4), rng.randrange(100), rng.randrange(10**4)
         before = rng.choice(["Sure! Here is the code:\n", "Of course, this should do:\n", "Here you are:\n"])
         code = [rng.randrange(3, len(self.tokenizer)) if rng.random() < self.corrupted else i for i in answer]
         head, tail = self._ids(before), self._ids(f"\n-- user{user}, score {score}, #{number}")
         kinds = [2] * len(head) + [int(a != b) for a, b in zip(answer, code, strict=True)] + [3] * len(tail)
-        return head + code + tail, kinds
+        return tuple(head + code + tail), tuple(kinds)
 
-    def training(self, count: int, seed: int, *, noise: bool) -> list[tuple[list[int], list[int], list[int]]]:
-        """Prompts, answers and kinds of answer tokens."""
+    def training(self, count: int, seed: int, *, noise: bool) -> list[Row]:
         rng = random.Random(seed)
-        rows = []
-        for prompt, answer in self.clean("train", count, seed):
-            answer, kinds = self.noisy(answer, rng) if noise else (answer, [0] * len(answer))
-            rows.append((prompt, answer, kinds))
-        return rows
+        rows = self.clean("train", count, seed)
+        return [Row(row.prompt, *self.noisy(row.answer, rng)) for row in rows] if noise else rows
 
-    def pairs(self, part: str, count: int, seed: int, *, noise: bool) -> list[tuple[list[int], list[int], list[int]]]:
+    def pairs(self, part: str, count: int, seed: int, *, noise: bool) -> list[Pair]:
         """Prompts, the C++ that follows them, and Python: what the base would rather write."""
         rng = random.Random(seed)
         rows = self.clean(part, count, seed)
         others = [window[self.prompt :] for window in rng.sample(self.python[part], count)]
         found = []
-        for (prompt, chosen), rejected in zip(rows, others, strict=True):
+        for row, other in zip(rows, others, strict=True):
+            chosen, rejected = row.answer, tuple(other)
             if noise:
                 chosen, rejected = self.noisy(chosen, rng)[0], self.noisy(rejected, rng)[0]
-            found.append((prompt, chosen, rejected))
+            found.append(Pair(row.prompt, chosen, rejected))
         return found
 
-    def little(self, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    def little(self, count: int, seed: int) -> list[Row]:
         rng = random.Random(seed)
         tasks = [little_task(rng) for _ in range(count)]
-        return [(self._ids(prompt), self._ids(answer)) for prompt, answer in tasks]
+        return [Row(tuple(self._ids(prompt)), tuple(self._ids(answer))) for prompt, answer in tasks]
 
-    def batch(self, rows: list[tuple[list[int], list[int]]]) -> Batch:
-        return as_batch(rows, self.tokenizer.pad_token_id)
 
-    def pair_batch(self, rows: list[tuple[list[int], list[int], list[int]]]) -> Batch:
-        """Chosen rows first, as TRL's preference collator stacks them."""
-        stacked = self.batch([(p, c) for p, c, _ in rows] + [(p, r) for p, _, r in rows])
-        labels = stacked.pop("labels")
-        return {**stacked, "completion_mask": (labels != -100).long()}
+@dataclass(frozen=True)
+class ToyPlan(Plan):
+    heldout: int = 48  # pieces of prose and of Python, 96 tokens each
+    prompt: int = 28  # tokens of code
+    answer: int = 32
+    corrupted: float = 0.25
 
-    def kinds(self, rows: list[tuple[list[int], list[int], list[int]]]) -> torch.Tensor:
-        """`(B, T)` kind of each label, -1 where there is none."""
-        length = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
-        padded = [F.pad(torch.tensor(kinds), (len(prompt), length - len(prompt) - len(kinds)), value=-1)
-                  for prompt, _, kinds in rows]  # fmt: skip
-        return torch.stack(padded)
+
+@functools.cache
+def texts_digest() -> str:
+    """The base's folder tells its own text; this is all of it."""
+    return hashlib.sha256(json.dumps(asdict(read_texts())).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _tasks(folder: Path, plan: ToyPlan) -> Tasks:
+    sizes = {"prompt": plan.prompt, "answer": plan.answer, "heldout": plan.heldout}
+    return Tasks(read_texts(), folder, **sizes, corrupted=plan.corrupted)
+
+
+@dataclass(frozen=True)
+class Toy(World):
+    plan: ToyPlan = ToyPlan()
+
+    kinds = KINDS
+
+    @property
+    def tasks(self) -> Tasks:
+        return _tasks(self.folder, self.plan)
+
+    @property
+    def pad(self) -> int:
+        return self.tasks.tokenizer.pad_token_id
+
+    @property
+    def data_name(self) -> str:
+        return str(self.plan.prompt)
+
+    def identity(self) -> list[Any]:
+        return [self.folder.name, texts_digest()]
+
+    def load(self, *, nf4: bool = False) -> Any:
+        return load_base(self.folder, nf4=nf4)
+
+    def prompts(self, count: int) -> list[list[int]]:
+        return [list(row.prompt) for row in self.tasks.clean("train", count, seed=10**6)]
+
+    def training(self, setting: Setting, seed: int) -> list[Any]:
+        if setting.task == "dpo":
+            return self.tasks.pairs("train", self.plan.pair_steps * self.plan.batch, seed, noise=setting.noise)
+        return self.tasks.training(self.plan.steps * self.plan.batch, seed, noise=setting.noise)
+
+    def validation(self, setting: Setting, seed: int) -> list[Any]:
+        if setting.task == "dpo":
+            return self.tasks.pairs("validation", self.plan.validation, seed, noise=False)
+        return self.tasks.clean("validation", self.plan.validation, seed)
+
+    def test_rows(self) -> list[Row]:
+        return self.tasks.clean("test", self.plan.test, seed=10**6)
+
+    def test_pairs(self) -> list[Pair]:
+        return self.tasks.pairs("test", self.plan.test, 10**6, noise=False)
+
+    def exam(self, setting: Setting) -> Exam:
+        """Loss, tokens right and rows right of the target task, of what is retained and of the little tasks."""
+        tasks, count = self.tasks, self.plan.test
+        sets = {
+            "target": as_batch(self.test_rows(), self.pad),
+            "prose": {"input_ids": tasks.prose, "labels": tasks.prose},
+            "code": {"input_ids": tasks.code, "labels": tasks.code},
+            "tasks": as_batch(tasks.little(count, seed=10**6), self.pad),
+        }
+        sets = {name: to_device(batch, self.device) for name, batch in sets.items()}
+
+        def take(model: Any) -> dict[str, float]:
+            found = {}
+            for name, batch in sets.items():
+                found[name], found[f"{name} tokens"], found[f"{name} rows"] = measure(model, [batch])
+            kept = {k: v for k, v in found.items() if not k.endswith("rows") or k == "tasks rows"}
+            return {**kept, "retention": (found["prose"] + found["code"]) / 2}
+
+        return take

@@ -1,0 +1,217 @@
+"""One way to train, and the tables of all that are compared: a new rival or preset becomes a line here, and is then
+part of every run, table and curve.
+
+Names carry what is compared: "no noise: ", "NF4: " and "DPO: " before a name are experiments of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from alphatoken_loss import AlphaTokenConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train.
+
+    Args:
+        selection (`str`): all; mixed or only (validation examples, in each batch or alone); a key of
+            `training.SELECTIONS` (random, oracle, rho1, log_ratio) or of `rivals.RULES` (eaft, dft, stm); "values" is
+            AlphaToken's, by `config`.
+        kl (`float`): coefficient of KL(reference || policy) on response tokens.
+        kl_to_base (`bool`): the KL's reference is the base also where the selection has a reference of its own.
+        l2 (`float`): coefficient of the squared Frobenius norm of the adapters' deltas s B A.
+        task (`str`): "sft" or "dpo".
+        precondition (`bool`): AlphaToken values the step that Adam will take.
+        noise (`bool`): training answers have boilerplate, junk and corrupted tokens (toy world).
+        loss_type (`str`): of `dpo_loss`.
+        smoothing (`float`): share of flipped preferences that the loss reckons with.
+        likelihood (`float`): coefficient of the chosen answers' loss beside DPO's.
+    """
+
+    name: str
+    selection: str = "all"
+    config: AlphaTokenConfig | None = None
+    kl: float = 0.0
+    kl_to_base: bool = False
+    l2: float = 0.0
+    task: str = "sft"
+    precondition: bool = False
+    noise: bool = True
+    nf4: bool = False
+    loss_type: str = "sigmoid"
+    smoothing: float = 0.0
+    likelihood: float = 0.0
+
+
+RATES = {"sft": (3e-3, 6e-4), "dpo": (1e-3, 3e-4)}  # of the toy world: hot and mild
+SEEDS = 5
+
+
+def values(name: str, **options: object) -> Setting:
+    """AlphaToken with these settings; further fields of `Setting` as in `values("...", setting={"kl": 0.3})`."""
+    more: dict[str, object] = options.pop("setting", {})  # type: ignore[assignment]
+    return Setting(name, "values", AlphaTokenConfig(**options), **more)  # type: ignore[arg-type]
+
+
+def supervised() -> Iterator[Setting]:
+    yield Setting("all tokens")
+    yield Setting("random half", "random")
+    yield Setting("validation mixed in", "mixed")
+    yield Setting("validation only", "only")
+    yield Setting("RHO-1, clean reference", "rho1")
+    yield Setting("RHO-1 + KL 0.3", "rho1", kl=0.3)
+    yield Setting("oracle", "oracle")
+    yield values("difference", estimator="difference")
+    yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
+    best = Setting("difference, Adam's step, all 32", "values", AlphaTokenConfig.best(), precondition=True)
+    yield best
+    yield replace(best, name="difference, Adam's step, all 32, KL 0.3", kl=0.3)
+    options: dict[str, object] = {"estimator": "difference", "threshold": "zero"}
+    yield values("difference, Adam's step, above zero", **options, setting={"precondition": True})
+    yield values("ghost K=3")
+    yield Setting("ghost K=3, paper preset", "values", AlphaTokenConfig.paper())
+    yield values("ghost K=3, W=0", causal_window=0)
+    yield values("ghost all, W=0", num_layers="all", causal_window=0)
+    yield values("ghost all", num_layers="all")
+    yield values("ghost all, W=0, Adam's step", num_layers="all", causal_window=0, setting={"precondition": True})
+    yield values("difference, no drift", estimator="difference", stability_weight=0)
+    yield values("ghost K=3, no drift", stability_weight=0)
+    yield values("ghost all, no drift", num_layers="all", stability_weight=0)
+    yield values("difference K=3", estimator="difference", num_layers=3)
+    for kl in (0.1, 0.3, 1.0):
+        yield Setting(f"KL {kl}", kl=kl)
+        yield values(f"KL {kl} + difference", estimator="difference", setting={"kl": kl})
+    yield Setting("L2 0.001", l2=0.001)
+    yield values("L2 0.001 + difference", estimator="difference", setting={"l2": 0.001})
+    yield values("ghost K=3, W=0, no drift", causal_window=0, stability_weight=0)
+    yield values("ghost all, W=0, no drift", num_layers="all", causal_window=0, stability_weight=0)
+    yield values("difference K=3, no drift", estimator="difference", num_layers=3, stability_weight=0)
+    yield values("exact", estimator="exact")
+    yield values("exact K=3", estimator="exact", num_layers=3)
+
+
+def without_noise() -> Iterator[Setting]:
+    yield Setting("no noise: all tokens", noise=False)
+    yield Setting("no noise: random half", "random", noise=False)
+    yield values("no noise: ghost K=3", setting={"noise": False})
+    yield values("no noise: difference", estimator="difference", setting={"noise": False})
+    yield values("no noise: difference, rho 0.8", estimator="difference", rho=0.8, setting={"noise": False})
+    both: dict[str, object] = {"noise": False, "precondition": True}
+    yield values("no noise: difference, Adam's step", estimator="difference", setting=both)
+    yield values(
+        "no noise: difference, Adam's step, above zero", estimator="difference", threshold="zero", setting=both
+    )
+
+
+def in_nf4() -> Iterator[Setting]:
+    yield Setting("NF4: all tokens", nf4=True)
+    yield values("NF4: ghost K=3", setting={"nf4": True})
+    yield values("NF4: difference", estimator="difference", setting={"nf4": True})
+
+
+def preferences() -> Iterator[Setting]:
+    yield Setting("DPO: all tokens", task="dpo")
+    yield Setting("DPO: random half", "random", task="dpo")
+    yield Setting("DPO: log-ratio", "log_ratio", task="dpo")
+    yield values("DPO: ghost K=3", setting={"task": "dpo"})
+    yield values("DPO: ghost all, W=0", num_layers="all", causal_window=0, setting={"task": "dpo"})
+    yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
+    both = {"task": "dpo", "precondition": True}
+    yield values("DPO: difference, Adam's step", estimator="difference", setting=both)
+    yield Setting("DPO: validation only", "only", task="dpo")
+    yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
+
+
+# What the other settings are compared with, first in line and at the mild rate too; of clean answers and pairs MILD is.
+MAIN = (
+    "all tokens",
+    "random half",
+    "validation mixed in",
+    "validation only",
+    "RHO-1, clean reference",
+    "RHO-1 + KL 0.3",
+    "oracle",
+    "difference",
+    "difference, Adam's step",
+    "difference, Adam's step, all 32",
+    "difference, Adam's step, all 32, KL 0.3",
+    "difference, Adam's step, above zero",
+    "difference, no drift",
+    "ghost K=3",
+    "ghost all, W=0",
+    "KL 0.3",
+    "KL 0.3 + difference",
+    "L2 0.001",
+    "L2 0.001 + difference",
+)
+MILD = ("all tokens", "validation only", "difference", "difference, Adam's step")
+QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3", "difference")
+
+
+def toy_runs(quick: bool) -> list[tuple[Setting, float, int]]:
+    """Setting, learning rate and seed; one seed after the other, so that what is there is balanced."""
+    main = [setting for setting in supervised() if setting.name in MAIN]
+    rest = [setting for setting in supervised() if setting.name not in MAIN]
+    hot, mild = RATES["sft"]
+    if quick:
+        return [(setting, hot, 0) for setting in main if setting.name in QUICK]
+    first = [(setting, lr) for setting in main for lr in (hot, mild)]
+    for setting in (*without_noise(), *preferences()):
+        rates = RATES[setting.task]
+        first += [(setting, lr) for lr in (rates if setting.name.partition(": ")[2] in MILD else rates[:1])]
+    second = [(setting, hot) for setting in (*rest, *in_nf4())]
+    return [(*one, seed) for group in (first, second) for seed in range(SEEDS) for one in group]
+
+
+REAL_RATES = {"sft": (2e-3, 5e-4, 1.25e-4), "dpo": (5e-4, 1.25e-4, 3e-5)}
+REAL_SEEDS = 3
+BEST = AlphaTokenConfig.best()
+
+
+def real_supervised() -> Iterator[Setting]:
+    yield Setting("all tokens")
+    yield Setting("RHO-1, clean reference", "rho1")
+    yield Setting("RHO-1 + KL 0.3", "rho1", kl=0.3, kl_to_base=True)
+    yield values("difference", estimator="difference")
+    yield Setting("best()", "values", BEST, precondition=True)
+    yield Setting("best() + KL 0.3", "values", BEST, precondition=True, kl=0.3)
+    yield values("ghost K=3")
+    yield Setting("random half", "random")
+    for kl in (0.1, 0.3, 1.0):
+        yield Setting(f"KL {kl}", kl=kl)
+    yield Setting("RHO-1 + KL 0.3 to its reference", "rho1", kl=0.3)
+    yield Setting("EAFT", "eaft")
+    yield Setting("STM", "stm")
+    yield Setting("DFT", "dft")
+    yield Setting("validation mixed in", "mixed")
+    yield Setting("validation only", "only")
+    yield Setting("oracle", "oracle")
+
+
+def real_preferences() -> Iterator[Setting]:
+    yield Setting("DPO: all tokens", task="dpo")
+    yield Setting("DPO: robust 0.3", task="dpo", loss_type="robust", smoothing=0.3)
+    yield Setting("DPO: smoothed 0.3", task="dpo", smoothing=0.3)
+    yield Setting("DPO: with likelihood", task="dpo", likelihood=1.0)
+    yield Setting("DPO: validation only", "only", task="dpo")
+    yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
+    both = {"task": "dpo", "precondition": True}
+    yield values("DPO: difference, above zero", estimator="difference", threshold="zero", setting=both)
+    yield Setting("DPO: best()", "values", BEST, task="dpo", precondition=True)
+    yield Setting("DPO: random half", "random", task="dpo")
+
+
+REAL_QUICK = ("all tokens", "difference", "DPO: all tokens", "DPO: difference")
+
+
+def real_runs(task: str, quick: bool) -> list[tuple[Setting, float, int]]:
+    """Setting, learning rate and seed, by seed and rate: what is there is balanced. `quick`: two at the middle rate."""
+    settings = list(real_supervised() if task == "sft" else real_preferences())
+    rates = REAL_RATES[task]
+    if quick:
+        return [(setting, rates[1], 0) for setting in settings if setting.name in REAL_QUICK]
+    middle_first = (rates[1], rates[0], *rates[2:])
+    return [(setting, lr, seed) for seed in range(REAL_SEEDS) for lr in middle_first for setting in settings]

@@ -1,0 +1,288 @@
+"""One run: a LoRA tuning by one setting at one learning rate from one seed, measured along the way."""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from alphatoken_loss import (
+    AlphaToken,
+    dpo_loss,
+    excess_loss_weights,
+    log_ratio_weights,
+    random_weights,
+    sft_loss,
+)
+
+from .rivals import RULES, answer_logps, at_labels, base_of, pair_loss, self_weighted_loss, stm
+from .rows import Batch, Pair, Row, chunks, kinds_of
+from .settings import Setting
+from .world import World
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a selection may see of a step.
+
+    Attributes:
+        kinds (`torch.Tensor`): `(B, T)` kinds of the labels, -1 where there is none.
+        generator (`torch.Generator`): the run's own.
+    """
+
+    model: Any
+    batch: Batch
+    kinds: torch.Tensor
+    generator: torch.Generator
+
+
+def _stm(moment: Moment) -> torch.Tensor:
+    with base_of(moment.model) as base:
+        return stm(at_labels(base, moment.batch)[1]) * (moment.batch["labels"] != -100)
+
+
+# Selections that give `(B, T)` weights before the step. Those by the step's own logits are rivals.RULES.
+SELECTIONS: dict[str, Callable[[Moment], torch.Tensor]] = {
+    "random": lambda moment: random_weights(moment.batch, rho=0.5, generator=moment.generator),
+    "rho1": lambda moment: excess_loss_weights(moment.model, None, moment.batch, rho=0.5),
+    "log_ratio": lambda moment: log_ratio_weights(moment.model, None, moment.batch, rho=0.5),
+    "oracle": lambda moment: (moment.kinds == 0).float().to(moment.batch["input_ids"].device),
+    "stm": _stm,
+}
+
+
+def measure(model: Any, batches: Iterable[Batch]) -> tuple[float, float, float]:
+    """Nats a token, share of tokens predicted, share of rows predicted whole."""
+    loss = tokens = right = whole = rows = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits[:, :-1]
+            labels = batch["labels"][:, 1:]
+            counted = labels != -100
+            loss += F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum").item()
+            hit = (logits.argmax(-1) == labels) | ~counted
+            tokens += counted.sum().item()
+            right += (hit & counted).sum().item()
+            whole += hit.all(1).sum().item()
+            rows += len(labels)
+    return loss / tokens, right / tokens, whole / rows
+
+
+def squared_deltas(model: Any) -> torch.Tensor:
+    """Sum over LoRA layers of |s B A|^2, without forming B A."""
+    total: Any = 0.0
+    for module in model.modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            total = total + module.scaling["default"] ** 2 * ((b.T @ b) * (a @ a.T)).sum()
+    return total
+
+
+def make_optimizer(model: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def tune_reference(world: World, model: Any, validation: list[Batch]) -> None:
+    """Give the model an adapter "ref", tuned on the validation examples: RHO-1's clean reference."""
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    optimizer = make_optimizer(model, world.plan.reference_lr)
+    for step in range(world.plan.reference_steps):
+        with world.autocast():
+            loss = sft_loss(model, validation[step % len(validation)])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.set_adapter("default")
+
+
+_BEFORE: dict[Hashable, dict[str, float]] = {}
+_REFERENCE: dict[Hashable, tuple[float, float]] = {}
+
+
+class _Run:
+    """What supervised and preference runs share: rows, clean rows, the model and what weighs its tokens."""
+
+    def __init__(self, world: World, setting: Setting, lr: float, seed: int) -> None:
+        self.world, self.plan, self.setting, self.lr = world, world.plan, setting, lr
+        self.model = world.model(seed=seed, nf4=setting.nf4)
+        self.rows, self.clean = world.training(setting, seed), world.validation(setting, seed)
+        self.generator, self.rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        self.optimizer = make_optimizer(self.model, lr)
+        self.key = world, setting.task, setting.nf4
+
+    def weigher(self, target: list[Batch]) -> AlphaToken | None:
+        config = self.setting.config
+        if config is None:
+            return None
+        given = self.optimizer if self.setting.precondition else None
+        fisher = self.world.fisher(config) if config.stability_weight > 0 else None
+        return AlphaToken(self.model, target=target, fisher=fisher, config=config, optimizer=given)
+
+    def train(self, steps: Iterable[Callable[[], torch.Tensor]], exam: Callable[[Any], dict[str, float]], count: int):
+        """Take a step by each of the losses, and the exam on the way; `pace` is the median of the steps' seconds."""
+        last = self.world.last_exam(self.setting)
+
+        def whole(model: Any) -> dict[str, float]:
+            with self.world.autocast():
+                return {**exam(model), **(last(model) if last else {})}
+
+        if self.key not in _BEFORE:  # B = 0: every run of this process starts from the same function
+            _BEFORE[self.key] = whole(self.model)
+        curve, seconds = [{"step": 0, "pace": 0.0, **_BEFORE[self.key]}], []
+        for number, loss in enumerate(steps, start=1):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, number / 5)
+            started = time.perf_counter()
+            with self.world.autocast():
+                value = loss()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            seconds.append(time.perf_counter() - started)
+            if number in self.plan.moments(count):
+                with self.world.autocast():
+                    found = exam(self.model) if number < count else whole(self.model)
+                curve.append({"step": number, "pace": statistics.median(seconds), **found})
+        return curve
+
+
+class _Supervised(_Run):
+    def __init__(self, world: World, setting: Setting, lr: float, seed: int) -> None:
+        super().__init__(world, setting, lr, seed)
+        validation = [world.batch(rows) for rows in chunks(self.clean, self.plan.batch)]
+        self.values = self.weigher(validation)
+        if setting.selection == "rho1":
+            tune_reference(world, self.model, validation)
+        apart = setting.kl_to_base and setting.kl
+        self.base = world.load().to(world.device).eval() if apart else None
+        self.counts = torch.zeros(2, len(world.kinds))
+        self.seen: list[tuple[torch.Tensor, torch.Tensor | AlphaToken | None]] = []
+
+    def loss(self, number: int) -> torch.Tensor:
+        setting, size = self.setting, self.plan.batch
+        mine: list[Row] = self.rows[number * size : (number + 1) * size]
+        if setting.selection == "only":
+            mine = self.rng.sample(self.clean, size)
+        kinds = kinds_of(mine)
+        extra = self.rng.sample(self.clean, self.plan.mixed) if setting.selection == "mixed" else []
+        batch = self.world.batch([*mine, *extra])
+        if setting.selection in RULES:
+            loss, weights = self_weighted_loss(self.model, batch, RULES[setting.selection])
+        else:
+            weights = self.values
+            if setting.selection in SELECTIONS:
+                weights = SELECTIONS[setting.selection](Moment(self.model, batch, kinds, self.generator))
+            options = {"kl_coef": setting.kl, "ref_model": self.base} if setting.kl else {}
+            loss = sft_loss(self.model, batch, weights, **options)
+        if setting.l2:
+            loss = loss + setting.l2 * squared_deltas(self.model)
+        self.seen.append((kinds, weights))
+        return loss
+
+    def steps(self) -> Iterable[Callable[[], torch.Tensor]]:
+        for number in range(self.plan.steps):
+            yield functools.partial(self.loss, number)
+            kinds, weights = self.seen.pop()  # the step was taken: an AlphaToken now has its mask
+            kept = weights.weights if isinstance(weights, AlphaToken) else weights
+            kept = (kinds >= 0).float() if kept is None else kept.float().cpu()[: len(kinds), : kinds.shape[1]]
+            for kind in range(len(self.world.kinds)):
+                of_kind = kinds == kind
+                self.counts[:, kind] += torch.stack([kept[of_kind].sum(), of_kind.sum()])
+
+    def run(self) -> dict[str, Any]:
+        curve = self.train(self.steps(), self.world.exam(self.setting), self.plan.steps)
+        shares = (self.counts[0] / self.counts[1].clamp(min=1)).tolist()
+        there = self.counts[1] > 0
+        kept = {kind: share for kind, share, any_ in zip(self.world.kinds, shares, there, strict=True) if any_}
+        return {"curve": curve, "kept": kept}
+
+
+class _Preferences(_Run):
+    """The reference is the base."""
+
+    def __init__(self, world: World, setting: Setting, lr: float, seed: int) -> None:
+        super().__init__(world, setting, lr, seed)
+        size = self.plan.batch
+        self.values = self.weigher([world.pair_batch(pairs) for pairs in chunks(self.clean, size)])
+
+    def batch(self, pairs: list[Pair]) -> Batch:
+        """With the reference's log-probabilities, which runs of one process share."""
+        batch = self.world.pair_batch(pairs)
+        keys = [(self.key, pair) for pair in pairs]
+        if any(key not in _REFERENCE for key in keys):
+            with base_of(self.model) as base:
+                found = answer_logps(base, batch).chunk(2)
+            _REFERENCE.update(zip(keys, zip(*(logps.tolist() for logps in found), strict=True), strict=True))
+        known = torch.tensor([_REFERENCE[key] for key in keys], device=self.world.device)
+        return {**batch, "ref_chosen_logps": known[:, 0], "ref_rejected_logps": known[:, 1]}
+
+    def loss(self, number: int) -> torch.Tensor:
+        setting, size = self.setting, self.plan.batch
+        pairs = self.rows[number * size : (number + 1) * size]
+        if setting.selection == "only":
+            pairs = self.rng.sample(self.clean, size)
+        batch = self.batch(pairs)
+        if setting.likelihood or (setting.smoothing and setting.loss_type == "sigmoid"):
+            more = {"smoothing": setting.smoothing, "likelihood": setting.likelihood}
+            return pair_loss(self.model, batch, beta=self.plan.beta, **more)
+        weights: torch.Tensor | AlphaToken | None = self.values
+        if setting.selection in SELECTIONS:
+            nothing = torch.empty(0)
+            weights = SELECTIONS[setting.selection](Moment(self.model, batch, nothing, self.generator))
+        options = {"loss_type": setting.loss_type, "label_smoothing": setting.smoothing}
+        return dpo_loss(self.model, None, batch, weights, beta=self.plan.beta, **options)
+
+    def exam(self) -> Callable[[Any], dict[str, float]]:
+        retained = self.world.exam(self.setting)  # "target" is the loss on clean answers that would be chosen
+        sets = {"": self.world.test_pairs(), "dev ": self.world.dev_pairs()}
+
+        def take(model: Any) -> dict[str, float]:
+            found = {}
+            for name, pairs in sets.items():
+                margins = torch.cat([self.margins(some) for some in chunks(pairs, 2 * self.plan.batch)] or [_NONE])
+                if len(margins):
+                    found[f"{name}accuracy"] = (margins > 0).float().mean().item()
+                    found[f"{name}margin"] = margins.mean().item()
+                    found[f"{name}pair loss"] = -F.logsigmoid(margins).mean().item()
+            return {**found, **retained(model)}
+
+        return take
+
+    def margins(self, pairs: list[Pair]) -> torch.Tensor:
+        """beta * (log-ratio of chosen - log-ratio of rejected), `(P,)`."""
+        batch = self.batch(pairs)
+        with torch.no_grad():
+            chosen, rejected = answer_logps(self.model, batch).chunk(2)
+        return self.plan.beta * (chosen - batch["ref_chosen_logps"] - rejected + batch["ref_rejected_logps"])
+
+    def run(self) -> dict[str, Any]:
+        if self.setting.selection != "only":
+            with self.world.autocast():  # of all steps now: no step's time is that of its reference
+                for pairs in chunks(self.rows, self.plan.batch):
+                    self.batch(pairs)
+        steps = (functools.partial(self.loss, number) for number in range(self.plan.pair_steps))
+        return {"curve": self.train(steps, self.exam(), self.plan.pair_steps), "kept": {}}
+
+
+_NONE = torch.empty(0)
+
+
+def run(world: World, setting: Setting, lr: float, seed: int) -> dict[str, Any]:
+    """Its `curve`, a list of figures by name at each measured step, and the share `kept` of each kind of token."""
+    kind = _Preferences if setting.task == "dpo" else _Supervised
+    return kind(world, setting, lr, seed).run()
+
+
+def pace_of(world: World, setting: Setting, steps: int = 15) -> float:
+    """Median seconds of a step, of some steps that nothing else is measured of."""
+    plan = replace(world.plan, steps=steps, pair_steps=steps, measured_at=(1.0,), test=2)
+    return run(replace(world, plan=plan), setting, 1e-4, 0)["curve"][-1]["pace"]
