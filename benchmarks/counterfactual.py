@@ -168,7 +168,7 @@ class Check:
                 batch,
                 self.validation,
                 reference,
-                fisher=self.fisher,
+                fisher=self.world.fisher,
                 stability_weight=self.plan.stability_weight,
                 generator=torch.Generator().manual_seed(number),
                 optimizer=self.optimizer,
@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), help="only these (default all)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of results")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the summary")
+    parser.add_argument("--cache", type=Path, default=Path("outputs"), help="folder of what was measured")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
@@ -282,8 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     world, names = make_world(args), args.scores or list(SCORES)
     what = [asdict(plan), asdict(world.plan), world.identity(), args.device]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-    args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"counterfactual-{args.world}.values.jsonl"
+    args.cache.mkdir(parents=True, exist_ok=True)
+    file = args.cache / f"counterfactual-{args.world}.jsonl"
     if not args.report:
         fill(lambda: Check(world, plan), file, digest, args.batches, args.masks, names)
     scores, changes = gathered(runner.read_results(file), digest, names)

@@ -9,7 +9,8 @@ redundant, wrong and so on, and the answers as they corrected them. A marked ans
 training example, with the corrected answers of other questions as the target (two halves of the questions, each the
 other's target). Told are areas under the ROC curve: the probability that a token inside a mark has a lower value than
 one in no mark; 0.5 is chance. Intervals come from a bootstrap over questions. "Within answers" is the mean over answers
-of each one's own area, which no difference between answers can move.
+of each one's own area, which no difference between answers can move; "equal places" compares only tokens equally far
+into their answers, since people mark ends more often than beginnings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from worlds import runner
-from worlds.measures import auc, draws, interval
+from worlds.measures import auc, auc_in_strata, draws, interval
 from worlds.real import Encoder, Real, RealPlan, load_smollm2, read_rows
 from worlds.rivals import at_labels
 from worlds.rows import Row, chunks
@@ -40,6 +41,7 @@ from worlds.training import tune_reference
 
 SYSTEM = "Answer the question."
 BASE = "excess loss (RHO-1)"  # that others are compared with
+STRATUM = 8  # tokens of an answer that count as one place
 LEFT_OUT = ("difference, Adam's step",)  # before the first step Adam has no scale
 
 
@@ -63,10 +65,10 @@ class Marked:
 def types_of_tokens(
     text: str, offsets: Sequence[tuple[int, int]], errors: Sequence[dict[str, Any]]
 ) -> tuple[frozenset[str], ...]:
-    """The types of marks that share a character other than white space with each token."""
+    """The types of marks that share a character other than white space with each token (if it has any other)."""
     found = []
     for start, end in offsets:
-        inside = [place for place in range(start, end) if not text[place].isspace()]
+        inside = [place for place in range(start, end) if not text[place].isspace()] or range(start, end)
         found.append(frozenset(e["type"] for e in errors if any(e["start"] <= i < e["end"] for i in inside)))
     return tuple(found)
 
@@ -152,6 +154,13 @@ def summary(answers: dict[int, Marked], values: dict[str, dict[int, list[float]]
             areas[name] = auc(score[told], marked[told]), drawn
         found["types"][kind] = {"marked tokens": int(marked.sum()), "scores": _told(areas)}
     marked = ~clean
+    places = np.concatenate([np.arange(len(answers[number].types)) // STRATUM for number in numbers])
+    weights = list(draws(groups, boots // 4))
+    at_place = {}
+    for name, score in scores.items():
+        drawn = np.array([auc_in_strata(score, marked, places, w) for w in weights])
+        at_place[name] = auc_in_strata(score, marked, places), drawn
+    found["equal places"] = {"scores": _told(at_place)}
     within = {}
     for name, score in scores.items():
         own = np.array([auc(score[groups == number], marked[groups == number]) for number in numbers])
@@ -180,6 +189,7 @@ def _rounded(numbers: list[float]) -> list[float]:
 
 def report(found: dict[str, Any]) -> str:
     columns = {kind: part["scores"] for kind, part in found["types"].items()}
+    columns["equal places"] = found["equal places"]["scores"]
     columns["within answers"] = found["within answers"]["scores"]
     counts = {kind: f"{kind} ({part['marked tokens']})" for kind, part in found["types"].items()}
     rows = []
@@ -199,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="value nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of marks.json")
+    parser.add_argument("--cache", type=Path, default=Path("outputs"), help="folder of the tokens' values")
     args = parser.parse_args(argv)
     if not args.data:
         parser.error("--data (or ALPHATOKEN_REAL_DATA) must name a folder with spans/qa-feedback.jsonl")
@@ -211,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     names = args.scores or [name for name in SCORES if name not in LEFT_OUT]
     what = [asdict(plan), world.folder.name, json.dumps(texts, sort_keys=True), SYSTEM]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
-    args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / "marks.values.jsonl"
+    args.cache.mkdir(parents=True, exist_ok=True)
+    file = args.cache / "marks.jsonl"
     parts = halves(len(texts), plan.seed)
     answers: dict[int, Marked] = {}
     for own, other in (parts, parts[::-1]):

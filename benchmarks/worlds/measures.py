@@ -30,6 +30,20 @@ def auc(scores: Array, positive: Array, weights: Array | None = None) -> float:
     return float((up * (below + down / 2)).sum() / pairs) if pairs > 0 else float("nan")
 
 
+def auc_in_strata(scores: Array, positive: Array, strata: Array, weights: Array | None = None) -> float:
+    """The same over pairs of one stratum alone, so that nothing the strata stand for can order a pair."""
+    weights = np.ones(len(scores)) if weights is None else weights
+    won = total = 0.0
+    for stratum in np.unique(strata):
+        inside = strata == stratum
+        up = weights[inside & positive].sum()
+        pairs = up * weights[inside & ~positive].sum()
+        if pairs > 0:
+            won += pairs * auc(scores[inside], positive[inside], weights[inside])
+            total += pairs
+    return won / total if total > 0 else float("nan")
+
+
 def draws(groups: Array, count: int, seed: int = 0) -> Iterator[Array]:
     """Bootstrap draws of whole groups: for each, `(N,)` how often an item's group was drawn."""
     names, place = np.unique(groups, return_inverse=True)

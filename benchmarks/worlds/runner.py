@@ -28,7 +28,7 @@ from .world import World
 
 Wanted = list[tuple[World, Setting, float, int]]  # learning rate and seed
 PACKAGES = ("alphatoken-loss", "torch", "transformers", "peft", "trl")
-PATHS = ("--data", "--output", "--model")  # options whose values say something of a machine, not of a run
+PATHS = ("--data", "--output", "--cache", "--model")  # options whose values say something of a machine, not of a run
 
 
 def about(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Scored:
     Attributes:
         validation (`list`): batches of clean examples of the target task.
         reference (`torch.Tensor` or `None`): `(B, T)` log-probabilities of the labels under RHO-1's reference.
+        fisher: gives the Fisher that a config wants.
         stability_weight (`float`): lambda of the estimators; 0 without a Fisher.
         targets (`dict`): target gradients by what they cover, kept between batches of one state of the model.
     """
@@ -30,7 +31,7 @@ class Scored:
     batch: Batch
     validation: list[Batch]
     reference: torch.Tensor | None = None
-    fisher: Fisher | None = None
+    fisher: Callable[[AlphaTokenConfig], Fisher] | None = None
     stability_weight: float = 0.0
     generator: torch.Generator | None = None
     optimizer: torch.optim.Optimizer | None = None  # for values of the step that it will take
@@ -71,7 +72,9 @@ def valued(*, precondition: bool = False, **options: Any) -> Score:
 
     def score(at: Scored) -> Parts:
         config = AlphaTokenConfig(stability_weight=at.stability_weight, **options)
-        given: dict[str, Any] = {"target": at.target(config), "fisher": at.fisher, "config": config}
+        given: dict[str, Any] = {"target": at.target(config), "config": config}
+        if at.fisher is not None and at.stability_weight > 0:
+            given["fisher"] = at.fisher(config)
         if precondition:
             given["optimizer"] = at.optimizer
         _, values = alphatoken_weights(at.model, None, at.batch, return_values=True, **given)

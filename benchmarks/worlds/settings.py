@@ -207,11 +207,11 @@ def real_preferences() -> Iterator[Setting]:
 REAL_QUICK = ("all tokens", "difference", "DPO: all tokens", "DPO: difference")
 
 
-def real_runs(task: str, quick: bool) -> list[tuple[Setting, float, int]]:
+def real_runs(task: str, quick: bool, seeds: int | None = None) -> list[tuple[Setting, float, int]]:
     """Setting, learning rate and seed, by seed and rate: what is there is balanced. `quick`: two at the middle rate."""
     settings = list(real_supervised() if task == "sft" else real_preferences())
     rates = REAL_RATES[task]
     if quick:
         return [(setting, rates[1], 0) for setting in settings if setting.name in REAL_QUICK]
     middle_first = (rates[1], rates[0], *rates[2:])
-    return [(setting, lr, seed) for seed in range(REAL_SEEDS) for lr in middle_first for setting in settings]
+    return [(setting, lr, seed) for seed in range(seeds or REAL_SEEDS) for lr in middle_first for setting in settings]
