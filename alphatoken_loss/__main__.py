@@ -9,7 +9,11 @@ from collections.abc import Sequence
 
 from . import __version__
 
-_COMMANDS = ("tools.score.command", "tools.report.report")  # modules of this package with an `add_parser`
+_COMMANDS = (
+    "tools.score.command",
+    "tools.score.reselect",
+    "tools.report.report",
+)  # modules of this package with an `add_parser`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

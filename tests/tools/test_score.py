@@ -1,4 +1,4 @@
-"""`python -m alphatoken_loss score`: values against single rows, resuming, formats, and stock TRL on its output."""
+"""`alphatoken score` and `reselect`: values against single rows, resuming, formats, and stock TRL on its output."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import tuning
 from checks import error
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
@@ -23,10 +24,10 @@ from trl import SFTConfig, SFTTrainer
 
 from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher, target_gradient
 from alphatoken_loss.__main__ import main
-from alphatoken_loss.tools.score import command as scoring
+from alphatoken_loss.tools.cli import UserError
 from alphatoken_loss.tools.score import parts
-from alphatoken_loss.tools.score.command import reselect
-from alphatoken_loss.tools.score.rows import UserError
+from alphatoken_loss.tools.score import scorer as scoring
+from alphatoken_loss.tools.score.reselect import reselect
 
 CONFIG = AlphaTokenConfig(num_layers=2)
 PAIR_COLUMNS = [f"{b}_{c}" for b in ("chosen", "rejected") for c in ("input_ids", "attention_mask", "labels")]
@@ -181,7 +182,7 @@ def content(folder):
 def test_an_interrupted_run_goes_on(files, output, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second part: that part is run again, the first is not, and nothing is lost or repeated."""
     folder, rows = tmp_path / "out", []
-    values = scoring._Scorer._values
+    values = scoring.Scorer._values
 
     def counting(self, together):
         if len(rows) >= 6 and stop:
@@ -189,7 +190,7 @@ def test_an_interrupted_run_goes_on(files, output, tmp_path, monkeypatch, capsys
         rows.extend(together)
         return values(self, together)
 
-    monkeypatch.setattr(scoring._Scorer, "_values", counting)
+    monkeypatch.setattr(scoring.Scorer, "_values", counting)
     stop = True
     assert main(arguments(files, folder, tokens_per_batch=60)) == 130
     assert "Run the same command again" in capsys.readouterr().err
@@ -250,10 +251,10 @@ def test_a_killed_process_leaves_whole_files_and_goes_on(files, output, tmp_path
 def test_a_run_only_goes_on_with_what_it_began(files, output, tmp_path, capsys):
     before = content(output)
     for changes, named in (
-        ({"stability_weight": 1.0}, "stability_weight"),
-        ({"dataset": "pairs.parquet"}, "dataset"),
-        ({"adapter": None}, "adapter"),
-        ({"max_length": 20}, "max_length"),
+        ({"stability_weight": 1.0}, "--stability-weight"),
+        ({"dataset": "pairs.parquet"}, "--dataset"),
+        ({"adapter": None}, "--adapter"),
+        ({"max_length": 20}, "--max-length"),
     ):
         assert main(arguments(files, output, **changes)) == 2
         assert f"begun with other arguments or files ({named}" in capsys.readouterr().err
@@ -268,7 +269,7 @@ def test_a_run_only_goes_on_with_what_it_began(files, output, tmp_path, capsys):
 
 
 def test_other_labels_need_no_second_scoring(files, output, tmp_path, monkeypatch, capsys):
-    for name in ("load_model", "_load_tokenizer"):
+    for name in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(scoring, name, lambda *args: pytest.fail("a model was loaded"))
     folder = reselect(output, rho=0.2, output=tmp_path / "out")
     for row in scored(folder):
@@ -276,23 +277,37 @@ def test_other_labels_need_no_second_scoring(files, output, tmp_path, monkeypatc
         values = torch.tensor(row["token_values"])[inside]
         kept = [i for i, value in zip(inside, values, strict=True) if value >= values.quantile(0.8)]
         assert [i for i, label in enumerate(row["labels"]) if label != -100] == kept and kept
-    assert main(["score", "--reselect", str(folder), "--rho", "0.2", "--threshold-scope", "dataset"]) == 0
-    rows = scored(folder)
+    again = tmp_path / "out-rho0.2-dataset"
+    assert main(["reselect", str(folder), "--rho", "0.2", "--threshold-scope", "dataset"]) == 0
+    rows = scored(again)
     every = [(r, i) for r, row in enumerate(rows) for i, x in enumerate(row["response_mask"]) if x and i]
     values = torch.tensor([rows[r]["token_values"][i] for r, i in every])
     kept = [place for place, value in zip(every, values, strict=True) if value >= values.quantile(0.8)]
     assert [(r, i) for r, row in enumerate(rows) for i, x in enumerate(row["labels"]) if x != -100] == kept
-    train, meta = load_from_disk(folder)["train"], json.loads((folder / "meta.json").read_text())
+    train, meta = load_from_disk(again)["train"], json.loads((again / "meta.json").read_text())
     labels = [row["labels"] for row in rows if any(label != -100 for label in row["labels"])]
     assert train["labels"][:] == labels and meta["rows_without_labels"] == 11 - len(labels) > 0
     assert meta["selection"] == {"rho": 0.2, "threshold_scope": "dataset"}
-    # The command that scored does it too, and comes back to where it was.
-    assert main(arguments(files, folder)) == 0 and content(folder)[:3] == content(output)[:3]
     capsys.readouterr()
     assert main(["score", "--reselect", str(output), "--output", str(folder)]) == 2
     assert "not empty" in capsys.readouterr().err
-    assert main(["score", "--reselect", str(files)]) == 2 and "is no output" in capsys.readouterr().err
-    assert main(["score", "--reselect", str(folder), "--rho", "2"]) == 2 and "rho is 2.0" in capsys.readouterr().err
+    assert main(["reselect", str(files)]) == 2 and "is no output" in capsys.readouterr().err
+    assert main(["reselect", str(folder), "--rho", "2"]) == 2 and "--rho is 2.0" in capsys.readouterr().err
+
+
+def test_labels_do_not_change_in_place(files, output, capsys):
+    """Neither by `reselect` nor by the command that scored: a tool that has prepared them would not notice."""
+    before = content(output)
+    for argv in (
+        ["reselect", str(output), "--rho", "0.2", "--output", str(output)],
+        arguments(files, output, rho=0.2),
+        arguments(files, output, threshold_scope="dataset"),
+    ):
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert "has labels for rho 0.5 by sequence already" in err and f"alphatoken reselect {output}" in err
+    assert reselect(output, rho=0.5, output=output) == output
+    assert content(output) == before
 
 
 def test_an_interrupted_selection_does_not_load_and_is_made_again(files, output, tmp_path, monkeypatch):
@@ -302,12 +317,13 @@ def test_an_interrupted_selection_does_not_load_and_is_made_again(files, output,
     def stop(*args):
         raise KeyboardInterrupt
 
+    later = tmp_path / "out-rho0.2"
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_write_arrow", stop)
-        assert main(["score", "--reselect", str(folder), "--rho", "0.2"]) == 130
+        patch.setattr(parts, "write_arrow", stop)
+        assert main(["reselect", str(folder), "--rho", "0.2"]) == 130
     with pytest.raises(FileNotFoundError):
-        load_from_disk(folder)
-    assert reselect(folder, rho=0.5) == folder
+        load_from_disk(later)
+    assert reselect(folder, rho=0.2) == later and len(load_from_disk(later)["train"])
     assert content(folder)[:3] == content(output)[:3]
     (folder / "scored" / "part-00001.parquet").unlink()
     with pytest.raises(UserError, match="parts are missing"):
@@ -329,7 +345,7 @@ def test_values_that_are_not_finite_name_their_rows(files, tmp_path, monkeypatch
 
     monkeypatch.setattr(scoring, "alphatoken_weights", overflow)
     assert main(arguments(files, tmp_path / "out", tokens_per_batch=1)) == 1
-    assert "rows [0]: values are not finite" in capsys.readouterr().err
+    assert "rows [1], counted from 1: values are not finite" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ formats
@@ -382,6 +398,8 @@ def test_rows_that_are_cut_stay_in_their_place(files, tmp_path, capsys):
     tuning.sft_data("text", 3, 50).to_json(tmp_path / "texts.jsonl")
     options = {"dataset": tmp_path / "rows.jsonl", "target": tmp_path / "texts.jsonl"}
     assert main(arguments(files, tmp_path / "out", max_length=12, **options)) == 0
+    told = capsys.readouterr().out
+    assert "6 sequences were cut by --max-length, 114 tokens in all" in told and "4 rows have no label left" in told
     found = scored(tmp_path / "out")
     assert [len(row["input_ids"]) for row in found] == [12] * 6
     assert [sum(row["response_mask"]) for row in found] == [0, 0, 0, 0, 9, 9]
@@ -443,14 +461,79 @@ def test_stock_trl_trains_on_it_with_the_masked_loss(files, output, tmp_path):
         assert count < sum(int(x) for ids in batch["input_ids"] for x in ids != 0)
 
 
-def test_the_folder_is_what_axolotl_and_llama_factory_load(output):
-    """Neither is installed here: this is the way either reads it, and the collator that either pads with."""
-    whole, alone = load_from_disk(output), load_from_disk(output / "train")
+@pytest.mark.parametrize("data", ["rows.jsonl", "pairs.parquet"])
+def test_the_folder_loads_in_either_way_and_in_old_releases(files, tmp_path, data):
+    """As Axolotl and LLaMA-Factory load it, and as TRL's command line does; `datasets` below 4 knows no "List"."""
+    folder = tmp_path / "out"
+    assert main(arguments(files, folder, dataset=data)) == 0
+    whole, alone = load_from_disk(folder), load_from_disk(folder / "train")
     assert isinstance(whole, DatasetDict) and isinstance(alone, Dataset)
+    loaded = load_dataset(str(folder), split="train")
+    assert loaded.to_list() == alone.to_list() == whole["train"].to_list()
+    assert loaded.features == alone.features
+    metadata = json.loads(_schema_of(folder / "train").metadata[b"huggingface"])["info"]["features"]
+    on_disk = json.loads((folder / "train" / "dataset_info.json").read_text())["features"]
+    assert metadata == on_disk and {feature["_type"] for feature in on_disk.values()} == {"Sequence"}
+    # A second use finds the files that the first has cached beside the data.
+    alone.map(lambda row: {"length": len(row[alone.column_names[0]])})
+    assert list((folder / "train").glob("cache-*"))
+    assert load_dataset(str(folder), split="train").to_list() == load_from_disk(folder)["train"].to_list()
+    assert loaded.column_names == load_from_disk(folder)["train"].column_names
+    # Other labels have another fingerprint, under which `datasets` keeps what it prepares.
+    other = load_from_disk(reselect(folder, rho=0.2))["train"]
+    assert other._fingerprint != alone._fingerprint == load_from_disk(folder / "train")._fingerprint
+
+
+def _schema_of(folder):
+    with pa.OSFile(str(sorted(folder.glob("data-*"))[0])) as file, pa.ipc.open_stream(file) as reader:
+        return reader.schema
+
+
+def test_collators_of_other_tools_pad_it(output):
+    alone = load_from_disk(output / "train")
     batch = DataCollatorForSeq2Seq(tuning.tokenizer(), label_pad_token_id=-100)([alone[i] for i in (0, 5, 10)])
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     for i, place in enumerate((0, 5, 10)):
         assert batch["labels"][i][: len(alone[place]["labels"])].tolist() == alone[place]["labels"]
+
+
+def test_models_and_data_are_known_by_content(files, tmp_path, capsys):
+    """The same files elsewhere are the same; other weights under the same name are not; caches do not count."""
+    moved = tmp_path / "moved"
+    for name in ("model", "adapter"):
+        shutil.copytree(files / name, moved / name)
+    tuning.sft_data(count=11).save_to_disk(moved / "rows")
+    given = {"model": moved / "model", "adapter": moved / "adapter", "dataset": moved / "rows"}
+    assert main(arguments(files, tmp_path / "out", **given)) == 0
+    load_from_disk(moved / "rows").map(lambda row: {"length": len(row["prompt"])})
+    shutil.move(moved, tmp_path / "again")
+    given = {name: tmp_path / "again" / Path(path).name for name, path in given.items()}
+    before = content(tmp_path / "out")
+    assert main(arguments(files, tmp_path / "out", **given)) == 0 and content(tmp_path / "out") == before
+    weights = given["model"] / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(arguments(files, tmp_path / "out", **given)) == 2
+    assert "begun with other arguments or files (--model)" in capsys.readouterr().err
+
+
+def test_the_tokenizer_is_the_named_one_then_the_adapters_then_the_models(files, tmp_path):
+    """They differ by their chat templates."""
+    shutil.copytree(files / "adapter", tmp_path / "adapter")
+    template = tuning.tokenizer(chat=True).chat_template
+    for place, word in ((tmp_path / "adapter", "beside"), (tmp_path / "named", "named")):
+        tokenizer = tuning.tokenizer(chat=True)
+        tokenizer.chat_template = word + template
+        tokenizer.save_pretrained(place)
+    tuning.sft_data("chat", 3).to_json(tmp_path / "rows.jsonl")
+    heads = []
+    for number, given in enumerate(({}, {"adapter": tmp_path / "adapter"},
+                                    {"adapter": tmp_path / "adapter", "tokenizer": tmp_path / "named"})):  # fmt: skip
+        assert main(arguments(files, tmp_path / f"out{number}", dataset=tmp_path / "rows.jsonl", **given)) == 0
+        heads.append(tuning.tokenizer().decode(scored(tmp_path / f"out{number}")[0]["input_ids"])[:6])
+    assert heads == ["user: ", "beside", "nameduser"[:6]]
 
 
 # ------------------------------------------------------------------------------------ mistakes
@@ -484,8 +567,9 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
         ({"adapter": tmp_path / "adapter"}, "does not fit --model"),
         ({"adapter": tmp_path / "short"}, "missing adapter keys"),
         ({"device": "abacus"}, "--device abacus: cannot be used"),
-        ({"rho": 1.5}, "rho is 1.5"),
-        ({"num_layers": 9}, "num_layers is 9"),
+        ({"tokenizer": tmp_path / "none"}, "--tokenizer"),
+        ({"rho": 1.5}, "--rho is 1.5"),
+        ({"num_layers": 9}, "--num-layers is 9"),
     ]
     for number, (changes, message) in enumerate(cases):
         assert main(arguments(files, tmp_path / f"out{number}", **changes)) == 2, changes

@@ -16,20 +16,29 @@ import torch
 
 from ...batches.batch import IGNORE
 from ...selection.thresholds import keep_mask
-from .rows import Row, UserError
+from ..cli import UserError
+from .rows import Row
+from .train import close_folder, save_folder, write_arrow
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-META, SCORED, TRAIN = "meta.json", "scored", "train"
-_LOADABLE = "dataset_dict.json"  # what makes the folder one that `datasets` loads; written last
+META, SCORED = "meta.json", "scored"
+
+
+_COUNTS = ("response_tokens", "kept_tokens", "rows_without_labels", "sequences_cut", "tokens_cut")
+_OTHER_LABELS = (
+    "{folder}: has labels for rho {rho} by {threshold_scope} already. They are not changed in place: Axolotl and other "
+    "tools keep what they have prepared under a hash of the configuration, in which the folder's name stands and not "
+    "its content, and would train on the old labels. Write another folder: alphatoken reselect {folder} --rho {new}."
+)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / META).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: is no output of `python -m alphatoken_loss score`.") from error
+        raise UserError(f"{folder}: is no output of `alphatoken score`.") from error
 
 
 def write_part(path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, rho: float, form: str) -> None:
@@ -41,6 +50,7 @@ def write_part(path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: in
         columns[f"{prefix}attention_mask"] = [[1] * len(s.ids) for s in sequences]
         columns[f"{prefix}token_values"] = [value.tolist() for value in values]
         columns[f"{prefix}response_mask"] = [[int(inside) for inside in s.response] for s in sequences]
+        columns[f"{prefix}cut_tokens"] = [s.cut for s in sequences]
     _relabel(columns, form, rho, {}, Counter())
     _write_table(path, columns, form)
 
@@ -66,31 +76,38 @@ def _labels(ids: torch.Tensor, response: torch.Tensor, kept: torch.Tensor) -> to
 
 
 def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: str) -> Path:
-    """Labels for `rho` in every part, the folder that trainers load, and `meta.json`."""
+    """Labels for `rho` in every part, the folder that trainers load, and `meta.json`.
+
+    Raises:
+        UserError: `folder` has other labels already, or parts are missing, or no label is left.
+    """
     selection = {"rho": rho, "threshold_scope": scope}
-    if folder == source and meta["state"] == "done" and meta["selection"] == selection:
-        return folder
+    if folder == source and meta["state"] == "done":
+        if meta["selection"] == selection:
+            return folder
+        raise UserError(_OTHER_LABELS.format(folder=folder, **meta["selection"], new=rho))
     (folder / SCORED).mkdir(parents=True, exist_ok=True)
-    write_json(folder / META, {**meta, "state": "selecting"})
-    (folder / _LOADABLE).unlink(missing_ok=True)  # while labels change, the folder does not load
+    write_json(folder / META, {**meta, "state": "selecting", "of": str(source)})
+    close_folder(folder)  # while labels change, the folder does not load
     parts = sorted((source / SCORED).glob("part-*.parquet"))
     thresholds = {p: _threshold(parts, p, rho) for p in _prefixes(meta["form"])} if scope == "dataset" else {}
-    counts = Counter(response_tokens=0, kept_tokens=0, rows_without_labels=0)  # zeros stay, to be reported
+    counts = Counter(dict.fromkeys(_COUNTS, 0))  # zeros stay, to be reported
     temporary = folder / ".train.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    arrows = []
-    for part in parts:
+    for number, part in enumerate(parts):
         columns = _read_columns(part)
         counts["rows"] += len(columns["row"])
         _relabel(columns, meta["form"], rho, thresholds, counts)
         _write_table(folder / SCORED / part.name, columns, meta["form"])
-        arrows.append(_write_arrow(temporary / f"{part.stem}.arrow", columns, meta["form"], counts))
+        rows = _with_labels(columns, meta["form"], counts)
+        name = f"data-{number:05d}-of-{len(parts):05d}.arrow"
+        write_arrow(temporary / name, rows, _schema(meta["form"], scored=False))
     if counts.pop("rows") != meta["rows"]:
         raise UserError(f"{source}: parts are missing in {SCORED}. Run the command that made it again.")
     if not counts["kept_tokens"]:
         raise UserError(f"{source}: no row has a response token left, so there is nothing to train on (--max-length?).")
-    _save_train(temporary, folder, arrows)
+    save_folder(temporary, folder, _schema(meta["form"], scored=False))
     write_json(folder / META, {**meta, "state": "done", "selection": selection, **counts})
     return folder
 
@@ -123,6 +140,9 @@ def _relabel(
             counts["kept_tokens"] += int(kept.sum())
             labels.append(_labels(torch.tensor(ids), response, kept).tolist())
         columns[f"{prefix}labels"] = labels
+        cut = columns[f"{prefix}cut_tokens"]
+        counts["sequences_cut"] += sum(number > 0 for number in cut)
+        counts["tokens_cut"] += sum(cut)
 
 
 def _schema(form: str, *, scored: bool) -> pa.Schema:
@@ -132,7 +152,8 @@ def _schema(form: str, *, scored: bool) -> pa.Schema:
     if scored:
         kinds |= {"token_values": pa.float32(), "response_mask": pa.int8()}
     fields = [(f"{prefix}{name}", pa.list_(kind)) for prefix in _prefixes(form) for name, kind in kinds.items()]
-    return pa.schema([("row", pa.int64()), *fields] if scored else fields)
+    cut = [(f"{prefix}cut_tokens", pa.int32()) for prefix in _prefixes(form)]
+    return pa.schema([("row", pa.int64()), *fields, *cut] if scored else fields)
 
 
 def _read_columns(path: Path, names: list[str] | None = None) -> dict[str, list[Any]]:
@@ -149,37 +170,12 @@ def _write_table(path: Path, columns: dict[str, list[Any]], form: str) -> None:
         pq.write_table(pa.table(columns, schema=_schema(form, scored=True)), temporary)
 
 
-def _write_arrow(path: Path, columns: dict[str, list[Any]], form: str, counts: Counter[str]) -> Path:
+def _with_labels(columns: dict[str, list[Any]], form: str, counts: Counter[str]) -> dict[str, list[Any]]:
     """The rows that trainers take: those with a label, since a batch of others has no mean loss."""
-    import pyarrow as pa
-
-    prefixes, schema = _prefixes(form), _schema(form, scored=False)
-    labels = zip(*(columns[f"{prefix}labels"] for prefix in prefixes), strict=True)
+    labels = zip(*(columns[f"{prefix}labels"] for prefix in _prefixes(form)), strict=True)
     rows = [i for i, each in enumerate(labels) if any(label != IGNORE for one in each for label in one)]
     counts["rows_without_labels"] += len(columns["row"]) - len(rows)
-    table = pa.table({name: [columns[name][i] for i in rows] for name in schema.names}, schema=schema)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        writer.write_table(table)
-    return path
-
-
-def _save_train(temporary: Path, folder: Path, arrows: list[Path]) -> None:
-    import datasets
-    from datasets import Dataset, DatasetDict, concatenate_datasets
-
-    shown = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        parts = [Dataset.from_file(str(arrow)) for arrow in arrows]
-        train = concatenate_datasets([part for part in parts if len(part)])
-        DatasetDict({"train": train}).save_to_disk(temporary / "saved")
-    finally:
-        if not shown:
-            datasets.enable_progress_bars()
-    shutil.rmtree(folder / TRAIN, ignore_errors=True)
-    os.replace(temporary / "saved" / TRAIN, folder / TRAIN)
-    os.replace(temporary / "saved" / _LOADABLE, folder / _LOADABLE)
-    shutil.rmtree(temporary)
+    return {name: [columns[name][i] for i in rows] for name in _schema(form, scored=False).names}
 
 
 @contextlib.contextmanager

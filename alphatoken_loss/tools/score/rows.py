@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...batches.batch import IGNORE
+from ..cli import UserError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,16 +19,13 @@ if TYPE_CHECKING:
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-class UserError(Exception):
-    """A mistake in what was asked for; the message says what to do."""
-
-
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of one sequence, and whether each is part of the response."""
+    """Token ids of one sequence, whether each is part of the response, and how many more were cut off."""
 
     ids: list[int]
     response: list[bool]
+    cut: int = 0
 
     @property
     def labels(self) -> list[int]:
@@ -113,12 +111,16 @@ def tokenised(
         found = list((_prepared_pairs if pairs else _prepared_sft)(some, tokenizer, assistant_only))
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{option}: rows {places[0]} to {places[-1]} could not be tokenised ({first_line(error)})."
+            f"{option}: rows {places[0] + 1} to {places[-1] + 1} could not be tokenised ({first_line(error)})."
         ) from error
     finally:
         if not shown:
             datasets.enable_progress_bars()
-    return [tuple(Tokens(s.ids[:max_length], s.response[:max_length]) for s in row) for row in found]
+    return [tuple(_cut(sequence, max_length) for sequence in row) for row in found]
+
+
+def _cut(sequence: Tokens, length: int) -> Tokens:
+    return Tokens(sequence.ids[:length], sequence.response[:length], max(len(sequence.ids) - length, 0))
 
 
 def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
@@ -176,9 +178,3 @@ def by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
         together.append(place)
     if together:
         yield together
-
-
-def first_line(error: BaseException) -> str:
-    """Of an error's message, or its kind."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

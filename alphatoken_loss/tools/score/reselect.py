@@ -1,0 +1,108 @@
+"""`alphatoken reselect`: other labels for a scored data set, from its stored values and without a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ...config import AlphaTokenConfig
+from ..cli import Help, UserError, or_exit
+from .parts import META, finish, read_meta
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `reselect` to a command line."""
+    parser = subparsers.add_parser(
+        "reselect",
+        help="make other labels for a scored data set, without a model",
+        description="Make the labels of a scored data set anew from its stored values, in a folder of its own: tools "
+        "that have prepared the old one would not notice a change in place.",
+        formatter_class=Help,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="output of `alphatoken score`")
+    parser.add_argument("--output", help="folder to write; by default FOLDER with the share at its end")
+    add_selection(parser)
+    parser.set_defaults(run=run)
+
+
+def add_selection(parser: Any) -> None:
+    """Add the options that say which tokens are kept."""
+    parser.add_argument("--rho", type=float, default=0.5, help="share of response tokens to keep, in (0, 1]")
+    parser.add_argument(
+        "--threshold-scope",
+        choices=("sequence", "dataset"),
+        default="sequence",
+        help="keep that share of each sequence, or of all tokens of the data set (of each branch, for pairs)",
+    )
+
+
+@or_exit()
+def run(args: argparse.Namespace) -> int:
+    """The command. Returns the exit status: 0, or 2 for a user's mistake."""
+    folder = reselect(args.folder, rho=args.rho, threshold_scope=args.threshold_scope, output=args.output)
+    print(report(folder, read_meta(folder)))
+    return 0
+
+
+def reselect(
+    path: str | os.PathLike[str],
+    *,
+    rho: float,
+    threshold_scope: str = "sequence",
+    output: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Make the labels of a scored data set anew from its stored values, without a model.
+
+    Args:
+        path: a finished output of `alphatoken score`.
+        rho (`float`): share of response tokens to keep, in (0, 1].
+        threshold_scope (`str`): `"sequence"`, that share of each sequence, or `"dataset"`, of all tokens (of each
+            branch, for pairs).
+        output: folder to write; by default `path` with `-rho` and the share at its end.
+
+    Returns:
+        `Path`: the folder that was written.
+
+    Raises:
+        UserError: `path` is no finished output; `output` is `path` and has other labels; or it is not empty.
+        ValueError: `rho` or `threshold_scope` is not allowed.
+
+    Example:
+        >>> reselect("scored", rho=0.3)
+        PosixPath('scored-rho0.3')
+    """
+    AlphaTokenConfig(rho=rho)
+    if threshold_scope not in ("sequence", "dataset"):
+        raise ValueError(f"threshold_scope is {threshold_scope!r}; it must be 'sequence' or 'dataset'.")
+    source = Path(path)
+    meta = read_meta(source)
+    if meta["state"] == "scoring":
+        raise UserError(f"{source}: scoring was interrupted. Run its command again first.")
+    end = f"-rho{rho:g}" + ("-dataset" if threshold_scope == "dataset" else "")
+    folder = source.with_name(source.resolve().name + end) if output is None else Path(output)
+    if folder.resolve() == source.resolve():
+        folder = source
+    elif folder.exists() and any(folder.iterdir()) and not _begun_from(folder, source):
+        raise UserError(f"--output {folder}: the folder exists and is not empty.")
+    return finish(source, folder, meta, rho, threshold_scope)
+
+
+def _begun_from(folder: Path, source: Path) -> bool:
+    """Whether a selection that was interrupted has left this folder."""
+    if not (folder / META).is_file():
+        return False
+    meta = read_meta(folder)
+    return meta["state"] == "selecting" and meta.get("of") == str(source)
+
+
+def report(folder: Path, meta: dict[str, Any]) -> str:
+    """What was kept and what was dropped, in words."""
+    kept, tokens = meta["kept_tokens"], meta["response_tokens"]
+    lines = [f"{folder}: {meta['rows']} rows, {kept} of {tokens} response tokens kept ({kept / max(tokens, 1):.1%})."]
+    if meta["sequences_cut"]:
+        lines.append(f"{meta['sequences_cut']} sequences were cut by --max-length, {meta['tokens_cut']} tokens in all.")
+    if meta["rows_without_labels"]:
+        lines.append(f"{meta['rows_without_labels']} rows have no label left and are not in {folder / 'train'}.")
+    return "\n".join(lines)

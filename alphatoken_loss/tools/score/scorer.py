@@ -1,0 +1,146 @@
+"""The model of a scoring run, and the values it gives to rows."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import AlphaTokenConfig
+from ...directions.estimate import estimate_fisher
+from ...directions.fisher import Fisher
+from ...directions.target import Target, target_gradient
+from ...weights import alphatoken_weights
+from ..cli import UserError, first_line
+from .parts import whole
+from .rows import Row, by_length, collate, tokenised
+
+FISHER = "fisher.safetensors"
+
+
+class Scorer:
+    """The model and what its values need, loaded when there is something left to score."""
+
+    def __init__(
+        self, args: argparse.Namespace, config: AlphaTokenConfig, rows: Any, target_rows: Any, folder: Path
+    ) -> None:
+        self.args, self.config, self.rows = args, config, rows
+        try:
+            self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {args.device}: cannot be used ({first_line(error)}).") from error
+        self.tokenizer = load_tokenizer(args)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self.options = {"max_length": args.max_length, "assistant_only": args.assistant_only_loss}
+        self.tokenised(rows, [0], "--dataset")  # a chat template that is missing, before a model is loaded
+        target = self.tokenised(target_rows, range(len(target_rows)), "--target")
+        self.model = load_model(args, self.device)
+        self.target: Target = target_gradient(self.model, self._batches(target), config=config)
+        self.fisher = self._fisher(folder) if config.stability_weight > 0 else None
+
+    def tokenised(self, rows: Any, places: Any, option: str) -> list[Row]:
+        return tokenised(rows, places, self.tokenizer, option=option, **self.options)
+
+    def part(self, start: int, stop: int, bar: Any) -> list[tuple[Row, list[torch.Tensor]]]:
+        """Rows start to stop with the values of each of their sequences, in the data set's order."""
+        rows = self.tokenised(self.rows, range(start, stop), "--dataset")
+        values: list[list[torch.Tensor]] = [[] for _ in rows]
+        for places in by_length(rows, self.args.tokens_per_batch):
+            try:
+                found = self._values([rows[i] for i in places])
+            except FloatingPointError as error:
+                numbers = sorted(start + i + 1 for i in places)
+                raise FloatingPointError(f"rows {numbers}, counted from 1: {error}") from error
+            for i, value in zip(places, found, strict=True):
+                values[i] = value
+            bar.update(len(places))
+        return list(zip(rows, values, strict=True))
+
+    def _values(self, rows: list[Row]) -> list[list[torch.Tensor]]:
+        batch = collate(rows, self.pad, self.device)
+        given: dict[str, Any] = {"target": self.target, "fisher": self.fisher, "config": self.config}
+        _, values = alphatoken_weights(self.model, None, batch, beta=self.args.beta, return_values=True, **given)
+        total = values.total.float().cpu()
+        branches = total.split(len(rows))  # pairs are stacked, chosen first
+        return [
+            [branch[i, : len(sequence.ids)] for branch, sequence in zip(branches, row, strict=True)]
+            for i, row in enumerate(rows)
+        ]
+
+    def _batches(self, rows: list[Row]) -> Iterator[dict[str, torch.Tensor]]:
+        for places in by_length(rows, self.args.tokens_per_batch):
+            yield collate([rows[i] for i in places], self.pad, self.device)
+
+    def _fisher(self, folder: Path) -> Fisher:
+        """The Fisher that was given, that an interrupted run has left, or a new one."""
+        args, path = self.args, folder / FISHER
+        if args.fisher is not None or path.is_file():
+            return Fisher.load(args.fisher or path)
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(args.seed))
+        chosen = self.tokenised(self.rows, order[: args.fisher_prompts].tolist(), "--dataset")
+        fisher = estimate_fisher(
+            self.model,
+            [row[0].prompt for row in chosen if row[0].prompt],
+            tokenizer=self.tokenizer,
+            config=self.config,
+            max_new_tokens=args.fisher_new_tokens,
+            seed=args.seed,
+        )
+        with whole(path) as temporary:
+            fisher.save(temporary)
+        return fisher
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The one that was named; else the adapter's own, which knows its template and added tokens; else the model's."""
+    from transformers import AutoTokenizer
+
+    option, source = "--model", args.model
+    if args.tokenizer is not None:
+        option, source = "--tokenizer", args.tokenizer
+    elif args.adapter is not None and (Path(args.adapter) / "tokenizer_config.json").is_file():
+        option, source = "--adapter", args.adapter
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{option} {source}: no tokenizer could be loaded ({first_line(error)}).") from error
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The base model with its adapter, or with a new one, in training mode."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if args.load_in_4bit:
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+        options["device_map"] = {"": device}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {args.model}: could not be loaded ({first_line(error)}).") from error
+    if not args.load_in_4bit:
+        model = model.to(device)
+    if args.adapter is None:
+        torch.manual_seed(args.seed)
+        new = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, new).train()  # 4-bit linears in evaluation mode lose their backward on a CPU
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns where an adapter lacks weights, and would leave them as they were initialised.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            return PeftModel.from_pretrained(model, args.adapter, is_trainable=True).train()
+    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+        raise UserError(
+            f"--adapter {args.adapter}: does not fit --model {args.model} ({first_line(error)})."
+        ) from error
