@@ -27,6 +27,7 @@ from .estimators import estimator_class
 from .estimators.base import Task
 from .figures import Figures
 from .losses.kl import Penalty, check_kl_coef
+from .models.changes import Changes
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
 from .step import Step, check_nothing_behind
@@ -161,7 +162,9 @@ class AlphaToken:
             options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ref_model": reference}
             penalty = Penalty(self.model, read_batch(batch), kl_coef=kl_coef, **options)
         masking = self._masking(batch, mean_over_kept, beta, weights, penalty)
-        with masking, contextlib.nullcontext() if penalty is None else penalty.watching():
+        watching = contextlib.nullcontext() if penalty is None else penalty.watching()
+        with Changes() as changes, masking, watching:
+            changes.keep_modes()
             self._penalty = penalty
             try:
                 yield self

@@ -13,6 +13,7 @@ from .batches.batch import Batch
 from .config import AlphaTokenConfig
 from .estimators.base import Estimator, NonFiniteRows
 from .figures import Figures
+from .models.changes import undoing
 from .models.structure import find_blocks, trained_behind
 from .selection.thresholds import select
 from .values import TokenValues
@@ -69,6 +70,7 @@ class Step:
             )
         return _Gate.apply(hidden, self)
 
+    @undoing
     def mask(self, rows: torch.Tensor) -> torch.Tensor:
         batch = self.batch
         if self.failed:

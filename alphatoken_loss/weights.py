@@ -23,6 +23,7 @@ from .estimators.base import Estimator, Task
 from .estimators.others import Others
 from .losses.logps import token_logps
 from .losses.preference import LOSSES, check_loss, pair_logps, reference_logps
+from .models.changes import undoing
 from .models.forwards import rows_without_graph
 from .models.sites import find_scored
 from .models.start import adopt_start
@@ -63,6 +64,7 @@ def alphatoken_weights(
 ) -> tuple[torch.Tensor, TokenValues]: ...
 
 
+@undoing
 def alphatoken_weights(
     model: nn.Module,
     ref_model: nn.Module | None,

@@ -14,6 +14,7 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..losses.logps import token_logps
 from ..models.attention import AttentionCall
+from ..models.changes import Changes, undoing
 from ..models.processes import all_sum
 from ..models.reference import reference_mode, same_module
 from ..models.replay import capture_without_graph
@@ -70,6 +71,7 @@ def squared_sums(
     return visitor.sums
 
 
+@undoing
 def fisher_of_batches(
     model: nn.Module,
     scored: Scored,
@@ -119,17 +121,13 @@ class _Sums:
             for name, parts in sums.items():
                 self.of_sites[name] = tuple(a + b for a, b in zip(self.of_sites[name], parts, strict=True))
         if self.others:
-            frozen = [p for p in self.others.values() if not p.requires_grad]
-            try:
-                for parameter in frozen:
-                    parameter.requires_grad_()
+            with Changes() as changes:
+                for parameter in self.others.values():
+                    changes.require_grad(parameter, True)
                 with replaced(unwrap(self.owner), self.others):
                     for _, sequence in batch.sequences():
                         for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
                             self.of_others[name] += gradient.to(self.of_others[name]).square()
-            finally:
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
 
     def mean(self, count: int) -> Fisher:
         tensors = [tensor for parts in self.of_sites.values() for tensor in parts] + list(self.of_others.values())
@@ -156,6 +154,7 @@ def _zeros(scored: Scored, dense: bool) -> dict[str, tuple[torch.Tensor, ...]]:
     }
 
 
+@undoing
 def estimate_fisher(
     model: nn.Module,
     prompts: Iterable[Any],

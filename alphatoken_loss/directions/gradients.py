@@ -10,6 +10,7 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..losses.logps import token_logps
+from ..models.changes import Changes
 from ..models.modes import refuse_inference_mode, without_noise
 from ..models.structure import unwrap
 
@@ -29,12 +30,10 @@ def loss_gradients(
     refuse_inference_mode()
     inner = unwrap(model)
     with torch.set_grad_enabled(first is None), without_noise(inner):
-        hook = None if first is None else first.register_forward_pre_hook(begin)
-        try:
+        with Changes() as changes:
+            if first is not None:
+                changes.hook(first, begin, before=True)
             loss = -token_logps(inner, batch).sum()
-        finally:
-            if hook is not None:
-                hook.remove()
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..batches.batch import IGNORE, Batch
+from ..models.changes import Changes
 from ..models.modes import without_noise
 from ..models.structure import causal_lm
 
@@ -73,16 +74,11 @@ def sample_completions(
         eos_token_id=ends or None,
         use_cache=True,
     )
-    try:
+    with torch.no_grad(), without_noise(reference), Changes() as changes:
         # What the model's own generation config adds (penalties, beams) would make this no sample of the reference.
-        base.generation_config = GenerationConfig()
-        with torch.no_grad(), without_noise(reference):
-            # Not PEFT's `generate`, which leaves an attribute on the model.
-            sampled = base.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=config
-            )
-    finally:
-        base.generation_config = own
+        changes.set(base, "generation_config", GenerationConfig())
+        # Not PEFT's `generate`, which leaves an attribute on the model.
+        sampled = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
     completion = sampled[:, longest:]
     ended = torch.isin(completion, torch.tensor(ends, dtype=torch.long, device=device)).long()
     real = ended.cumsum(1) - ended == 0  # up to the first end token, which counts

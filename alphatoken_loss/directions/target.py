@@ -15,6 +15,7 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..losses.logps import token_logps
 from ..models import tensors
+from ..models.changes import undoing
 from ..models.processes import all_sum
 from ..models.replay import capture_without_graph
 from ..models.sites import Scored, find_scored
@@ -110,6 +111,7 @@ def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
     return -token_logps(model, batch).sum()
 
 
+@undoing
 def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any] | Batch]) -> Target:
     sums: dict[str, torch.Tensor] = {}
     count = 0

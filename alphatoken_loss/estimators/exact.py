@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from ..models import tensors
+from ..models.changes import Changes
 from ..models.modes import walked_once, without_noise
 from ..models.replay import Capture, capturing
 from .base import Task
@@ -78,12 +79,14 @@ def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> 
         ):
             for block, call in zip(blocks, capture.calls, strict=True):
                 moving = {
-                    name: forward_ad.make_dual(p.detach(), places[id(p)].to(p))
-                    for name, p in block.named_parameters()
+                    id(p): forward_ad.make_dual(p.detach(), places[id(p)].to(p))
+                    for p in block.parameters()
                     if id(p) in places
                 }
                 again = call.on(hidden)
-                output = torch.func.functional_call(block, moving, again.args, again.kwargs)
+                with Changes() as changes:
+                    changes.replace(block, moving)
+                    output = block(*again.args, **again.kwargs)
                 hidden = output[0] if isinstance(output, tuple) else output
             velocity = forward_ad.unpack_dual(hidden).tangent
             return torch.zeros_like(hidden) if velocity is None else velocity.clone()

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batches.batch import Batch
 from ..models.attention import KERNELS, AttentionCall, replaced_attention
+from ..models.changes import Changes
 from ..models.sites import LoraSite, Scored
 
 _QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes' weights, by name: importing it takes seconds
@@ -90,33 +91,22 @@ def forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
         if moves and isinstance(output, torch.Tensor) and output.is_floating_point() and not _moves(output):
             raise _no_rule(names[id(module)], module)
 
-    handles: list[Any] = []
-    patched: list[nn.Module] = []
-    with contextlib.ExitStack() as stack:
-        # Attention outside transformers' interface: the math kernel alone of torch's has a rule.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(
-            replaced_attention(blocks, lambda kernel, function: forward_mode_attention(function, batch))
-        )
+    attention = replaced_attention(blocks, lambda kernel, function: forward_mode_attention(function, batch))
+    # Attention outside transformers' interface: the math kernel alone of torch's has a rule.
+    with sdpa_kernel(SDPBackend.MATH), attention, Changes() as changes:
         try:
             for module in modules:
-                handles.append(module.register_forward_pre_hook(enter))
-                handles.append(module.register_forward_hook(leave))
+                changes.hook(module, enter, before=True)
+                changes.hook(module, leave)
             for module in {*quantised, *ruled}:
-                if "forward" not in module.__dict__:
+                if "forward" not in vars(module):
                     site = ruled.get(module)
-                    module.forward = _frozen(module) if site is None else _lora(site)
-                    patched.append(module)
+                    changes.set(module, "forward", _frozen(module) if site is None else _lora(site))
             yield
         except (NotImplementedError, RuntimeError) as error:
             if not isinstance(error, _NoRule) and running and "forward" in str(error).lower():
                 raise _no_rule(names[id(running[-1])], running[-1]) from error
             raise
-        finally:
-            for module in patched:
-                del module.forward
-            for handle in handles:
-                handle.remove()
 
 
 def _only_factors_move(site: LoraSite) -> bool:

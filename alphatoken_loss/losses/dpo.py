@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from ..batches.read import read_batch
+from ..models.changes import undoing
 from .logps import token_logps
 from .preference import LOSSES, check_loss, pair_logps, reference_logps
 from .weighting import Weights, check_weights, valuing
 
 
+@undoing
 def dpo_loss(
     model: nn.Module,
     ref_model: nn.Module | None,

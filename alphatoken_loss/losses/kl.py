@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..batches.batch import Batch
+from ..models.changes import Changes
 from ..models.forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
 from ..models.modes import HOOKS_INSIDE_CHECKPOINT, saved_tensors_hooked, unhooked, without_noise
 from ..models.reference import reference_mode
@@ -146,13 +147,13 @@ class Penalty:
             finally:
                 self._running = False
 
-        handle = decoder.register_forward_hook(after, with_kwargs=True)
-        try:
-            yield self
-        finally:
-            handle.remove()
-            self._between.close()
-            self._gated = None
+        with Changes() as changes:
+            changes.hook(decoder, after, with_kwargs=True)
+            try:
+                yield self
+            finally:
+                self._between.close()
+                self._gated = None
 
     def _make(self, hidden: torch.Tensor, gated: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         rows = self.batch.rows
@@ -242,11 +243,9 @@ def _last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
     if not learns_prompts(model):
         return decoder(**inputs).last_hidden_state
     kept: list[torch.Tensor] = []
-    handle = decoder.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
-    try:
+    with Changes() as changes:
+        changes.hook(decoder, lambda module, args, output: kept.append(output.last_hidden_state))
         model(**inputs, logits_to_keep=1)
-    finally:
-        handle.remove()
     return kept[0]
 
 

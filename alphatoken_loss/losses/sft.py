@@ -11,11 +11,13 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
+from ..models.changes import undoing
 from .kl import Penalty, check_kl_coef
 from .logps import logps_of_logits, token_logps
 from .weighting import Weights, check_weights, valuing
 
 
+@undoing
 def sft_loss(
     model: nn.Module,
     batch: Mapping[str, Any],

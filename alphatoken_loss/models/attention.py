@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..batches.batch import Batch
+from .changes import Changes
 from .sites import Scored, Site
 
 # Probabilities of one query chunk, all heads, are held in full precision: 32 MiB of float32 at this many elements.
@@ -195,17 +196,10 @@ def replaced_attention(
         if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
     }
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
-    before = {kernel: local.get(kernel) for kernel in kernels}
-    try:
+    with Changes() as changes:
         for kernel in kernels:
-            ALL_ATTENTION_FUNCTIONS[kernel] = replacement(kernel, ALL_ATTENTION_FUNCTIONS.get(kernel))
+            changes.put(local, kernel, replacement(kernel, ALL_ATTENTION_FUNCTIONS.get(kernel)))
         yield
-    finally:
-        for kernel, entry in before.items():
-            if entry is not None:
-                ALL_ATTENTION_FUNCTIONS[kernel] = entry
-            else:
-                local.pop(kernel, None)
 
 
 class AttentionWatch:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Cache
 
 from ..batches.batch import Batch
+from .changes import Changes
 from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
 from .modes import without_checkpointing
 from .structure import find_decoder, unwrap
@@ -43,13 +44,11 @@ class DecoderForward:
     ) -> None:
         self.batch, self.training = batch, training
         self.decoder = find_decoder(model)
-        own = {id(p): name for name, p in self.decoder.named_parameters()}
+        own = {id(p) for p in self.decoder.parameters()}
         # Virtual tokens of prompt learning come from outside the decoder: then the whole model runs again.
         self.virtual = not all(id(p) in own for p in parameters.values())
         self.entry = unwrap(model) if self.virtual else self.decoder
-        if self.virtual:
-            own = {id(p): name for name, p in self.entry.named_parameters()}
-        self._names = {name: own[id(p)] for name, p in parameters.items()}
+        self._parameters = parameters
         self._dtypes = {name: p.dtype for name, p in parameters.items()}
         self._devices = {p.device for p in parameters.values()} - {torch.device("cpu")}
         self.seen = False
@@ -98,15 +97,10 @@ class DecoderForward:
             output.last_hidden_state = on_hidden(watched, hidden)
             return output
 
-        handles = [
-            self.entry.register_forward_pre_hook(before, with_kwargs=True),
-            self.decoder.register_forward_hook(after),
-        ]
-        try:
+        with Changes() as changes:
+            changes.hook(self.entry, before, before=True, with_kwargs=True)
+            changes.hook(self.decoder, after)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def again(self, call: Call, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The last hidden state `(B, T, hidden)` of the same call without grad, from the same random state, with
@@ -115,12 +109,13 @@ class DecoderForward:
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         kind = next(iter(self._devices)).type if self._devices else "cuda"
-        placed = {self._names[name]: tensor.to(self._dtypes[name]) for name, tensor in moved.items()}
+        placed = {id(self._parameters[name]): tensor.to(self._dtypes[name]) for name, tensor in moved.items()}
         self._running = True
         try:
             fork = torch.random.fork_rng(list(self._devices), device_type=kind)
-            with torch.no_grad(), fork, without_checkpointing(self.entry):
-                torch.func.functional_call(self.entry, placed, call.args, kwargs)
+            with torch.no_grad(), fork, without_checkpointing(self.entry), Changes() as changes:
+                changes.replace(self.entry, placed)
+                self.entry(*call.args, **kwargs)
             assert self._hidden is not None
             return self._hidden
         finally:

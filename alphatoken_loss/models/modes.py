@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .changes import Changes
+
 # Up to transformers 5.20 or so a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
 
@@ -34,14 +36,11 @@ def checkpointed(block: nn.Module) -> bool:
 @contextlib.contextmanager
 def without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Run a forward that needs no gradient without gradient checkpointing, which would only warn."""
-    switched = [child for child in module.modules() if getattr(child, "gradient_checkpointing", False)]
-    try:
-        for child in switched:
-            child.gradient_checkpointing = False  # type: ignore[assignment]
+    with Changes() as changes:
+        for child in module.modules():
+            if getattr(child, "gradient_checkpointing", False):
+                changes.set(child, "gradient_checkpointing", False)
         yield
-    finally:
-        for child in switched:
-            child.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -51,8 +50,7 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
     4-bit linears run in training mode whatever theirs is: in evaluation mode on a CPU, bitsandbytes repacks their
     weights in place, to a form without a backward. Other linears keep their mode.
     """
-    touched: list[tuple[nn.Module, str, Any]] = []
-    try:
+    with Changes() as changes:
         for module in modules:
             for child in module.modules():
                 mode = child.training
@@ -61,15 +59,10 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
                 elif next(child.children(), None) is not None or _is_dropout(child) or isinstance(child, nn.Embedding):
                     mode = False  # of an embedding, since a hook adds NEFTune's noise by its mode
                 if mode != child.training:
-                    touched.append((child, "training", child.training))
-                    child.training = mode
+                    changes.set(child, "training", mode)
                 if getattr(child, "gradient_checkpointing", False):
-                    touched.append((child, "gradient_checkpointing", child.gradient_checkpointing))
-                    setattr(child, "gradient_checkpointing", False)  # noqa: B010
+                    changes.set(child, "gradient_checkpointing", False)
         yield
-    finally:
-        for child, attribute, value in reversed(touched):
-            setattr(child, attribute, value)
 
 
 def draws_noise(module: nn.Module) -> bool:

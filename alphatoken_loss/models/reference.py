@@ -7,8 +7,10 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from .changes import Changes
 from .start import REFERENCE_ADAPTER, replaced, start_of
 from .structure import causal_lm, learns_prompts, unwrap
 
@@ -53,32 +55,19 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
         with replaced(model, start.tensors):
             yield model
         return
-    before = [(m, {key: vars(m)[key] for key in _SWITCHES if key in vars(m)}) for m in wrappers]
-    flags = [(p, p.requires_grad) for m in wrappers for p in m.parameters()]
     beside_adapters = {} if start.adapters_on else start.tensors
-    with _as_they_were(before, flags), replaced(model, beside_adapters):
+    with Changes() as changes, replaced(model, beside_adapters):
         for module in wrappers:
+            for key in _SWITCHES:  # some are the class' own until they are first set
+                changes.keep(vars(module), key)
+            for parameter in module.parameters():
+                changes.note(torch.Tensor.requires_grad_, parameter, parameter.requires_grad)
             beside = isinstance(module, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in module._adapters
             if has_reference and not beside:
                 module.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
             else:
                 module.enable_adapters(False)
         yield model
-
-
-@contextlib.contextmanager
-def _as_they_were(
-    before: list[tuple[nn.Module, dict[str, Any]]], flags: list[tuple[nn.Parameter, bool]]
-) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for module, switches in before:
-            for key in _SWITCHES:  # some are the class' own until they are first set
-                vars(module).pop(key, None)
-            vars(module).update(switches)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def refuse_trained_reference(modules: Iterable[nn.Module]) -> None:
@@ -97,20 +86,19 @@ def refuse_trained_reference(modules: Iterable[nn.Module]) -> None:
 @contextlib.contextmanager
 def _prompts_off(model: Any) -> Iterator[None]:
     """PEFT's own way, less the bound methods that it leaves on the model; or the adapter "ref" on."""
-    kept = {name: model.__dict__[name] for name in _LEFT_BY_PEFT if name in model.__dict__}
     active = model.active_adapter
-    try:
-        if REFERENCE_ADAPTER in model.peft_config:
-            model.active_adapter = REFERENCE_ADAPTER
-            yield
-        else:
-            with model.disable_adapter():
-                yield
-    finally:
-        model.active_adapter = active
+    with Changes() as changes:
         for name in _LEFT_BY_PEFT:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(kept)
+            changes.keep(vars(model), name)
+        try:
+            if REFERENCE_ADAPTER in model.peft_config:
+                model.active_adapter = REFERENCE_ADAPTER
+                yield
+            else:
+                with model.disable_adapter():
+                    yield
+        finally:
+            model.active_adapter = active
 
 
 def _plain_name(name: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from ..batches.batch import Batch
+from .changes import Changes
 from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, rows_without_graph
 from .modes import HOOKS_INSIDE_CHECKPOINT, unhooked, without_noise
 from .sites import Scored
@@ -189,15 +189,11 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             return (on_output(output[0]), *output[1:])
         return on_output(output)
 
-    handles: list[RemovableHandle] = []
-    try:
+    with Changes() as changes:
         for index, block in enumerate(blocks):
-            handles.append(block.register_forward_pre_hook(before(index), with_kwargs=True))
-        handles.append(blocks[-1].register_forward_hook(after))
+            changes.hook(block, before(index), before=True, with_kwargs=True)
+        changes.hook(blocks[-1], after)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def capture_without_graph(

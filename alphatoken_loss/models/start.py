@@ -17,12 +17,12 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from .changes import Changes
 from .structure import unwrap
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
@@ -93,24 +93,9 @@ def replaced(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[
     """Run a model with other tensors in the place of parameters, also of those tied to them; nothing is written to."""
     named = dict(model.named_parameters())
     wanted = {id(named[name]): tensor.to(named[name]) for name, tensor in tensors.items()}
-    places: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
-    ours: list[dict[str, Any]] = []
-    for module in model.modules() if wanted else ():
-        if own := {key: p for key, p in module._parameters.items() if id(p) in wanted}:
-            places.append(module._parameters)
-            theirs.append(own)
-            ours.append({key: wanted[id(p)] for key, p in own.items()})
-    try:
-        _put(places, ours)
+    with Changes() as changes:
+        changes.replace(model, wanted)
         yield
-    finally:
-        _put(places, theirs)
-
-
-def _put(places: list[dict[str, Any]], entries: list[dict[str, Any]]) -> None:
-    """Update many dicts in one call that runs no Python: no signal's handler can come between two of them."""
-    any(map(dict.update, places, entries))
 
 
 def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .attention import AttentionCall, AttentionWatch
+from .changes import Changes
 from .sites import LoraSite, Scored, Site
 
 
@@ -72,17 +72,11 @@ class Taps:
 
     @contextlib.contextmanager
     def installed(self, sites: list[Site]) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-        with contextlib.ExitStack() as stack:
-            try:
-                for site in sites:
-                    handles += self._hooks(site)
-                if self.watch is not None:
-                    stack.enter_context(self.watch.watching())
+        with Changes() as changes:
+            for site in sites:
+                self._hook(site, changes)
+            with contextlib.nullcontext() if self.watch is None else self.watch.watching():
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
 
     def clear(self) -> None:
         """Let go of everything kept from a forward."""
@@ -108,7 +102,7 @@ class Taps:
         with torch.no_grad():
             self.visitor(site, error, tuple(batched), attention)
 
-    def _hooks(self, site: Site) -> list[RemovableHandle]:
+    def _hook(self, site: Site, changes: Changes) -> None:
         kept: list[torch.Tensor] = []
 
         def keep_input(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -135,8 +129,10 @@ class Taps:
             return tapped
 
         if isinstance(site, LoraSite) and not self.at_layer:
-            return [site.a.register_forward_hook(keep_input), site.b.register_forward_hook(tap)]
-        return [site.module.register_forward_hook(tap)]
+            changes.hook(site.a, keep_input)
+            changes.hook(site.b, tap)
+        else:
+            changes.hook(site.module, tap)
 
 
 def look_away(

@@ -1,0 +1,125 @@
+"""Temporary changes (hooks, flags, other tensors in the place of parameters), undone whatever ends them.
+
+Ctrl-C raises KeyboardInterrupt between any two bytecodes: inside a `finally` too, and between the last line of a
+context and its exit. So that nothing of a change survives,
+
+- what undoes it is noted in a journal before it is made;
+- a context undoes its part of the journal by one call into C, between whose steps no signal's handler runs;
+- that part holds what was changed in contexts within it, should one of their exits have been cut short.
+
+The outermost context of a call is left twice (`undoing`), since one interrupt cuts one exit short.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class _Mark(partial[Any]):
+    """Where a context begins in the journal; undoing it does nothing."""
+
+
+class _Journal(threading.local):
+    def __init__(self) -> None:
+        self.entries: list[partial[Any]] = []
+
+
+_journal = _Journal()
+
+
+class Changes:
+    """A context that undoes what was changed through it, and within it, in this thread."""
+
+    def __enter__(self) -> Changes:
+        self._mark, self._entries = _Mark(int), _journal.entries
+        self._entries.append(self._mark)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        entries, mark = self._entries, self._mark
+        if mark not in entries:  # undone by a context around it
+            return
+        if kind is not GeneratorExit:
+            _call_all(iter(entries.pop, mark))
+            return
+        # A generator that an interrupt left may be closed at any time: what was begun since is not its own.
+        start = entries.index(mark)
+        after = (i for i, entry in enumerate(entries[start + 1 :], start + 1) if isinstance(entry, _Mark))
+        stop = next(after, len(entries))
+        own = entries[start:stop]
+        _call_all(reversed(own))
+        del entries[start:stop]
+
+    def note(self, undo: Callable[..., Any], *args: Any) -> None:
+        """Call `undo(*args)` on leaving. It must be no Python function, nor call one."""
+        _journal.entries.append(partial(undo, *args))
+
+    def keep(self, places: dict[Any, Any], key: Any) -> None:
+        """What stands at a key now, or nothing, will stand there again."""
+        if key in places:
+            self.note(places.__setitem__, key, places[key])
+        else:
+            self.note(places.pop, key, None)
+
+    def put(self, places: dict[Any, Any], key: Any, value: Any) -> None:
+        self.keep(places, key)
+        places[key] = value
+
+    def set(self, module: nn.Module, attribute: str, value: Any) -> None:
+        """Set an attribute that is neither parameter, buffer nor module."""
+        self.put(vars(module), attribute, value)
+
+    def require_grad(self, parameter: torch.Tensor, flag: bool) -> None:
+        self.note(torch.Tensor.requires_grad_, parameter, parameter.requires_grad)
+        parameter.requires_grad_(flag)
+
+    def replace(self, module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Let a module run with other tensors in the place of parameters, by their `id`; nothing is written to."""
+        for child in module.modules() if tensors else ():
+            for name, parameter in child._parameters.items():
+                if id(parameter) in tensors:
+                    self.put(child._parameters, name, tensors[id(parameter)])
+
+    def hook(
+        self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
+    ) -> None:
+        """What `register_forward_hook` does, or `register_forward_pre_hook`, in an order that can be cut short."""
+        hooks = module._forward_pre_hooks if before else module._forward_hooks
+        key = RemovableHandle(hooks).id
+        if with_kwargs:
+            self.put(module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs, key, True)
+        self.put(hooks, key, hook)
+
+    def keep_modes(self) -> None:
+        """Grad mode and autocast as they are now."""
+        self.note(torch._C._set_grad_enabled, torch.is_grad_enabled())
+        for device in ("cpu", "cuda"):
+            self.note(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+
+
+def _call_all(entries: Any) -> None:
+    deque(map(partial.__call__, entries), maxlen=0)
+
+
+def undoing(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Leave nothing of what a function changes through `Changes`, also when Ctrl-C cuts one of its exits short."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with Changes(), Changes() as changes:
+            changes.keep_modes()
+            return function(*args, **kwargs)
+
+    return run
