@@ -8,13 +8,11 @@ import time
 
 import cases
 import pytest
-import torch
 from batches import pair_batch, sft_batch
 from models import lora_model
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, alphatoken_weights, dpo_loss, estimate_fisher
-from alphatoken_loss.models.changes import Changes, undoing
 
 TRIES = 60
 
@@ -62,7 +60,11 @@ def fisher(model):
     return lambda: estimate_fisher(model, [[3, 4, 5], [6]], config=config, max_new_tokens=2, progress=False)
 
 
-ACTS = {name: gated(name) for name in ("ghost", "difference", "exact")} | {"weights": weights, "dpo": dpo, "fisher": fisher}
+ACTS = {name: gated(name) for name in ("ghost", "difference", "exact")} | {
+    "weights": weights,
+    "dpo": dpo,
+    "fisher": fisher,
+}
 
 
 @pytest.mark.parametrize("name", ACTS)
