@@ -33,7 +33,7 @@ from itertools import repeat
 from multiprocessing import get_context
 
 import torch
-from figures import COLUMNS, Figures, plot, print_section
+from agreement import COLUMNS, Figures, plot, print_section
 from small import Batch, Run, counted, in_nf4, joined, last_blocks, pretrained, source_batch, with_adapter
 
 from alphatoken_loss import (
