@@ -30,9 +30,21 @@ from .losses.kl import Penalty, check_kl_coef
 from .models.changes import Changes
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
+from .models.structure import unwrap
 from .step import Step, check_nothing_behind
 from .values import TokenValues
 from .weights import alphatoken_weights
+
+UNMASKED = (
+    "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside it, "
+    "on the model that the AlphaToken was made for. (AlphaToken(..., strict=False) only warns.)"
+)
+NESTED = (
+    "This model is in an AlphaToken context already, and a second one would mask the same gradient again. Open one "
+    "context for each forward; sft_loss and dpo_loss open it themselves where they are given an AlphaToken: call them "
+    "outside, or inside without it."
+)
+_masked: dict[int, bool] = {}  # models in a context, by their id
 
 
 class AlphaToken:
@@ -53,6 +65,7 @@ class AlphaToken:
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam that takes the steps: tokens are then valued by the
             step that it will take, whose scale differs by parameter, rather than by one along the gradient. Needs a
             target.
+        strict (`bool`): raise where a context ends in which no forward of the model was masked; with False, only warn.
 
     Raises:
         ValueError: the model cannot be valued; the message says why and what to do.
@@ -82,8 +95,10 @@ class AlphaToken:
         fisher: Fisher | None = None,
         config: AlphaTokenConfig | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        strict: bool = True,
     ) -> None:
         self.model = model
+        self.strict = strict
         self.ref_model = ref_model
         self.config = config or AlphaTokenConfig()
         self.source = Source(model, ref_model, target=target, fisher=fisher, config=self.config, optimizer=optimizer)
@@ -150,7 +165,7 @@ class AlphaToken:
             ref_model (`nn.Module`, *optional*): the reference of the KL, by default the one of this object.
 
         Raises:
-            RuntimeError: a second forward with grad runs inside.
+            RuntimeError: a second forward with grad runs inside, or none; or the model is in such a context already.
             ValueError: the forward's or the weights' shape is not the batch's; or the model can no longer be valued.
         """
         check_kl_coef(kl_coef)
@@ -188,6 +203,9 @@ class AlphaToken:
             yield
             return
         started = time.perf_counter()
+        place = id(unwrap(self.model))
+        if place in _masked:
+            raise RuntimeError(NESTED)
         read = read_batch(batch)
         task = Task(self.model, self._scored(), read, self.config, {}, self._memory, training=True)
         factors = self._known_factors(read, task.scored, beta, weights)
@@ -200,14 +218,14 @@ class AlphaToken:
         step = Step(self, read, estimator, factors, mean_over_kept)
         self.figures.seconds += time.perf_counter() - started
         gate = step.gate if penalty is None else penalty.around(step.gate)
-        with estimator.watching(gate):
-            yield
+        with Changes() as changes:
+            changes.put(_masked, place, True)
+            with estimator.watching(gate):
+                yield
+        if not estimator.seen and self.strict:
+            raise RuntimeError(UNMASKED)
         if not estimator.seen:
-            warnings.warn(
-                "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the "
-                "forward inside it, on the model that the AlphaToken was made for.",
-                stacklevel=5,
-            )
+            warnings.warn(UNMASKED, stacklevel=5)
 
     def _known_factors(
         self, batch: Batch, scored: Scored, beta: float, weights: torch.Tensor | None

@@ -200,7 +200,7 @@ def test_making_an_alphatoken_changes_nothing():
     gate = gate_for(model)
     assert differences(before, snapshot(model)) == []
     batch = sft_batch()
-    with gate(batch):
+    with pytest.raises(RuntimeError, match="nothing was masked"), gate(batch):
         pass
     assert differences(before, snapshot(model), ignore=("torch generator",)) == []
 

@@ -495,14 +495,6 @@ def test_good_batches_are_what_the_bad_ones_differ_from():
         assert int(response(batch).sum()) > 0
 
 
-def test_a_context_without_a_forward_warns():
-    model = lora_model("llama")
-    batch = sft_batch("right")
-    alphatoken = AlphaToken(model, target=[batch], config=AlphaTokenConfig(num_layers=2, stability_weight=0.0))
-    with pytest.warns(UserWarning, match="nothing was masked"), alphatoken(batch), torch.no_grad():
-        model(**batch)
-
-
 def test_presets():
     """method.md's facts of the paper; the estimator that trains best; fields can be changed, unknown ones not."""
     paper, best = AlphaTokenConfig.paper(), AlphaTokenConfig.best()
