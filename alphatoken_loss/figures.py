@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from .batches.batch import Batch
@@ -20,8 +23,20 @@ class Figures:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._reads = 0
         self._sums: dict[str, torch.Tensor | float] = {}
         self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Count nothing of what fails inside, unless it was read there."""
+        before = self._reads, self.seconds, dict(self._sums), self._divergence.copy()
+        try:
+            yield
+        except BaseException:
+            if before[0] == self._reads:
+                _, self.seconds, self._sums, self._divergence = before
+            raise
 
     def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         """Count a batch by its weights `(B, T)` and, where it was valued, its values."""
@@ -37,12 +52,14 @@ class Figures:
                 self._divergence[i] = self._divergence[i] + figure
 
     def read(self) -> dict[str, float]:
-        """Means over response tokens since the last call: `kept`, terms of the value, `kl`; and `seconds`."""
+        """Means over response tokens since the last call, if there was any: `kept`, terms of the value, `kl`; and
+        `seconds`."""
+        self._reads += 1
         sums, self._sums = self._sums, {}
         seconds, self.seconds = self.seconds, 0.0
         (divergence, compared), self._divergence = self._divergence, [0.0, 0.0]
-        tokens = max(float(sums.pop("tokens", 0.0)), 1.0)
-        figures = {name: float(total) / tokens for name, total in sums.items()}
+        tokens = float(sums.pop("tokens", 0.0))
+        figures = {name: float(total) / tokens for name, total in sums.items()} if tokens else {}
         if compared:
             figures["kl"] = float(divergence) / float(compared)
         return {**figures, "seconds": seconds}

@@ -31,13 +31,13 @@ from .models.changes import Changes
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
 from .models.structure import unwrap
-from .step import Step, check_nothing_behind
+from .step import Step, blaming_target, check_nothing_behind
 from .values import TokenValues
 from .weights import alphatoken_weights
 
 UNMASKED = (
-    "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside it, "
-    "on the model that the AlphaToken was made for. (AlphaToken(..., strict=False) only warns.)"
+    "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside "
+    "it, on the model that the AlphaToken was made for. (AlphaToken(..., strict=False) only warns.)"
 )
 NESTED = (
     "This model is in an AlphaToken context already, and a second one would mask the same gradient again. Open one "
@@ -178,14 +178,16 @@ class AlphaToken:
             penalty = Penalty(self.model, read_batch(batch), kl_coef=kl_coef, **options)
         masking = self._masking(batch, mean_over_kept, beta, weights, penalty)
         watching = contextlib.nullcontext() if penalty is None else penalty.watching()
-        with Changes() as changes, masking, watching:
-            changes.keep_modes()
-            self._penalty = penalty
-            try:
+        before = self.weights, self.values
+        try:
+            with Changes() as changes, self.figures.attempt(), masking, watching:
+                changes.keep_modes()
+                self._penalty = penalty
                 yield self
-            except BaseException:
-                self._penalty = None  # nothing holds the graph of a step that failed
-                raise
+        except BaseException:
+            self._penalty = None  # nothing holds the graph of a step that failed
+            self.weights, self.values = before
+            raise
         if penalty is not None:
             self.figures.add_kl(penalty)
 
@@ -220,7 +222,7 @@ class AlphaToken:
         gate = step.gate if penalty is None else penalty.around(step.gate)
         with Changes() as changes:
             changes.put(_masked, place, True)
-            with estimator.watching(gate):
+            with blaming_target(self.source, task.scored), estimator.watching(gate):
                 yield
         if not estimator.seen and self.strict:
             raise RuntimeError(UNMASKED)
@@ -254,7 +256,8 @@ class AlphaToken:
         `total` and, for the ghost estimator, of its four terms, in units of the loss; `target_age` in optimizer steps;
         for the difference estimator `difference_rms`, the effect of the last nudge; with `kl_coef`, `kl`, the mean KL
         to the reference in nats; and the `seconds` spent valuing, target estimates included (on CUDA, which runs on its
-        own, only what the host waited for)."""
+        own, only what the host waited for). Steps that raised inside their context count nothing; of batches without a
+        response token there is no share."""
         figures = self.figures.read()
         if self.config.rho >= 1.0:
             figures.pop("seconds")

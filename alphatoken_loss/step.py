@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 
 from .batches.batch import Batch
 from .config import AlphaTokenConfig
+from .directions.source import Source
 from .estimators.base import Estimator, NonFiniteRows
 from .figures import Figures
 from .models.changes import undoing
+from .models.sites import Scored
 from .models.structure import find_blocks, trained_behind
 from .selection.thresholds import select
 from .values import TokenValues
@@ -24,6 +28,7 @@ class Owner(Protocol):
 
     config: AlphaTokenConfig
     figures: Figures
+    source: Source
     weights: torch.Tensor | None
     values: TokenValues | None
 
@@ -102,10 +107,27 @@ class Step:
         return rows
 
     def _value(self, rows: torch.Tensor) -> None:
-        values = self.estimator.values(rows)
+        with blaming_target(self.owner.source, self.estimator.task.scored):
+            values = self.estimator.values(rows)
         weights = select(values, self.batch, self.owner.config)
         self.factors = weights.roll(-1, 1)
         self.owner.record(values, weights, self.batch)
+
+
+@contextlib.contextmanager
+def blaming_target(source: Source, scored: Scored) -> Iterator[None]:
+    """Where valuing fails for a target that is not finite, drop it, so that no average holds it on, and say so."""
+    try:
+        yield
+    except FloatingPointError as error:
+        finite = all(bool(p.isfinite().all()) for p in scored.parameters.values())
+        if isinstance(error, NonFiniteRows) or not finite or not source.drop_bad_target():
+            raise
+        raise FloatingPointError(
+            "The gradient of the target's validation loss is not finite: the model overflows on one of the target "
+            "batches, or one holds what is not finite itself. That estimate was dropped, and the next step makes a new "
+            "one from all of them. Look at the target batches; use bf16 instead of float16."
+        ) from error
 
 
 def check_nothing_behind(model: nn.Module, gate: str) -> None:

@@ -21,7 +21,11 @@ def draw_labels(reference: nn.Module, batch: Batch, generator: torch.Generator) 
         output = reference(**{**batch.inputs, "use_cache": False})
         probabilities = output.logits[batch.rows].float().softmax(-1)
     if not probabilities.isfinite().all():
-        raise FloatingPointError("The reference's predictions are not finite, so no labels can be drawn from them.")
+        raise FloatingPointError(
+            "The reference's predictions on a batch (of the target, where there is one) are not finite, so no labels "
+            "for the Fisher can be drawn from them. It overflows (use bf16 instead of float16), or its input is not "
+            "finite itself."
+        )
     drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     labels = torch.full_like(batch.labels, IGNORE)
     labels[:, 1:][batch.rows[:, :-1]] = drawn.to(labels)

@@ -133,6 +133,15 @@ class Source:
         self.age, self._turn = state["age"], state["turn"]
         self._state = None
 
+    def drop_bad_target(self) -> bool:
+        """Forget a target that was estimated and is not finite, if so; the next one is made from all of its batches."""
+        if self.batches is None or self.target is None:
+            return False
+        if all(bool(gradient.isfinite().all()) for gradient in self.target.gradients.values()):
+            return False
+        self.target, self.age, self._turn = None, 0, 0
+        return True
+
     def _refresh(self, scored: Scored) -> None:
         """Count optimizer steps, and estimate the target anew when it is old enough."""
         if self._moved(scored):

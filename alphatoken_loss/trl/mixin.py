@@ -161,13 +161,17 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         every = self.alphatoken_args.sample_every
         gate = self._gate
-        if gate is None or not every or not self.is_world_process_zero():
+        if self.alphatoken is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        if gate is None or not every or not self.is_world_process_zero():
+            with self.alphatoken.figures.attempt():  # a batch size that runs out of memory is tried again, smaller
+                return super().training_step(model, inputs, *args, **kwargs)
         step, before = self.state.global_step, gate.weights
         if self._samples is None or step < self._samples.last:  # the run begins
             self._samples = SampleWriter(self.args.output_dir, every=every, step=step)
         batch = dict(inputs)  # a loss may take its labels out
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with gate.figures.attempt():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if gate.weights is not before:
             self._samples.add(step, self.alphatoken_batch(batch), gate)
         return loss

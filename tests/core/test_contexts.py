@@ -115,3 +115,90 @@ def test_contexts_of_two_models_nest():
     for one, other in zip(together, apart, strict=True):
         for name, gradient in grads_of(one).items():
             assert torch.equal(gradient, grads_of(other)[name]), name
+
+
+# ------------------------------------------------------------------------------------------- steps that fail
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["valued", "weights"])
+@pytest.mark.parametrize("place", ["loss", "after the backward"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_step_that_fails_is_not_counted(estimator, place, given):
+    model, twin = lora_model("llama"), lora_model("llama")
+    batch, other = sft_batch("right"), sft_batch("left", seed=1)
+    gate, gate_of_twin = gate_for(model, estimator=estimator), gate_for(twin, estimator=estimator)
+    options = {"weights": torch.ones_like(batch["labels"])} if given else {}
+    for one, its_gate in ((model, gate), (twin, gate_of_twin)):
+        with its_gate(batch, kl_coef=0.1):
+            one(**batch).loss.backward()
+    weights, values = gate.weights, gate.values
+    with pytest.raises(KeyError), gate(other, kl_coef=0.1, **options):
+        loss = model(**other).loss
+        if place != "loss":
+            loss.backward()
+        raise KeyError
+    assert gate.weights is weights and gate.values is values
+    found, wanted = gate.metrics(), gate_of_twin.metrics()
+    ignored = ("seconds", "difference_rms")  # one differs anyway; the other is the last nudge's, whatever came of it
+    assert {n: v for n, v in found.items() if n not in ignored} == {n: v for n, v in wanted.items() if n not in ignored}
+    assert found["seconds"] > 0 and {"kept", "kl"} <= found.keys()
+
+
+def test_figures_that_were_read_within_a_step_that_fails_are_not_counted_again():
+    model, batch = lora_model("llama"), sft_batch("right")
+    gate = gate_for(model)
+    with gate(batch):
+        model(**batch).loss.backward()
+    with pytest.raises(KeyError), gate(batch):
+        assert "kept" in gate.metrics()
+        raise KeyError
+    assert "kept" not in gate.metrics()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_share_of_nothing(estimator):
+    """A batch without a response token adds nothing; alone it gives no share, not one of 0."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    gate = gate_for(model, estimator=estimator)
+    with gate(empty):
+        model(**batch).logits.sum().backward()
+    assert not {"kept", "total"} & gate.metrics().keys()
+    for each in (batch, empty):
+        with gate(each):
+            model(**batch).loss.backward()
+    kept = gate.metrics()["kept"]
+    with gate(batch):
+        model(**batch).loss.backward()
+    assert kept == gate.metrics()["kept"] > 0
+
+
+@pytest.mark.parametrize("decay", [0.5, None])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_target_that_is_not_finite_is_dropped(estimator, decay):
+    """Twice, with an error that names the target batches; then steps go on."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    gate = gate_for(model, estimator=estimator, target_decay=decay)
+    overflow = False
+
+    def spoil(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden * float("inf") if overflow and hidden.shape[:2] != batch["labels"].shape else hidden
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    model.base_model.model.model.layers[1].register_forward_hook(spoil)
+    for overflow in (False, True, True, False, False):
+        optimizer.zero_grad()
+        if overflow:
+            error = pytest.raises(FloatingPointError, match=r"target's validation loss is not finite.*dropped")
+            with error, gate(batch):
+                model(**batch).loss.backward()
+            assert gate.target is None
+        else:
+            with gate(batch):
+                model(**batch).loss.backward()
+            optimizer.step()
+    for name, gradient in gate.target.gradients.items():
+        assert bool(gradient.isfinite().all()), name
+    assert 0 < float(gate.weights.sum()) < float((batch["labels"] != -100).sum())
