@@ -1,7 +1,8 @@
 """The direction of token values as Adam will take it.
 
-A step of Adam moves the adapter by -lr P g, with P = 1 / (sqrt(v) + eps) from its running average v of squared
-gradients, so what training on token t does to an objective with gradient D is, to first order,
+A step of Adam moves the adapter by -P g, with P = lr / (sqrt(v) + eps) from its running average v of squared gradients
+and the learning rate of the parameter's group (LoRA+ gives B a higher one), so what training on token t does to an
+objective with gradient D is, to first order,
 
     <P grad l_t, D> = <grad l_t, P D>:
 
@@ -46,7 +47,9 @@ def preconditioned(
     roots = {name: _second_moment(optimizer, name, p).sqrt() + small.get(id(p), 0.0) for name, p in parameters.items()}
     mean = tensors.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
     floor = _FLOOR * torch.where(mean > 0, mean, 1.0)
-    roots = {name: root.maximum(floor.to(root.device)) for name, root in roots.items()}
+    rates = _rates(optimizer, parameters)
+    # At a rate of 0 nothing moves: the root is then inf.
+    roots = {name: root.maximum(floor.to(root.device)) / rates[name] for name, root in roots.items()}
     return {part: tensors.divided(direction, roots) for part, direction in parts.items()}
 
 
@@ -59,6 +62,14 @@ def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:
         correction = 1 - group.get("betas", (0.0, 0.0))[1] ** step
         found.update(dict.fromkeys(map(id, group["params"]), group.get("eps", 0.0) * correction**0.5))
     return found
+
+
+def _rates(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """By name, the learning rate of the parameter's group over the largest of them; 1 for all where all are 0."""
+    of = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: of.get(id(p), 0.0) for name, p in parameters.items()}
+    largest = max(rates.values())
+    return {name: rate / largest if largest else 1.0 for name, rate in rates.items()}
 
 
 def _second_moment(optimizer: torch.optim.Optimizer, name: str, parameter: torch.Tensor) -> torch.Tensor:

@@ -54,10 +54,13 @@ def effects_of_tokens(model, optimizer, batch, direction, share=1.0):
 
     def after(gradients):
         fresh = [p.detach().clone().requires_grad_() for p in parameters]
-        copied = type(optimizer)(fresh, lr=1e-3, weight_decay=0.0)
+        rest = iter(fresh)
+        groups = [{"params": [next(rest) for _ in group["params"]]} for group in optimizer.param_groups]
+        copied = type(optimizer)(groups, lr=1e-3, weight_decay=0.0)
         copied.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for group in copied.param_groups:
-            group.update(betas=(0.9, 1 - 1e-14), eps=0.0, lr=1e6)  # a change that is no rounding of the parameters
+            # a change that is no rounding of the parameters
+            group.update(betas=(0.9, 1 - 1e-14), eps=0.0, lr=1e9 * group["lr"])
         for p, g in zip(fresh, gradients, strict=True):
             p.grad = g.clone()
         copied.step()
@@ -71,13 +74,21 @@ def effects_of_tokens(model, optimizer, batch, direction, share=1.0):
     return -found.detach() / share
 
 
+def lora_plus(parameters):
+    """A's and B's groups, 16 times apart as LoRA+ has them; B is (d_out, r), A is (r, d_in)."""
+    b, a = ([p for p in parameters if (p.shape[1] < p.shape[0]) == is_b] for is_b in (True, False))
+    assert a and b
+    return torch.optim.AdamW([{"params": a}, {"params": b, "lr": 1.6e-2}], lr=1e-3, weight_decay=0.0, eps=1e-30)
+
+
+@pytest.mark.parametrize("make", [lambda p: adamw(p, eps=1e-30), lora_plus], ids=["one rate", "LoRA+"])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
-def test_values_are_what_adams_step_does(monkeypatch, kind, seed):
+def test_values_are_what_adams_step_does(monkeypatch, kind, seed, make):
     monkeypatch.setattr(precondition, "_FLOOR", 1e-12)
     model, batch = lora_model("llama", seed=seed), sft_batch(kind, seed=seed)
     with norms_in_own_dtype():
-        optimizer = trained(model, lambda p: adamw(p, eps=1e-30))
+        optimizer = trained(model, make)
         target, fisher, direction = given(model, seed)
         wanted = effects_of_tokens(model, optimizer, batch, direction)
         options = {"target": target, "fisher": fisher, "config": EXACT, "return_values": True}
@@ -154,6 +165,24 @@ def test_entries_that_training_has_not_reached_do_not_make_up_the_direction():
     of_a = torch.cat([scale[n].flatten() for n in scale if "lora_A" in n])
     of_b = torch.cat([scale[n].flatten() for n in scale if "lora_B" in n])
     assert float(of_a.max()) < 1e3 * float(of_b.median())
+
+
+def test_rates_that_are_zero():
+    """A group that stands still moves nothing; where all do, as before a warm-up, one scale is as good as another."""
+    model = lora_model("llama")
+    optimizer = trained(model, lora_plus)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ones = {n: torch.ones_like(p) for n, p in parameters.items()}
+
+    def scale(*rates):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return preconditioned({"target": ones}, parameters, optimizer)["target"]
+
+    still, alike, none = scale(0.0, 1e-3), scale(1e-3, 1e-3), scale(0.0, 0.0)
+    for name in parameters:
+        assert torch.equal(none[name], alike[name]), name
+        assert torch.equal(still[name], torch.zeros_like(ones[name]) if "lora_A" in name else alike[name]), name
 
 
 def test_before_the_first_step_directions_are_as_they_were():

@@ -325,6 +325,28 @@ def test_a_resumed_run_reproduces_the_uninterrupted_one(kind, estimator, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("estimator", ["ghost", "difference"])
+def test_a_run_of_preconditioned_values_resumed_from_its_first_checkpoint(estimator, tmp_path):
+    """The first step's direction is not scaled, and the next one's nudge is found anew: in a resumed run too."""
+    case = feature(max_steps=4, save_strategy="steps", save_steps=1, optim="adamw_torch", learning_rate=1e-2,
+                   precondition=True, estimator=estimator)  # fmt: skip
+    ours = tuning.TRAINERS["sft"][0]
+    whole = make("sft", recording(ours), case, tmp_path)
+    whole.train()
+    resumed = make("sft", recording(ours), case, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for mask, expected in zip(resumed.masks, whole.masks[1:], strict=True):
+        assert torch.equal(mask, expected)
+    for (name, after), (_, expected) in zip(trained(resumed.model), trained(whole.model), strict=True):
+        assert torch.equal(after, expected), name
+    rms = [
+        [log["alphatoken/difference_rms"] for log in t.state.log_history if "alphatoken/difference_rms" in log]
+        for t in (whole, resumed)
+    ]
+    assert rms[0] == rms[1] and (len(rms[0]) > 1) == (estimator == "difference")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_without_target_says_so_and_goes_on(tmp_path, caplog):
     case = feature(max_steps=2, save_strategy="steps", save_steps=1)
     make("sft", tuning.TRAINERS["sft"][1], case, tmp_path, ours=False).train()
