@@ -81,6 +81,9 @@ def sample_completions(
     with torch.no_grad(), without_noise(reference), Changes() as changes:
         # What the model's own generation config adds (penalties, beams) would make this no sample of the reference.
         changes.set(base, "generation_config", GenerationConfig())
+        for settings in (base.config, base.config.get_text_config()):  # type: ignore[union-attr, operator]
+            if getattr(settings, "output_router_logits", False):  # a mixture's router loss, which needs whole sequences
+                changes.put(vars(settings), "output_router_logits", False)
         # Not PEFT's `generate`, which leaves an attribute on the model.
         sampled = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
     completion = sampled[:, longest:]

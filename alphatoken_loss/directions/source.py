@@ -98,6 +98,11 @@ class Source:
         if self.drift_fisher is not None:
             self.drift_fisher.check_base(self.model)
 
+    def limit_rows(self, rows: int) -> None:
+        """Estimate from no more rows at a time: what ran out of memory is tried again in smaller batches."""
+        self.batches = self.batches and _at_most(map(read_batch, self.batches), rows)
+        self._parts = [_at_most(part, rows) for part in self._parts]
+
     def directions(self, scored: Scored, batch: Batch) -> Parts:
         """The directions for the next forward; a target that is old enough is estimated anew first."""
         self.ensure_fisher(scored, batch)
@@ -173,3 +178,14 @@ class Source:
         bits = fingerprint(parameters)
         before, self._state = self._state, (versions, bits)
         return before is not None and not torch.equal(before[1], bits)
+
+
+def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:
+    found: list[Batch] = []
+    for batch in batches:
+        if batch.shape[0] <= rows:
+            found.append(batch)
+        else:
+            chosen = batch.chosen()
+            found += [chosen.of_rows(slice(i, i + rows)) for i in range(0, chosen.shape[0], rows)]
+    return found

@@ -26,6 +26,7 @@ class FisherOfPrompts:
     model: Any
     processing_class: Any
     train_dataset: Any
+    _train_batch_size: int
     _alphatoken_ref: Any
 
     def _estimate_fisher(self) -> Fisher:
@@ -34,13 +35,14 @@ class FisherOfPrompts:
         prompts = list(self._prompts(args.fisher_prompts))
         if len(prompts) >= self.accelerator.num_processes:
             prompts = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        found = self.args.auto_find_batch_size  # a size that ran out of memory is tried again, smaller
         fisher = estimate_fisher(
             self.model,
             prompts,
             tokenizer=getattr(self, "_tokenizer", self.processing_class),
             ref_model=self._alphatoken_ref,
             config=self.alphatoken.config,
-            batch_size=args.fisher_batch_size,
+            batch_size=min(args.fisher_batch_size, self._train_batch_size) if found else args.fisher_batch_size,
             max_new_tokens=args.fisher_new_tokens,
             max_prompt_length=args.fisher_prompt_length,
             seed=self.args.seed,

@@ -70,6 +70,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
 
     alphatoken: AlphaToken | None = None
     train_dataset: Any
+    _train_batch_size: int
     _samples: SampleWriter | None = None
 
     def __init__(
@@ -82,6 +83,8 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
         inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
         own = any("ref_model" in inspect.signature(init).parameters for init in inits)
         reference = None if own else kwargs.pop("ref_model", None)
+        data = [kwargs.get("train_dataset"), *(value for value in args if isinstance(value, Dataset))]
+        self._raw_columns = next((set(rows.column_names) for rows in data if isinstance(rows, Dataset)), None)
         super().__init__(*args, **kwargs)
         plain = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         if isinstance(self.args, AlphaTokenArguments):
@@ -146,6 +149,8 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
             weights = self._selected(batch)
         elif self._gate is not None and self._gate.fisher is None and self._gate.config.stability_weight > 0:
             self._gate.source.fisher = self._estimate_fisher()
+        if self.args.auto_find_batch_size:
+            self.alphatoken.source.limit_rows(self._train_batch_size)
         if self._gate is not None and self.alphatoken_args.precondition:
             self._gate.source.optimizer = self.optimizer
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)

@@ -28,6 +28,7 @@ class TargetRows:
     data_collator: Any
     processing_class: Any
     train_dataset: Any
+    _raw_columns: set[str] | None  # of the training data, before the trainer prepared it
     _remove_unused_columns: Any
 
     def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
@@ -69,6 +70,35 @@ class TargetRows:
         held, self.train_dataset = self.train_dataset.select(held_out), self.train_dataset.select(rest)
         return self._remove_unused_columns(held, "target") if self.args.remove_unused_columns else held
 
+    def _read_as(self, dataset: Dataset) -> tuple[Any, str]:
+        """The training data's formatting function, where the target has its columns, and the column that holds text.
+
+        Raises:
+            ValueError: the target is empty, holds pairs, or has no columns that could be read.
+        """
+        columns = set(dataset.column_names)
+        if not len(dataset):
+            raise ValueError("target_dataset has no rows. Pass some, or None to hold training rows out.")
+        if {"chosen", "rejected"} <= columns:
+            raise ValueError(
+                "target_dataset holds preference pairs (chosen, rejected); a target is in SFT form, for every trainer. "
+                "Pass the answers that are to be learned, as prompt and completion, or as messages."
+            )
+        formatting = getattr(self, "_formatting_func", None)
+        if formatting is not None and self._raw_columns is not None and self._raw_columns <= columns:
+            return formatting, "text"
+        for known in ({"input_ids"}, {"prompt", "completion"}, {"messages"}, {"conversations"}):
+            if known <= columns:
+                return None, "text"
+        for field in (getattr(self.args, "dataset_text_field", "text"), "text"):
+            if field in columns:
+                return None, field
+        raise ValueError(
+            f"target_dataset has the columns {', '.join(sorted(columns))}. They must hold prompt and completion; "
+            "messages; text (or dataset_text_field); input_ids and labels; or, with a formatting_func, all columns of "
+            "the training data."
+        )
+
     def _sft_rows(self, dataset: Any) -> tuple[Dataset, DataCollatorForLanguageModeling]:
         """Rows in SFT form, tokenised by TRL as it would to train on them: unpacked, and each for itself."""
         if not isinstance(dataset, Dataset):
@@ -77,6 +107,7 @@ class TargetRows:
                 "prompt-completion, conversational, text, or tokenised."
             )
         tokenizer = getattr(self, "_tokenizer", self.processing_class)
+        formatting, text_field = self._read_as(dataset)
         first = next(iter(dataset))
         completion_only = getattr(self.args, "completion_only_loss", None)
         reader = SimpleNamespace(
@@ -86,9 +117,16 @@ class TargetRows:
         )
         names = ("dataset_num_proc", "max_length", "assistant_only_loss")
         options = {name: getattr(self.args, name, None) for name in names}
-        options["dataset_text_field"] = getattr(self.args, "dataset_text_field", "text")
+        options["dataset_text_field"] = text_field
         options["truncation_mode"] = getattr(self.args, "truncation_mode", "keep_start")
         args = SimpleNamespace(**options, shuffle_dataset=False)
-        formatting = getattr(self, "_formatting_func", None)
         rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
+        if len(rows) < len(dataset):
+            cut = (
+                f"{len(dataset) - len(rows)} of {len(dataset)} target rows have no response token within "
+                f"max_length={args.max_length} (truncation_mode={args.truncation_mode!r}) and are left out"
+            )
+            if not len(rows):
+                raise ValueError(f"{cut}, so there is no target. Raise max_length, or pass rows of shorter prompts.")
+            logger.warning(f"{cut}.")
         return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)
