@@ -119,7 +119,7 @@ class TargetRows:
         options = {name: getattr(self.args, name, None) for name in names}
         options["dataset_text_field"] = text_field
         options["truncation_mode"] = getattr(self.args, "truncation_mode", "keep_start")
-        args = SimpleNamespace(**options, shuffle_dataset=False)
+        args = SimpleNamespace(**options, shuffle_dataset=False, use_liger_kernel=False)
         rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
         if len(rows) < len(dataset):
             cut = (

@@ -135,6 +135,7 @@ def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterat
         dataset_text_field="text",
         truncation_mode="keep_start",
         shuffle_dataset=False,
+        use_liger_kernel=False,  # asked for by TRL before 1.10
     )
     for row in SFTTrainer._prepare_dataset(reader, rows, tokenizer, args, False, None, "scored"):
         yield (Tokens(list(row["input_ids"]), [label != IGNORE for label in row["labels"]]),)

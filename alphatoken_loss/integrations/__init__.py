@@ -1,0 +1,1 @@
+"""Token values inside other trainers' tools; each module imports the tool it is for."""
