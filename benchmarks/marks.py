@@ -47,7 +47,7 @@ LEFT_OUT = ("difference, Adam's step",)  # before the first step Adam has no sca
 
 @dataclass(frozen=True)
 class MarkPlan:
-    target: int = 64  # corrected answers of other questions
+    target: int = 32  # corrected answers of other questions
     batch: int = 8
     max_length: int = 224  # tokens; what is beyond is not valued
     seed: int = 0

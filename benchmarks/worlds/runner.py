@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -94,8 +95,17 @@ def append(file: Path, row: dict[str, Any]) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
+    """Figures that are not defined are null."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(_defined(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _defined(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _defined(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_defined(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def run_missing(wanted: Wanted, file: Path, workers: int, device: str) -> None:

