@@ -31,7 +31,8 @@ import torch
 from tqdm.auto import tqdm
 from worlds import runner
 from worlds.measures import interval, spearman
-from worlds.real import Real, RealPlan, load_smollm2
+from worlds.real import Real, load_smollm2
+from worlds.real_data import RealPlan
 from worlds.rivals import at_labels
 from worlds.rows import Batch, chunks
 from worlds.scores import SCORES, Scored

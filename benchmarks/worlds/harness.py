@@ -10,6 +10,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from .real_data import read_rows
+
 # File, what is asked and answered (the harness's templates), and the metric that is told. The forms are those of the
 # harness's own tasks of these names; the files hold the finished texts.
 TASKS: dict[str, dict[str, Any]] = {
@@ -58,8 +60,6 @@ def _local_task(name: str, data: str, count: int) -> Any:
     """A task of the harness on a fixed sample of a local file."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
-
-    from .real import read_rows
 
     config = dict(TASKS[name])
     rows = read_rows(data, f"retention/{config.pop('file', name)}")

@@ -76,7 +76,7 @@ def read_texts() -> Texts:
     prose = [topics[name] for name in sorted(topics)] + [text for text in described if len(text) > 500]
     files = sorted(Path(paths["stdlib"]).glob("*.py"))
     code = [f.read_text(encoding="utf-8") for f in files if 8_000 < f.stat().st_size < 80_000]
-    include = Path(paths["purelib"]) / "torch" / "include"
+    include = Path(torch.__file__).parent / "include"
     headers = sorted([*include.glob("torch/csrc/**/*.h"), *include.glob("c10/**/*.h")])
     cpp = [f.read_text(encoding="utf-8") for f in headers if 3_000 < f.stat().st_size < 40_000]
     return Texts(

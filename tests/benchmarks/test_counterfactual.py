@@ -10,7 +10,8 @@ import counterfactual
 import numpy as np
 import pytest
 import torch
-from worlds.real import Real, RealPlan
+from worlds.real import Real
+from worlds.real_data import RealPlan
 
 from alphatoken_loss import AlphaTokenConfig
 

@@ -35,7 +35,7 @@ def data(tmp_path):
 
 
 def test_figures_are_those_computed_one_by_one(tiny, data):
-    from worlds.real import read_rows
+    from worlds.real_data import read_rows
 
     model = AutoModelForCausalLM.from_pretrained(tiny[0]).eval()
     with torch.no_grad():

@@ -7,7 +7,7 @@ import json
 import marks
 import numpy as np
 import pytest
-from worlds.real import Encoder, read_rows
+from worlds.real_data import Encoder, read_rows
 from worlds.rows import Row
 
 

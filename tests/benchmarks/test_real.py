@@ -11,9 +11,9 @@ import pytest
 import real
 import torch
 from worlds import real as worlds_real
-from worlds import real_report, runner, settings, training
+from worlds import real_data, real_report, runner, settings, training
 from worlds.generation import exact_matches, greedy
-from worlds.real import RealPlan
+from worlds.real_data import RealPlan
 from worlds.rows import Pair, Row
 
 PLAN = replace(
@@ -50,7 +50,7 @@ def test_no_prompt_is_in_two_parts(tiny, name):
 
 def test_gsm8k_is_tested_on_its_own_test_part(tiny):
     world = world_of(tiny, "gsm8k")
-    encoder = worlds_real.Encoder(tiny[0])
+    encoder = real_data.Encoder(tiny[0])
     shown = [encoder.tokenizer.decode(row.answer[:-1]) for row in world.test_rows()]
     assert shown[0].replace(" ", "") == "40+80=120\n####120", "its first test problem, without the calculator's notes"
     assert all(row.answer[-1] == encoder.end for row in world.test_rows())
@@ -58,17 +58,17 @@ def test_gsm8k_is_tested_on_its_own_test_part(tiny):
 
 def test_divide_keeps_the_rows_of_a_key_together():
     rows = [(i // 4, i) for i in range(100)]
-    parts = worlds_real.divide(rows, lambda row: row[0], {"test": 10, "dev": 5})
+    parts = real_data.divide(rows, lambda row: row[0], {"test": 10, "dev": 5})
     keys = {name: {row[0] for row in part} for name, part in parts.items()}
     assert len(parts["test"]) == 12 and len(parts["dev"]) == 8 and sum(map(len, parts.values())) == 100
     assert not keys["test"] & keys["dev"] and not keys["train"] & (keys["test"] | keys["dev"])
-    assert parts == worlds_real.divide(rows, lambda row: row[0], {"test": 10, "dev": 5})
+    assert parts == real_data.divide(rows, lambda row: row[0], {"test": 10, "dev": 5})
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_thirty_percent_of_the_answers_are_exchanged(seed):
     rows = [Row((i,), (1000 + i, i)) for i in range(200)]
-    found = worlds_real.exchanged(rows, random.Random(seed))
+    found = real_data.exchanged(rows, random.Random(seed))
     changed = [i for i, (one, other) in enumerate(zip(rows, found, strict=True)) if one.answer != other.answer]
     assert len(changed) == 60
     assert [row.prompt for row in found] == [row.prompt for row in rows]
@@ -81,7 +81,7 @@ def test_thirty_percent_of_the_answers_are_exchanged(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_thirty_percent_of_the_pairs_are_flipped(seed):
     pairs = [Pair((i,), (1, i), (2, i)) for i in range(150)]
-    found = worlds_real.flipped(pairs, random.Random(seed))
+    found = real_data.flipped(pairs, random.Random(seed))
     swapped = [Pair(p.prompt, p.rejected, p.chosen) for p in pairs]
     assert sum(one == other for one, other in zip(found, swapped, strict=True)) == 45
     assert sum(one == other for one, other in zip(found, pairs, strict=True)) == 105
@@ -110,15 +110,15 @@ def test_boilerplate_stands_around_the_answer(tiny):
 
 
 def test_numbers_and_notes():
-    assert worlds_real.number_of("so 3 + 4 = 7\n#### 1,234") == "1234"
-    assert worlds_real.number_of("it is 5, then 12.") == "12"
-    assert worlds_real.number_of("#### -3.5") == "-3.5" and worlds_real.number_of("none") is None
-    assert worlds_real.without_calculator("4 + 3 = <<4+3=7>>7 and <<1=1>>1") == "4 + 3 = 7 and 1"
+    assert real_data.number_of("so 3 + 4 = 7\n#### 1,234") == "1234"
+    assert real_data.number_of("it is 5, then 12.") == "12"
+    assert real_data.number_of("#### -3.5") == "-3.5" and real_data.number_of("none") is None
+    assert real_data.without_calculator("4 + 3 = <<4+3=7>>7 and <<1=1>>1") == "4 + 3 = 7 and 1"
 
 
 def test_greedy_answers_in_batches_are_those_alone(tiny):
     world = world_of(tiny, "nl2bash")
-    model, tokenizer = world.load().eval(), worlds_real.Encoder(tiny[0]).tokenizer
+    model, tokenizer = world.load().eval(), real_data.Encoder(tiny[0]).tokenizer
     rows = world.test_rows()[:5]
     asked = [row.prompt[i:] for i, row in enumerate(rows)]  # of different lengths
     together = greedy(model, tokenizer, asked, 6, size=5)
@@ -162,7 +162,7 @@ def test_errors(tiny, monkeypatch):
     with pytest.raises(ValueError, match="behind a comma one of exchanged, boilerplate, flipped"):
         world_of(tiny, "nl2bash,shaken")
     with pytest.raises(ValueError, match=r"preference/pandalm has no set on the hub that this reads. Give --data"):
-        worlds_real.read_rows(None, "preference/pandalm")
+        real_data.read_rows(None, "preference/pandalm")
 
 
 def _run(name, lr, seed, dev, target):
