@@ -12,7 +12,8 @@ from .gate import AlphaToken
 from .losses.dpo import dpo_loss
 from .losses.sft import sft_loss
 from .models.start import remember_start
-from .selection.rules import excess_loss_weights, log_ratio_weights, random_weights
+from .selection.confidence import dft_weights, eaft_weights, high_loss_weights, low_loss_weights
+from .selection.rules import excess_loss_weights, log_ratio_weights, random_weights, stm_weights
 from .values import TokenValues
 from .weights import alphatoken_weights
 
@@ -38,14 +39,19 @@ __all__ = [
     "Target",
     "TokenValues",
     "alphatoken_weights",
+    "dft_weights",
     "dpo_loss",
+    "eaft_weights",
     "estimate_fisher",
     "excess_loss_weights",
+    "high_loss_weights",
     "log_ratio_weights",
+    "low_loss_weights",
     "random_weights",
     "remember_start",
     "sft_loss",
     "show_tokens",
+    "stm_weights",
     "target_gradient",
 ]
 

@@ -43,10 +43,14 @@ class AlphaTokenConfig:
             precision in use, where rounding and curvature balance: 2.4e-4 in float32, 0.063 in bf16.
         threshold (`str`, *optional*, defaults to `"quantile"`):
             `"quantile"` keeps the top `rho` share; `"zero"` keeps every token of positive value, however many these
-            are, and reads `rho` no further than that it is below 1.
+            are; `"soft"` drops none, and weighs each by the sigmoid of its value. The last two read `rho` no further
+            than that it is below 1.
+        soft_temperature (`float`, *optional*, defaults to 1.0):
+            Of the soft threshold: what the value is divided by, times the root mean square of all values of its
+            `threshold_scope`. The smaller, the nearer to the threshold `"zero"`.
         threshold_scope (`str`, *optional*, defaults to `"batch"`):
-            Over what the (1 - rho) quantile is taken: `"batch"`, the response tokens of the micro-batch (of each
-            branch, for pairs), or `"sequence"`, those of each sequence.
+            Over what the (1 - rho) quantile, or the spread of a soft threshold, is taken: `"batch"`, the response
+            tokens of the micro-batch (of each branch, for pairs), or `"sequence"`, those of each sequence.
         target_every (`int`, *optional*, defaults to 1):
             Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
         target_parts (`int`, *optional*, defaults to 4):
@@ -69,7 +73,8 @@ class AlphaTokenConfig:
     causal_window: int = 32
     estimator: str = "ghost"
     difference_rms: float | None = None
-    threshold: Literal["quantile", "zero"] = "quantile"
+    threshold: Literal["quantile", "zero", "soft"] = "quantile"
+    soft_temperature: float = 1.0
     threshold_scope: Literal["batch", "sequence"] = "batch"
     target_every: int = 1
     target_parts: int = 4
@@ -103,7 +108,12 @@ class AlphaTokenConfig:
                 f"difference_rms is {self.difference_rms!r}; it is the relative change that the nudge makes to the "
                 "last hidden state and must be in (0, 1]. Use None for the default of the compute precision."
             )
-        _check_choice("threshold", self.threshold, ("quantile", "zero"))
+        _check_choice("threshold", self.threshold, ("quantile", "zero", "soft"))
+        if not _is_number(self.soft_temperature) or not 0 < self.soft_temperature < float("inf"):
+            raise ValueError(
+                f"soft_temperature is {self.soft_temperature!r}; it must be a finite number above 0. Use "
+                'threshold="zero" for its limit, a weight of 0 or 1 by the sign of the value.'
+            )
         _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
         _check_choice("fisher", self.fisher, ("factored", "dense"))
 

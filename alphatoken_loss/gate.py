@@ -1,9 +1,10 @@
-"""The gradient gate: token values computed and applied inside the ordinary backward pass, for any loss.
+"""The gradient gate: token weights applied inside the ordinary backward pass, for any loss.
 
 At the output of the last block (for the difference estimator, of the decoder) the gradient has one row per position,
 and with a frozen head the row at t comes from token t + 1's loss alone. An identity there receives these rows in its
 backward, values the tokens from them, zeroes the rows of low-value tokens and hands the rest down: what arrives at the
-adapters is exactly the gradient of the masked loss, while the loss keeps its value.
+adapters is exactly the gradient of the masked loss, while the loss keeps its value. Weights from elsewhere, of any
+size, multiply the rows in the same way, and need no values.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,12 +28,17 @@ from .estimators import estimator_class
 from .estimators.base import Task
 from .figures import Figures
 from .losses.kl import Penalty, check_kl_coef
+from .losses.weighting import checked_weights
 from .models.changes import Changes
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
 from .models.structure import unwrap
-from .step import Step, blaming_target, check_nothing_behind
+from .selection import make_selection
+from .selection.base import ByFunction, Given
+from .selection.forward import Forward
+from .step import Step, check_nothing_behind
 from .values import TokenValues
+from .weighing import Valued, Weighed
 from .weights import alphatoken_weights
 
 UNMASKED = (
@@ -66,14 +72,23 @@ class AlphaToken:
             step that it will take, whose scale differs by parameter, rather than by one along the gradient. Needs a
             target.
         strict (`bool`): raise where a context ends in which no forward of the model was masked; with False, only warn.
+        selection (`str`): what chooses the tokens: by default their values; else a name in `selection.SELECTIONS`, for
+            which nothing is valued or estimated, and whatever is trained before the LM head is masked. `"given"`: the
+            `weights` of each context.
+        selection_options (`Mapping`, *optional*): of that selection, such as `{"perplexity": 2.5}` of `"stm"`.
+        token_weights (`Callable` or `str`, *optional*): instead, a function that makes `(B, T)` weights, aligned with
+            the labels, of what the training forward has (see `Forward`: labels, log-probabilities, entropies, last
+            hidden state), without a second forward; or the name of a column of the batch that holds them.
+        negative_weights (`bool`): whether weights below 0 are meant, which train the model away from a token.
 
     Raises:
         ValueError: the model cannot be valued; the message says why and what to do.
 
     Attributes:
-        weights (`torch.Tensor`): `(B, T)` float32 0/1 weights of the batch valued last, aligned with its labels.
-        values (`TokenValues`): its values, in units of the loss that was sent backward (with an `optimizer`, up to a
-            factor that depends on its state).
+        weights (`torch.Tensor`): `(B, T)` float32 weights of the last batch, aligned with its labels; of 0 and 1 where
+            tokens are kept or dropped.
+        values (`TokenValues`): its values, where it was valued, in units of the loss that was sent backward (with an
+            `optimizer`, up to a factor that depends on its state).
         kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) of the last context's batch, a scalar with
             graph, once its forward has run; to be added to the loss.
 
@@ -96,11 +111,19 @@ class AlphaToken:
         config: AlphaTokenConfig | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         strict: bool = True,
+        selection: str = "alphatoken",
+        selection_options: Mapping[str, Any] | None = None,
+        token_weights: Callable[[Forward], torch.Tensor] | str | None = None,
+        negative_weights: bool = False,
     ) -> None:
         self.model = model
         self.strict = strict
         self.ref_model = ref_model
         self.config = config or AlphaTokenConfig()
+        self.selection = make_selection(selection, self.config, selection_options)
+        self.negative_weights = negative_weights
+        if token_weights is not None:
+            self._weigh_by(token_weights, selection)
         self.source = Source(model, ref_model, target=target, fisher=fisher, config=self.config, optimizer=optimizer)
         self.figures = Figures()
         self.weights: torch.Tensor | None = None
@@ -110,11 +133,38 @@ class AlphaToken:
         self._known: Scored | None = None
         self._penalty: Penalty | None = None
         if self.config.rho < 1.0:  # else nothing is read, and nothing refused
-            if ref_model is None and self.config.stability_weight > 0:
+            drifts = self.config.stability_weight > 0 if self.selection.valued else self.selection.reference
+            if ref_model is None and drifts:
                 refuse_trained_reference(model.modules())
-            scored = self._scored()
-            check_nothing_behind(model, self._estimator.gate)
-            self.source.check(scored)
+            if self.selection.valued:
+                scored = self._scored()
+                check_nothing_behind(model, self._estimator.gate)
+                self.source.check(scored)
+            else:
+                check_nothing_behind(model, "decoder")
+
+    def _weigh_by(self, token_weights: Callable[[Forward], torch.Tensor] | str, selection: str) -> None:
+        if not self.selection.valued:
+            raise ValueError(f"Both selection={selection!r} and token_weights were given. Leave one of them.")
+        if self.config.rho >= 1.0:
+            raise ValueError(
+                "token_weights were given, but rho=1.0 switches the gate off. Set rho below 1, where it has no say."
+            )
+        if isinstance(token_weights, str):
+            self.selection = Given(self.config, token_weights, self.negative_weights)
+        elif callable(token_weights):
+            self.selection = ByFunction(self.config, token_weights, self.negative_weights)
+        else:
+            raise TypeError(
+                f"token_weights is a {type(token_weights).__name__}; it must be a function of a forward or the name "
+                "of a column. A tensor of one batch's weights goes into its context: "
+                "`with alphatoken(batch, weights=...)`."
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a batch that are read here, and are not for the model."""
+        return self.selection.columns
 
     @property
     def kl(self) -> torch.Tensor | None:
@@ -148,25 +198,30 @@ class AlphaToken:
         kl_coef: float = 0.0,
         num_items_in_batch: int | torch.Tensor | None = None,
         ref_model: nn.Module | None = None,
+        seed: int | None = None,
     ) -> Iterator[AlphaToken]:
         """Value one batch: run the model's forward on it, with grad, inside; `backward` may also come later.
 
         Args:
             batch (`Mapping`): the batch that the model runs on, in any form `alphatoken_weights` takes.
-            mean_over_kept (`bool`): scale the kept gradient by response tokens over kept tokens, which turns a mean
-                over response tokens into Eq. 13's mean over kept ones.
+            mean_over_kept (`bool`): scale the gradient by response tokens over the sum of their weights, which turns a
+                mean over response tokens into Eq. 13's weighted mean. Without it, the weighted gradients are divided
+                by what the loss divides by, whatever the weights are, so that micro-batches add up.
             beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
-            weights (`torch.Tensor`, *optional*): `(B, T)`, aligned with the labels: keep the response tokens where it
-                is not 0 (as from `random_weights` and the like) instead of valuing; nothing is estimated.
+            weights (`torch.Tensor`, *optional*): `(B, T)` of any finite numbers, aligned with the labels: what each
+                response token's gradient is multiplied by (as from `random_weights` and the like); nothing is valued or
+                estimated. The loss keeps its value.
             kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not, that `kl` then
                 holds. It is neither masked nor part of the values. Also with rho=1.0.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the summed KL is divided by; by default the
                 batch's response tokens.
             ref_model (`nn.Module`, *optional*): the reference of the KL, by default the one of this object.
+            seed (`int`, *optional*): of a selection that draws; by default it takes torch's own generator.
 
         Raises:
             RuntimeError: a second forward with grad runs inside, or none; or the model is in such a context already.
-            ValueError: the forward's or the weights' shape is not the batch's; or the model can no longer be valued.
+            ValueError: the forward's or the weights' shape is not the batch's; weights are not finite, all 0, or
+                negative without `negative_weights`; or the model can no longer be valued.
         """
         check_kl_coef(kl_coef)
         if weights is not None and self.config.rho >= 1.0:
@@ -175,8 +230,8 @@ class AlphaToken:
         if kl_coef > 0:
             reference = self.ref_model if ref_model is None else ref_model
             options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ref_model": reference}
-            penalty = Penalty(self.model, read_batch(batch), kl_coef=kl_coef, **options)
-        masking = self._masking(batch, mean_over_kept, beta, weights, penalty)
+            penalty = Penalty(self.model, read_batch(batch, columns=self.columns), kl_coef=kl_coef, **options)
+        masking = self._masking(batch, mean_over_kept, beta, weights, seed, penalty)
         watching = contextlib.nullcontext() if penalty is None else penalty.watching()
         before = self.weights, self.values
         try:
@@ -198,6 +253,7 @@ class AlphaToken:
         mean_over_kept: bool,
         beta: float,
         weights: torch.Tensor | None,
+        seed: int | None,
         penalty: Penalty | None,
     ) -> Iterator[None]:
         """The gate around one forward; a penalty goes round it."""
@@ -208,61 +264,62 @@ class AlphaToken:
         place = id(unwrap(self.model))
         if place in _masked:
             raise RuntimeError(NESTED)
-        read = read_batch(batch)
-        task = Task(self.model, self._scored(), read, self.config, {}, self._memory, training=True)
-        factors = self._known_factors(read, task.scored, beta, weights)
-        if factors is None:
-            task.parts = self._memory.prepare(self.source, task.scored, read)
-            task.apart = False
-        task.valued = factors is None
-        estimator = self._estimator(task)
-        task.parts = {}  # the estimator lets go of them as soon as it can
-        step = Step(self, read, estimator, factors, mean_over_kept)
+        read = read_batch(batch, columns=self.columns)
+        values, factors = None, None
+        if weights is not None:
+            weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
+        elif not self.selection.valued:
+            weights = self.selection.before(self.model, self.ref_model, read, seed)
+        elif not self.source.validates:
+            weights, values = self._by_others(read, beta)
+        if weights is not None:
+            factors = weights.to(read.labels.device).roll(-1, 1)
+            self.record(values, read.at_labels(factors), read)
+        weigher = self._weigher(read, known=weights is not None)
+        step = Step(self, read, weigher, factors, mean_over_kept)
         self.figures.seconds += time.perf_counter() - started
         gate = step.gate if penalty is None else penalty.around(step.gate)
         with Changes() as changes:
             changes.put(_masked, place, True)
-            with blaming_target(self.source, task.scored), estimator.watching(gate):
+            with weigher.watching(gate):
                 yield
-        if not estimator.seen and self.strict:
+        if not weigher.seen and self.strict:
             raise RuntimeError(UNMASKED)
-        if not estimator.seen:
+        if not weigher.seen:
             warnings.warn(UNMASKED, stacklevel=5)
 
-    def _known_factors(
-        self, batch: Batch, scored: Scored, beta: float, weights: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """`(B, T)` what rows are multiplied by where that is known before the forward, else None."""
-        if weights is not None:
-            if tuple(weights.shape) != batch.shape:
-                raise ValueError(
-                    f"weights have shape {tuple(weights.shape)} and the labels {batch.shape}; they must agree."
-                )
-            keep = (weights != 0).to(batch.labels.device).roll(-1, 1) & batch.rows
-            self.record(None, batch.at_labels(keep), batch)
-            return keep
-        if self.source.validates:
-            return None
+    def _weigher(self, batch: Batch, *, known: bool) -> Valued | Weighed:
+        if known or not self.selection.valued:
+            return Weighed(self.model, batch, None if known else self.selection.after)
+        task = Task(self.model, self._scored(), batch, self.config, {}, self._memory, apart=False, training=True)
+        task.parts = self._memory.prepare(self.source, task.scored, batch)
+        valued = Valued(self._estimator, task, self.source)
+        task.parts = {}  # the estimator lets go of them as soon as it can
+        return valued
+
+    def _by_others(self, batch: Batch, beta: float) -> tuple[torch.Tensor, TokenValues | None]:
+        """Weights and values of a batch whose sequences are valued by each other."""
+        scored = self._scored()
         if not bool(batch.rows.any()):
-            return batch.rows
+            return torch.zeros(batch.shape, device=batch.labels.device), None
         self.source.ensure_fisher(scored, batch)
         options: dict[str, Any] = {"fisher": self.source.drift_fisher, "config": self.config, "beta": beta}
-        found, values = alphatoken_weights(self.model, self.ref_model, batch, return_values=True, **options)
-        self.record(values, found, batch)
-        return found.bool().roll(-1, 1)
+        return alphatoken_weights(self.model, self.ref_model, batch, return_values=True, **options)
 
     def metrics(self) -> dict[str, float]:
-        """Figures over the response tokens of all batches valued since the last call: `kept` (the share), the means of
-        `total` and, for the ghost estimator, of its four terms, in units of the loss; `target_age` in optimizer steps;
-        for the difference estimator `difference_rms`, the effect of the last nudge; with `kl_coef`, `kl`, the mean KL
-        to the reference in nats; and the `seconds` spent valuing, target estimates included (on CUDA, which runs on its
-        own, only what the host waited for). Steps that raised inside their context count nothing; of batches without a
-        response token there is no share."""
+        """Figures over the response tokens of all batches since the last call: `kept` (the share whose weight is not
+        0), `weight` (the mean weight, where that is another figure), the means of `total` and, for the ghost estimator,
+        of its four terms, in units of the loss; `target_age` in optimizer steps; for the difference estimator
+        `difference_rms`, the effect of the last nudge; with `kl_coef`, `kl`, the mean KL to the reference in nats; and
+        the `seconds` spent valuing, target estimates included (on CUDA, which runs on its own, only what the host
+        waited for). Steps that raised inside their context count nothing; of batches without a response token there is
+        no share."""
         figures = self.figures.read()
         if self.config.rho >= 1.0:
             figures.pop("seconds")
             return {"kept": 1.0, **figures}
-        if "total" in figures or "kept" not in figures:  # no target has to do with weights that were given
+        valued = "total" in figures or "kept" not in figures
+        if self.selection.valued and valued:  # no target has to do with weights that were given
             figures["target_age"] = float(self.source.age)
         return {**figures, **self._memory.figures()}
 

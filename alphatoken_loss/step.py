@@ -1,10 +1,8 @@
-"""One batch on its way through the gate: an identity whose backward values the batch and masks its rows."""
+"""One batch on its way through the gate: an identity whose backward weighs the batch's rows."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,14 +11,12 @@ from torch import nn
 
 from .batches.batch import Batch
 from .config import AlphaTokenConfig
-from .directions.source import Source
-from .estimators.base import Estimator, NonFiniteRows
+from .estimators.base import NonFiniteRows
 from .figures import Figures
 from .models.changes import undoing
-from .models.sites import Scored
 from .models.structure import find_blocks, trained_behind
-from .selection.thresholds import select
 from .values import TokenValues
+from .weighing import Weigher
 
 
 class Owner(Protocol):
@@ -28,7 +24,6 @@ class Owner(Protocol):
 
     config: AlphaTokenConfig
     figures: Figures
-    source: Source
     weights: torch.Tensor | None
     values: TokenValues | None
 
@@ -52,18 +47,18 @@ class Step:
 
     Attributes:
         factors (`torch.Tensor` or `None`): `(B, T)` bool or float at rows, what each response row's gradient is
-            multiplied by; `None` until the batch was valued.
+            multiplied by; `None` until it was weighed.
     """
 
     def __init__(
         self,
         owner: Owner,
         batch: Batch,
-        estimator: Estimator,
+        weigher: Weigher,
         factors: torch.Tensor | None,
         mean_over_kept: bool,
     ) -> None:
-        self.owner, self.batch, self.estimator = owner, batch, estimator
+        self.owner, self.batch, self.weigher = owner, batch, weigher
         self.factors, self.mean_over_kept = factors, mean_over_kept
         self.failed = False
 
@@ -91,43 +86,25 @@ class Step:
                 self.failed, self.factors = False, batch.rows
                 self.owner.weights = self.owner.values = None
             finally:
-                self.estimator.release()
-                self.owner.figures.seconds += self.estimator.seconds + time.perf_counter() - started
+                self.weigher.release()
+                self.owner.figures.seconds += self.weigher.seconds + time.perf_counter() - started
         assert self.factors is not None
-        self.estimator.release()
+        self.weigher.release()
         virtual = rows.shape[1] - batch.shape[1]  # tokens before the batch's own
         drop = F.pad(batch.rows & (self.factors == 0), (virtual, 0))
         rows = rows.masked_fill(drop[..., None], 0)  # not times 0, which leaves nan
         if self.factors.dtype != torch.bool:
-            scale = self.factors.to(rows.dtype).masked_fill(~batch.rows, 1)
-            rows = rows * F.pad(scale, (virtual, 0), value=1)[..., None]
+            scale = F.pad(self.factors.masked_fill(~batch.rows, 1), (virtual, 0), value=1)
+            rows = (rows * scale[..., None]).to(rows.dtype)  # of bf16 rows in the weights' own precision
         if self.mean_over_kept:
             total = (self.factors * batch.rows).sum()
             rows = rows * (batch.rows.sum() / torch.where(total == 0, 1, total))
         return rows
 
     def _value(self, rows: torch.Tensor) -> None:
-        with blaming_target(self.owner.source, self.estimator.task.scored):
-            values = self.estimator.values(rows)
-        weights = select(values, self.batch, self.owner.config)
+        values, weights = self.weigher.weigh(rows)
         self.factors = weights.roll(-1, 1)
         self.owner.record(values, weights, self.batch)
-
-
-@contextlib.contextmanager
-def blaming_target(source: Source, scored: Scored) -> Iterator[None]:
-    """Where valuing fails for a target that is not finite, drop it, so that no average holds it on, and say so."""
-    try:
-        yield
-    except FloatingPointError as error:
-        finite = all(bool(p.isfinite().all()) for p in scored.parameters.values())
-        if isinstance(error, NonFiniteRows) or not finite or not source.drop_bad_target():
-            raise
-        raise FloatingPointError(
-            "The gradient of the target's validation loss is not finite: the model overflows on one of the target "
-            "batches, or one holds what is not finite itself. That estimate was dropped, and the next step makes a new "
-            "one from all of them. Look at the target batches; use bf16 instead of float16."
-        ) from error
 
 
 def check_nothing_behind(model: nn.Module, gate: str) -> None:

@@ -286,7 +286,9 @@ def costs_more() -> str:
     naive = load("straightforward")["results"]["plain graph"]["straightforward"]
     rows = []
     for name, title in (("ghost, K=3, W=32", "ghost, K = 3"), ("difference, all", "difference, all blocks")):
-        pairs = " / ".join(f"{deep['results'][kind][name]['with refresh']:.2f}" for kind in ("plain graph", "checkpointing"))
+        pairs = " / ".join(
+            f"{deep['results'][kind][name]['with refresh']:.2f}" for kind in ("plain graph", "checkpointing")
+        )
         rows.append([f"32 blocks, {title}: step with refresh, without / with checkpointing", pairs])
         again = cost["results"]["plain graph"][f"target of {name}"]["time ratio"]
         rows.append([f"12 blocks, {title}: a new target from as many sequences as a step has", f"{again:.2f}"])

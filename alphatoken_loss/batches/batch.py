@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,12 +22,14 @@ class Batch:
         labels (`torch.Tensor`): `(B, T)` int64, unshifted, -100 where a token is not part of a response.
         pairs (`bool`): whether the first half of the rows are chosen and the second half rejected answers.
         ref_logps (`tuple` or `None`): precomputed `(chosen, rejected)` reference log-probabilities, `(B/2,)` each.
+        columns (`dict`): what came along for each token, by name; `(B, T)` each, aligned with the labels.
     """
 
     inputs: dict[str, Any]
     labels: torch.Tensor
     pairs: bool = False
     ref_logps: tuple[torch.Tensor, torch.Tensor] | None = None
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +84,7 @@ class Batch:
             key: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (size,) else value
             for key, value in self.inputs.items()
         }
-        return Batch(inputs, self.labels[rows])
+        return Batch(inputs, self.labels[rows], columns={name: column[rows] for name, column in self.columns.items()})
 
     def chosen(self) -> Batch:
         """The batch itself, or the chosen half of pairs as an SFT batch."""
@@ -92,7 +94,8 @@ class Batch:
         """The batch with its tensors on `device`."""
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
         ref_logps = self.ref_logps and (self.ref_logps[0].to(device), self.ref_logps[1].to(device))
-        return Batch(inputs, self.labels.to(device), self.pairs, ref_logps)
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return Batch(inputs, self.labels.to(device), self.pairs, ref_logps, columns)
 
     def sequences(self) -> Iterator[tuple[torch.Tensor, Batch]]:
         """Each sequence with a response by itself, or each pair: `(rows, batch)`, `rows` being its row numbers here.
@@ -110,7 +113,7 @@ class Batch:
             alone = self.of_rows(rows)
             labels = alone.labels.masked_fill(~predicted, IGNORE)
             ref_logps = self.ref_logps and tuple(logps[number : number + 1] for logps in self.ref_logps)
-            yield rows, Batch(alone.inputs, labels, self.pairs, ref_logps)  # type: ignore[arg-type]
+            yield rows, Batch(alone.inputs, labels, self.pairs, ref_logps, alone.columns)  # type: ignore[arg-type]
 
     def at_labels(self, rows: torch.Tensor) -> torch.Tensor:
         """Move what belongs to rows (`(B, T)`) to the labels they predict: row t goes to column t + 1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from .batch import IGNORE, Batch
 
 _NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "num_items_in_batch"}
+COLUMNS = ("token_weights",)  # one number per token each; a batch may bring them
 
 
-def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None) -> Batch:
+def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, columns: Iterable[str] = ()) -> Batch:
     """Read a batch in any of the forms in README, "Batches".
 
     Args:
         batch (`Mapping`): what TRL's SFT and preference collators yield, or separate `chosen_*` / `rejected_*` keys.
         pairs (`bool`, *optional*): require (True) or refuse (False) preference pairs; by default both are read.
+        columns (`Iterable[str]`): names of further columns, beside `COLUMNS`, with a number for each token: they are
+            read beside the model's inputs (of branches kept apart, as `chosen_*` and `rejected_*`).
 
     Raises:
         TypeError: `batch` is not a mapping.
@@ -29,9 +32,9 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None) -
     elif not isinstance(batch, Mapping):
         raise TypeError(f"batch is a {type(batch).__name__}; it must be a mapping of names to tensors.")
     elif "chosen_input_ids" in batch or "rejected_input_ids" in batch:
-        read = _stack_branches(batch)
+        read = _stack_branches(batch, {*COLUMNS, *columns})
     else:
-        read = _read_stacked(batch, pairs)
+        read = _read_stacked(batch, pairs, {*COLUMNS, *columns})
     if pairs is not None and read.pairs != pairs:
         came, wanted = ("preference pairs", "`labels`") if read.pairs else ("`labels`", "`completion_mask`")
         raise ValueError(
@@ -41,11 +44,13 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None) -
     return read
 
 
-def _read_stacked(batch: Mapping[str, Any], pairs: bool | None) -> Batch:
+def _read_stacked(batch: Mapping[str, Any], pairs: bool | None, columns: set[str]) -> Batch:
     if "input_ids" not in batch:
         raise ValueError(f"The batch has no `input_ids`; its keys are {sorted(batch)}.")
     ids = batch["input_ids"]
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_THE_MODEL and value is not None}
+    found = {name: batch[name] for name in columns if batch.get(name) is not None}
+    not_for_the_model = _NOT_FOR_THE_MODEL | columns
+    inputs = {key: value for key, value in batch.items() if key not in not_for_the_model and value is not None}
     is_pairs = "completion_mask" in batch and ("labels" not in batch or pairs is True)
     if is_pairs:
         mask = batch["completion_mask"]
@@ -60,16 +65,16 @@ def _read_stacked(batch: Mapping[str, Any], pairs: bool | None) -> Batch:
             )
         chosen, rejected = batch.get("ref_chosen_logps"), batch.get("ref_rejected_logps")
         ref_logps = None if chosen is None or rejected is None else (chosen, rejected)
-        return Batch(inputs, ids.masked_fill(mask == 0, IGNORE), True, ref_logps)
+        return Batch(inputs, ids.masked_fill(mask == 0, IGNORE), True, ref_logps, found)
     if batch.get("labels") is None:
         raise ValueError(
             "The batch has neither `labels` (-100 where a token is not trained on) nor `completion_mask` (stacked "
             f"preference pairs); its keys are {sorted(batch)}. Add one of them."
         )
-    return Batch(inputs, batch["labels"])
+    return Batch(inputs, batch["labels"], columns=found)
 
 
-def _stack_branches(batch: Mapping[str, Any]) -> Batch:
+def _stack_branches(batch: Mapping[str, Any], columns: set[str]) -> Batch:
     """`chosen_*` and `rejected_*`, padded on the right to one length, chosen first."""
     branches = []
     for branch in ("chosen", "rejected"):
@@ -98,7 +103,12 @@ def _stack_branches(batch: Mapping[str, Any]) -> Batch:
     )
     chosen, rejected = batch.get("ref_chosen_logps"), batch.get("ref_rejected_logps")
     ref_logps = None if chosen is None or rejected is None else (chosen, rejected)
-    return Batch({"input_ids": ids, "attention_mask": attention}, labels, True, ref_logps)
+    found = {}
+    for name in columns:
+        halves = [batch.get(f"{branch}_{name}") for branch in ("chosen", "rejected")]
+        if all(isinstance(half, torch.Tensor) and half.dim() == 2 for half in halves):
+            found[name] = torch.cat([F.pad(half, (0, length - half.shape[1])) for half in halves])  # type: ignore[union-attr, arg-type]
+    return Batch({"input_ids": ids, "attention_mask": attention}, labels, True, ref_logps, found)
 
 
 def _check_shapes(batch: Batch) -> None:

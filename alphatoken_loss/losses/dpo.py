@@ -12,7 +12,7 @@ from ..batches.read import read_batch
 from ..models.changes import undoing
 from .logps import token_logps
 from .preference import LOSSES, check_loss, pair_logps, reference_logps
-from .weighting import Weights, check_weights, valuing
+from .weighting import Weights, checked_weights, columns_of, valuing
 
 
 @undoing
@@ -25,6 +25,7 @@ def dpo_loss(
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    negative_weights: bool = False,
     return_metrics: bool = False,
 ) -> Any:
     """Preference loss of a batch of pairs, with the gradient of low-value tokens switched off (Eq. 14).
@@ -42,6 +43,7 @@ def dpo_loss(
         beta (`float`): inverse temperature of the implicit reward, in 1 / nats.
         loss_type (`str`): as TRL's: sigmoid, hinge, ipo, robust, exo_pair, apo_zero or apo_down.
         label_smoothing (`float`): share of flipped preferences, of robust and exo_pair; the others have none.
+        negative_weights (`bool`): whether weights below 0 are meant, which turn a token's gradient round.
         return_metrics (`bool`): return `(loss, metrics)`, detached means over pairs by TRL's names: rewards/chosen,
             rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected.
 
@@ -49,13 +51,14 @@ def dpo_loss(
         `torch.Tensor`: scalar, the mean over pairs.
 
     Raises:
-        ValueError: the batch holds no pairs, the weights are not of their shape, or an option is not known.
+        ValueError: the batch holds no pairs, the weights are not of their shape, not finite or negative, or an option
+            is not known.
     """
     check_loss(loss_type, beta, label_smoothing)
-    read = read_batch(batch, pairs=True)
+    read = read_batch(batch, pairs=True, columns=columns_of(weights))
     ref_logps = reference_logps(model, ref_model, read)
     if isinstance(weights, torch.Tensor):
-        check_weights(weights, read)
+        weights = checked_weights(weights, read, negative=negative_weights)
         logps = token_logps(model, read)
         weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()

@@ -14,7 +14,7 @@ from ..batches.read import read_batch
 from ..models.changes import undoing
 from .kl import Penalty, check_kl_coef
 from .logps import logps_of_logits, token_logps
-from .weighting import Weights, check_weights, valuing
+from .weighting import Weights, checked_weights, columns_of, valuing
 
 
 @undoing
@@ -26,6 +26,7 @@ def sft_loss(
     ref_model: nn.Module | None = None,
     kl_coef: float = 0.0,
     num_items_in_batch: int | torch.Tensor | None = None,
+    negative_weights: bool = False,
     return_outputs: bool = False,
 ) -> Any:
     """Supervised fine-tuning loss: sum_t w_t l_t / sum_t w_t with l_t = -log p(y_t | y_<t) (arXiv 2606.01635, Eq. 13),
@@ -35,25 +36,27 @@ def sft_loss(
         model (`nn.Module`): causal LM.
         batch (`Mapping`): `input_ids` and `labels` `(B, T)`, and the model's other inputs.
         weights (`torch.Tensor` or `AlphaToken`, *optional*):
-            `None`: the model's own loss. A `(B, T)` tensor of any floats, aligned with the labels: the weighted mean.
-            An `AlphaToken`: this batch is valued in its own backward pass; the loss has the unmasked value, and the
-            gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given).
+            `None`: the model's own loss. A `(B, T)` tensor of finite floats, aligned with the labels: the weighted
+            mean. An `AlphaToken`: this batch is valued in its own backward pass; the loss has the unmasked value, and
+            the gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given).
         ref_model (`nn.Module`, *optional*): the reference of the KL. By default the `AlphaToken`'s, or the model with
             adapters off, or with its adapter "ref".
         kl_coef (`float`): weight of the KL, which weights do not touch; 0 for none, and then no reference is run.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): what either sum is divided by instead, for gradient
             accumulation.
+        negative_weights (`bool`): whether weights below 0 are meant, which lower a token's probability; their sum
+            divides then too, unless `num_items_in_batch` is given.
         return_outputs (`bool`): return `(loss, outputs)` with the model's outputs.
 
     Returns:
         `torch.Tensor`: scalar; a zero with a graph when no token counts.
 
     Raises:
-        ValueError: the batch has no labels, the weights are not of their shape, `kl_coef` is negative or not finite, or
-            there is no reference of the model's vocabulary.
+        ValueError: the batch has no labels, the weights are not of their shape, not finite or negative, `kl_coef` is
+            negative or not finite, or there is no reference of the model's vocabulary.
     """
     check_kl_coef(kl_coef)
-    read = read_batch(batch, pairs=False)
+    read = read_batch(batch, pairs=False, columns=columns_of(weights))
     kl: dict[str, Any] = {"kl_coef": kl_coef, "num_items_in_batch": num_items_in_batch, "ref_model": ref_model}
     if weights is not None and not isinstance(weights, torch.Tensor):
         watching = valuing(model, read, weights, mean_over_kept=num_items_in_batch is None, **kl)
@@ -63,6 +66,7 @@ def sft_loss(
         watching = nullcontext()
     with watching as penalised:
         if isinstance(weights, torch.Tensor):
+            weights = checked_weights(weights, read, negative=negative_weights)
             loss, outputs = _weighted_loss(model, read, weights, num_items_in_batch, return_outputs)
         else:
             count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -77,7 +81,6 @@ def _weighted_loss(
     model: nn.Module, batch: Batch, weights: torch.Tensor, num_items: int | torch.Tensor | None, whole: bool
 ) -> tuple[torch.Tensor, Any]:
     """Eq. 13, and the model's outputs where they are wanted whole."""
-    check_weights(weights, batch)
     outputs = model(**{**batch.inputs, "use_cache": False}) if whole else None
     logps = token_logps(model, batch) if outputs is None else logps_of_logits(outputs.logits, batch.labels)
     weights = batch.at_labels(weights.to(logps).roll(-1, 1))

@@ -18,6 +18,7 @@ class Valuing(Protocol):
 
     model: nn.Module
     kl: torch.Tensor | None
+    columns: tuple[str, ...]
 
     def __call__(self, batch: Batch, **options: Any) -> AbstractContextManager[Any]: ...
 
@@ -36,9 +37,49 @@ def valuing(model: nn.Module, batch: Batch, weights: Any, **options: Any) -> Abs
     return weights(batch, **options)
 
 
-def check_weights(weights: torch.Tensor, batch: Batch) -> None:
+def columns_of(weights: Any) -> tuple[str, ...]:
+    """The columns of a batch that an `AlphaToken` reads, and no model."""
+    return getattr(weights, "columns", ())
+
+
+def checked_weights(
+    weights: Any, batch: Batch, *, negative: bool = False, zeros: bool = True, what: str = "weights"
+) -> torch.Tensor:
+    """Weights that can scale a gradient, on the labels' device; the device is waited for once.
+
+    Args:
+        weights (`torch.Tensor`): `(B, T)` of any real dtype, one per label, unshifted. Where there is no label they are
+            not read, but must be finite.
+        negative (`bool`): whether weights below 0, which push a token's probability down, are meant.
+        zeros (`bool`): whether a batch with labels may have weights that are all 0.
+        what (`str`): what to call them in an error.
+
+    Raises:
+        TypeError: this is no tensor.
+        ValueError: the shape is not the labels', or values are not finite, negative or all 0.
+    """
+    if not isinstance(weights, torch.Tensor):
+        raise TypeError(
+            f"{what} is a {type(weights).__name__}; it must be a tensor of the labels' shape {batch.shape}."
+        )
     if tuple(weights.shape) != batch.shape:
         raise ValueError(
-            f"weights have shape {tuple(weights.shape)} and the labels {batch.shape}; they must agree, one weight per "
+            f"{what} have shape {tuple(weights.shape)} and the labels {batch.shape}; they must agree, one weight per "
             "label, unshifted."
         )
+    if weights.is_complex():
+        raise ValueError(f"{what} are complex; they must be real numbers.")
+    weights = weights.detach().to(batch.labels.device)
+    counted = batch.at_labels(weights.roll(-1, 1))
+    flags = [weights.isfinite().all(), (counted >= 0).all(), (counted != 0).any(), batch.rows.any()]
+    finite, positive, some, labelled = torch.stack(flags).tolist()
+    if not finite:
+        raise ValueError(f"{what} are not all finite. A token to be left out has weight 0, not nan.")
+    if not (positive or negative):
+        raise ValueError(
+            f"{what} are below 0 for some labels (as low as {float(counted.min()):.3g}), which trains the model away "
+            "from these tokens. If that is meant, say negative_weights=True; else clamp them at 0."
+        )
+    if labelled and not (some or zeros):
+        raise ValueError(f"{what} are 0 for every label, so there is nothing to train on. Leave this batch out.")
+    return weights

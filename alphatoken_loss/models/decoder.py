@@ -15,7 +15,7 @@ from ..batches.batch import Batch
 from .changes import Changes
 from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
 from .modes import without_checkpointing
-from .structure import find_decoder, unwrap
+from .structure import find_decoder, learns_prompts, unwrap
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class DecoderForward:
     Args:
         model (`nn.Module`): the model that runs.
         batch (`Batch`): what it runs on.
-        parameters (`dict`): those that `again` replaces, by their names in `model.named_parameters()`.
+        parameters (`dict`): those that `again` replaces, by their names in `model.named_parameters()`; with none the
+            forward is only watched.
         training (`bool`): the forward that runs with grad; else the one without.
 
     Attributes:
@@ -46,7 +47,7 @@ class DecoderForward:
         self.decoder = find_decoder(model)
         own = {id(p) for p in self.decoder.parameters()}
         # Virtual tokens of prompt learning come from outside the decoder: then the whole model runs again.
-        self.virtual = not all(id(p) in own for p in parameters.values())
+        self.virtual = not all(id(p) in own for p in parameters.values()) or learns_prompts(model)
         self.entry = unwrap(model) if self.virtual else self.decoder
         self._parameters = parameters
         self._dtypes = {name: p.dtype for name, p in parameters.items()}
@@ -124,7 +125,7 @@ class DecoderForward:
     def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.virtual:
             return
-        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        if self._names and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ValueError(
                 "The model was called with a cache, to which a second forward would append. Call it with "
                 "use_cache=False and without past_key_values."

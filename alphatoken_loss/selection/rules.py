@@ -1,13 +1,14 @@
-"""Other ways to choose the tokens to train on, in the form that this library's losses, gate and trainers take.
+"""Weights that are known before a batch's forward: drawn, or by a reference. They are here to compare with.
 
-They are here to compare with: at random, by excess loss, and by the log-ratio of policy and reference. Thresholds and
-alignment are those of `alphatoken_weights`, so at equal `rho` each keeps the same share.
+Thresholds and alignment are those of `alphatoken_weights`, so at equal `rho` each that keeps a share keeps the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -18,15 +19,9 @@ from ..config import AlphaTokenConfig
 from ..losses.logps import token_logps
 from ..models.modes import without_noise
 from ..models.reference import reference_mode
-from .thresholds import keep_mask
-
-SELECTIONS = ("alphatoken", "random", "excess_loss", "log_ratio")
-
-
-def check_selection(name: str) -> None:
-    """Raise ValueError for a selection that does not exist."""
-    if name not in SELECTIONS:
-        raise ValueError(f"selection is {name!r}; it must be one of {', '.join(map(repr, SELECTIONS))}.")
+from .base import Selection
+from .forward import Forward
+from .thresholds import keep_share
 
 
 def random_weights(
@@ -131,6 +126,53 @@ def log_ratio_weights(
     return _select(torch.cat([chosen, -rejected]), read, rho, threshold_scope)
 
 
+def stm_weights(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    batch: Mapping[str, Any] | Batch,
+    *,
+    perplexity: float = 2.5,
+) -> torch.Tensor:
+    """Drop the tokens that the model found unlikely before it was tuned: keep where exp(l_t(reference)) <= perplexity.
+
+    Selective token masking (arXiv 2501.14315), whose threshold is 2.5, a probability of 0.4. There the perplexity of a
+    token, 1 / p(y_t | y_<t), is that of the model that tuning starts from.
+
+    Args:
+        model (`nn.Module`): causal LM.
+        ref_model (`nn.Module` or `None`): the model that tuning starts from; `None` for `model` with adapters off, or
+            with its adapter "ref". For the perplexity of the model as it is now, pass the model itself.
+        batch (`Mapping`): an SFT batch or preference pairs, in any form `alphatoken_weights` takes.
+        perplexity (`float`): the largest that is kept, at least 1.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` float32, 1 for tokens that are kept and 0 elsewhere, aligned with the labels; chosen
+        rows first for pairs. No share is fixed: of a batch that is all unlikely nothing is kept.
+
+    Raises:
+        ValueError: the batch or an option does not fit, or there is no reference.
+    """
+    _check_perplexity(perplexity)
+    read = read_batch(batch)
+    if not bool(read.rows.any()):
+        return torch.zeros(read.shape, device=read.labels.device)
+    with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(reference):
+        return _likely(token_logps(reference, read), read, perplexity)
+
+
+def _likely(logps: torch.Tensor, batch: Batch, perplexity: float) -> torch.Tensor:
+    response = batch.at_labels(batch.rows)
+    return (response & (logps.to(response.device) >= -math.log(perplexity))).float()
+
+
+def _check_perplexity(perplexity: float) -> None:
+    if not isinstance(perplexity, (int, float)) or not 1 <= perplexity < math.inf:
+        raise ValueError(
+            f"perplexity is {perplexity!r}; it is the largest perplexity of a token that is kept and must be a finite "
+            "number of at least 1 (2.5 in the paper)."
+        )
+
+
 def _log_ratio(model: nn.Module, ref_model: nn.Module | None, batch: Batch, rho: float) -> torch.Tensor:
     """`(B, T)` log p(model) - log p(reference) at the labels, without dropout; zeros where nothing depends on it."""
     if rho >= 1.0 or not bool(batch.rows.any()):
@@ -144,5 +186,64 @@ def _log_ratio(model: nn.Module, ref_model: nn.Module | None, batch: Batch, rho:
 
 def _select(values: torch.Tensor, batch: Batch, rho: float, scope: str) -> torch.Tensor:
     AlphaTokenConfig(rho=rho, threshold_scope=scope)  # type: ignore[arg-type]  # its checks of both
-    groups = batch.groups(scope).roll(1, 1)  # no row stands in the last column
-    return keep_mask(values.to(batch.labels.device), groups, rho=rho).float()
+    return keep_share(values, batch, rho, scope)
+
+
+@dataclass
+class Random(Selection):
+    """See `random_weights`."""
+
+    def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> torch.Tensor:
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return random_weights(batch, **self._share(), generator=generator)
+
+
+@dataclass
+class ExcessLoss(Selection):
+    """See `excess_loss_weights`."""
+
+    reference: bool = field(default=True, init=False)
+
+    def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> torch.Tensor:
+        return excess_loss_weights(model, ref_model, batch, **self._share())
+
+
+@dataclass
+class LogRatio(Selection):
+    """See `log_ratio_weights`."""
+
+    reference: bool = field(default=True, init=False)
+    pairs: ClassVar[bool] = True
+
+    def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> torch.Tensor:
+        return log_ratio_weights(model, ref_model, batch, **self._share())
+
+
+@dataclass
+class Stm(Selection):
+    """See `stm_weights`.
+
+    Args:
+        perplexity (`float`): the largest that is kept.
+        of (`str`): whose perplexity: the `"reference"`'s, as in the paper, by a forward of it; or the `"model"`'s as it
+            is, from the training forward.
+    """
+
+    perplexity: float = 2.5
+    of: Literal["reference", "model"] = "reference"
+
+    def __post_init__(self) -> None:
+        _check_perplexity(self.perplexity)
+        if self.of not in ("reference", "model"):
+            raise ValueError(f"of is {self.of!r}; it must be 'reference' or 'model', whose perplexity counts.")
+        self.reference = self.of == "reference"
+
+    def before(
+        self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None
+    ) -> torch.Tensor | None:
+        if not self.reference:
+            return None
+        return stm_weights(model, ref_model, batch, perplexity=self.perplexity)
+
+    def after(self, forward: Forward) -> torch.Tensor:
+        return _likely(forward.logps, forward.batch, self.perplexity)

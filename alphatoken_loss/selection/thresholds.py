@@ -47,9 +47,45 @@ def keep_mask(values: torch.Tensor, groups: torch.Tensor, *, rho: float) -> torc
     return taken & (values >= thresholds[keys].view_as(values))
 
 
+def keep_share(values: torch.Tensor, batch: Batch, rho: float, scope: str) -> torch.Tensor:
+    """`(B, T)` float32 at the labels: 1 for the top `rho` share by `values`, 0 elsewhere."""
+    return keep_mask(values.to(batch.labels.device), _groups(batch, scope), rho=rho).float()
+
+
 def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
-    """`(B, T)` bool at the labels: the tokens that are kept."""
-    groups = batch.groups(config.threshold_scope).roll(1, 1)  # no row stands in the last column
+    """`(B, T)` at the labels: bool, the tokens that are kept; or float weights in (0, 1), for a soft threshold."""
+    groups = _groups(batch, config.threshold_scope)
     if config.threshold == "zero":
         return (groups >= 0) & (values.total > 0)
+    if config.threshold == "soft":
+        return soft_weights(values.total, groups, temperature=config.soft_temperature)
     return keep_mask(values.total, groups, rho=config.rho)
+
+
+def soft_weights(values: torch.Tensor, groups: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """A weight for each token by its value: sigmoid(value / (temperature * s)), s being the root mean square of the
+    values of its group.
+
+    It is 0.5 at a value of 0, does not change when all values are scaled, and goes to 0 or 1 by the sign of the value
+    as the temperature goes to 0.
+
+    Args:
+        values (`torch.Tensor`): `(B, T)` float.
+        groups (`torch.Tensor`): `(B, T)` int64, see `keep_mask`.
+        temperature (`float`): above 0.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` of the values' dtype; 0 wherever `groups` is -1, and 0.5 for a group without values.
+    """
+    taken = groups >= 0
+    keys = groups.flatten().clamp(min=0)
+    squares = values.square().masked_fill(~taken, 0).flatten()
+    sums = squares.new_zeros(keys.numel()).scatter_add_(0, keys, squares)
+    counts = squares.new_zeros(keys.numel()).scatter_add_(0, keys, taken.flatten().to(squares))
+    spread = (sums / counts.clamp(min=1)).sqrt()[keys].view_as(values)
+    scaled = values / torch.where(spread > 0, spread * temperature, 1.0)
+    return scaled.sigmoid().masked_fill(~taken, 0)
+
+
+def _groups(batch: Batch, scope: str) -> torch.Tensor:
+    return batch.groups(scope).roll(1, 1)  # no row stands in the last column

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from dataclasses import dataclass, field
 from types import NoneType
@@ -13,7 +14,8 @@ from trl import DPOConfig, SFTConfig
 
 from ..config import AlphaTokenConfig
 from ..losses.kl import check_kl_coef
-from ..selection.rules import check_selection
+from ..selection import SELECTIONS, make_selection
+from ..selection.base import Selection
 
 
 def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tuple[str, Any, Any]:
@@ -34,6 +36,7 @@ def _settings() -> list[tuple[str, Any, Any]]:
     return [_as_argument(f, hints[f.name], about.get(f.name, "")) for f in dataclasses.fields(AlphaTokenConfig)]
 
 
+NAMES = [name for name in SELECTIONS if name != "given"]  # a trainer's weights come in a column or from a function
 _Settings: Any = dataclasses.make_dataclass("_Settings", _settings())
 
 
@@ -45,9 +48,13 @@ class AlphaTokenArguments(_Settings):
 
     Args:
         selection (`str`, *optional*, defaults to `"alphatoken"`):
-            What chooses the tokens that are trained on: `"alphatoken"`, their values; or, for comparison, `"random"`,
-            `"excess_loss"` or `"log_ratio"` (preference pairs), see [`random_weights`], [`excess_loss_weights`] and
-            [`log_ratio_weights`], for which neither target nor Fisher is made and no row is held out.
+            What chooses the tokens that are trained on: `"alphatoken"`, their values; or, with neither target nor
+            Fisher and no row held out, `"random"`, `"excess_loss"`, `"log_ratio"` (preference pairs), `"stm"`,
+            `"eaft"`, `"dft"`, `"low_loss"` or `"high_loss"`, each as the function of this name with `_weights` says.
+        selection_options (`dict` or `str`, *optional*):
+            Options of that selection, on a command line as JSON: `{"perplexity": 2.5}` for `"stm"`.
+        negative_weights (`bool`, *optional*, defaults to `False`):
+            Whether token weights below 0, from a column or a function, are meant.
         kl_coef (`float`, *optional*, defaults to 0.0):
             Weight of a KL to the reference over all response tokens, kept or not, beside the loss of SFT training
             steps, divided by what that loss is divided by. Also with `rho=1.0`. Other trainers have no such penalty.
@@ -74,7 +81,13 @@ class AlphaTokenArguments(_Settings):
 
     selection: str = field(
         default="alphatoken",
-        metadata={"help": "What chooses the tokens: alphatoken, random, excess_loss or log_ratio."},
+        metadata={"help": f"What chooses the tokens: {', '.join(NAMES)}."},
+    )
+    selection_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the selection, as JSON."}
+    )
+    negative_weights: bool = field(
+        default=False, metadata={"help": "Whether token weights below 0, from a column or a function, are meant."}
     )
     kl_coef: float = field(
         default=0.0, metadata={"help": "Weight of a KL to the reference over all response tokens; SFT only."}
@@ -104,14 +117,15 @@ class AlphaTokenArguments(_Settings):
             value = getattr(self, setting.name)
             if isinstance(value, str) and value.isdecimal():
                 setattr(self, setting.name, int(value))
-        check_selection(self.selection)
+        if isinstance(self.selection_options, str):
+            self.selection_options = json.loads(self.selection_options)
         check_kl_coef(self.kl_coef)
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
         if self.sample_every < 0:
             raise ValueError(f"sample_every is {self.sample_every!r}; it must be at least 0, which records nothing.")
-        _ = self.alphatoken_config  # an error now, not at the first step
+        _ = self.alphatoken_selection  # errors now, not at the first step
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
 
@@ -119,6 +133,13 @@ class AlphaTokenArguments(_Settings):
     def alphatoken_config(self) -> AlphaTokenConfig:
         """The settings of the library itself."""
         return AlphaTokenConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AlphaTokenConfig)})
+
+    @property
+    def alphatoken_selection(self) -> Selection:
+        """What chooses the tokens."""
+        options = self.selection_options
+        assert not isinstance(options, str)
+        return make_selection(self.selection, self.alphatoken_config, options)
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Checkpoints(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._gate is None or self.alphatoken_args.selection != "alphatoken" or not self.args.should_save:
+        if self._gate is None or not self._gate.selection.valued or not self.args.should_save:
             return
         state = self._gate.state_dict()
         target = state["target"] or Target({}, 0)
@@ -49,7 +49,7 @@ class Checkpoints(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         checkpoint, gate = Path(resume_from_checkpoint), self._gate
-        if gate is None or self.alphatoken_args.selection != "alphatoken":
+        if gate is None or not gate.selection.valued:
             return
         if gate.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
             gate.source.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)

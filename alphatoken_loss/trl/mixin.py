@@ -7,11 +7,9 @@ Evaluation, prediction and `rho=1.0` are TRL's untouched.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +20,30 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from ..config import AlphaTokenConfig
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
 from ..models.start import add_reference_adapter
-from ..selection.rules import excess_loss_weights, log_ratio_weights, random_weights
+from ..selection.forward import Forward
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
 from .checkpoints import Checkpoints
+from .columns import TokenColumns
 from .fisher import FisherOfPrompts
+from .selecting import Selecting
 from .target import TargetRows
 
 logger = get_logger(__name__)
 _Trainer: Any = object  # what the mixin is put in front of
 
 
-class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
+class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, TokenColumns, _Trainer):
     """Token values for a trainer of Transformers' kind: put it in front of the trainer, and [`AlphaTokenArguments`] in
     front of its arguments.
 
     The loss keeps its value; what changes is its gradient, in which response tokens of low value count nothing. What a
     loss divides by stays as it is: TRL's SFT divides by all response tokens of the accumulated batch, kept or not, so
     the kept gradient is about `rho` of a mean over kept tokens, and gradient accumulation does not change its scale.
+    Weights of any size multiply each token's gradient, and nothing is divided by their sum.
 
     Args:
         target_dataset ([`~datasets.Dataset`], *optional*):
@@ -55,6 +55,10 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             The reference, for trainers that have none of their own; needed where linears are trained themselves. With
             adapters it is the model without them, or its adapter "ref".
+        token_weights (`Callable` or `str`, *optional*):
+            Weights in the place of values: a function of what the training forward has (see [`AlphaToken`]), or the
+            name of a column of the training data with one number per token of `input_ids` or of the completion (for
+            pairs, of `chosen_*` and `rejected_*`). A column "token_weights" is read without being named.
 
     Attributes:
         alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0` and no `kl_coef`.
@@ -78,8 +82,11 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
         *args: Any,
         target_dataset: Dataset | None = None,
         fisher: Fisher | str | Path | None = None,
+        token_weights: Callable[[Forward], torch.Tensor] | str | None = None,
         **kwargs: Any,
     ) -> None:
+        off = any(isinstance(a, AlphaTokenArguments) and a.rho >= 1.0 for a in (*args, *kwargs.values()))
+        self.token_columns = () if off else (token_weights,) if isinstance(token_weights, str) else self.token_columns
         inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
         own = any("ref_model" in inspect.signature(init).parameters for init in inits)
         reference = None if own else kwargs.pop("ref_model", None)
@@ -103,6 +110,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
                 "reference offered (AlphaTokenSFTTrainer). Set kl_coef=0; in a loop of your own, add the `kl` of "
                 "`with alphatoken(batch, kl_coef=...) as step:` to the loss."
             )
+        token_weights = self._found_weights(token_weights)
         if config.rho >= 1.0 and not kl_coef:
             return
         self._refuse_what_is_not_modelled()
@@ -119,43 +127,41 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
         if config.rho >= 1.0:
             self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config)
             return
-        selection = self.alphatoken_args.selection
-        if selection != "alphatoken":
-            self._alphatoken_by_selection(selection, config)
-            return
-        if self._alphatoken_ref is None and config.stability_weight > 0 and not is_peft_model(self.model):
-            raise ValueError(
-                "The model has no adapters and there is no ref_model, so there is nothing to measure drift from. Pass "
-                "the model that training starts from as ref_model, use a peft_config, or set stability_weight=0."
-            )
-        fisher = fisher if fisher is not None else self.alphatoken_args.fisher_path
-        self.alphatoken = AlphaToken(
-            self.model,
-            self._alphatoken_ref,
-            target=list(self._target_batches(target_dataset)),
-            fisher=Fisher.load(fisher) if isinstance(fisher, (str, Path)) else fisher,
-            config=config,
-        )
+        self._collate_columns()
+        options: dict[str, Any] = {
+            "config": config,
+            "selection": self.alphatoken_args.selection,
+            "selection_options": self.alphatoken_args.selection_options,
+            "token_weights": token_weights,
+            "negative_weights": self.alphatoken_args.negative_weights,
+        }
+        if token_weights is None and self._checked_selection().valued:
+            fisher = fisher if fisher is not None else self.alphatoken_args.fisher_path
+            options["target"] = list(self._target_batches(target_dataset))
+            options["fisher"] = Fisher.load(fisher) if isinstance(fisher, (str, Path)) else fisher
+        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, **options)
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training or target batch as `AlphaToken` reads it. Override it where the trainer's has another form."""
         return inputs
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        columns = {name: inputs[name] for name in self.token_columns if name in inputs}
+        inputs = self._without_columns(inputs)
         if self.alphatoken is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, *args, **kwargs)
-        batch, weights = self.alphatoken_batch(inputs), None
-        if self._gate is not None and self.alphatoken_args.selection != "alphatoken":
-            weights = self._selected(batch)
-        elif self._gate is not None and self._gate.fisher is None and self._gate.config.stability_weight > 0:
-            self._gate.source.fisher = self._estimate_fisher()
+        batch = {**self.alphatoken_batch(inputs), **columns}
+        gate = self._gate
+        if gate is not None and gate.selection.valued:
+            if gate.fisher is None and gate.config.stability_weight > 0:
+                gate.source.fisher = self._estimate_fisher()
+            if self.alphatoken_args.precondition:
+                gate.source.optimizer = self.optimizer
         if self.args.auto_find_batch_size:
             self.alphatoken.source.limit_rows(self._train_batch_size)
-        if self._gate is not None and self.alphatoken_args.precondition:
-            self._gate.source.optimizer = self.optimizer
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
-        with self.alphatoken(batch, weights=weights, **kl) as step:
+        with self.alphatoken(batch, seed=self._draw(), **kl) as step:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         if step.kl is None:
             return found
@@ -214,35 +220,3 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, _Trainer):
                 "and their whole activations in each process, run as they are. Use one process per device "
                 "(DistributedDataParallel), or set rho=1.0, without kl_coef, to train on every token."
             )
-
-    # Other selections
-
-    def _alphatoken_by_selection(self, selection: str, config: AlphaTokenConfig) -> None:
-        if selection == "log_ratio" and isinstance(self, SFTTrainer):
-            raise ValueError(
-                'selection="log_ratio" chooses tokens of preference pairs, and this trainer has none. Use '
-                'AlphaTokenDPOTrainer, or selection="excess_loss".'
-            )
-        if selection != "random" and self._alphatoken_ref is None and not is_peft_model(self.model):
-            raise ValueError(
-                f'selection="{selection}" compares with a reference, and the model has no adapters and there is no '
-                "ref_model. Pass ref_model."
-            )
-        # The gate of the difference estimator masks whatever adapter there is; nothing is estimated.
-        gate = dataclasses.replace(config, estimator="difference", stability_weight=0.0, num_layers=None)
-        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=gate)
-        self._micro_batch = (-1, 0)
-
-    def _selected(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """0/1 weights by `args.selection`. Random ones depend on nothing but the seed, the optimizer step, the number
-        of the micro-batch in it and the process, so that a resumed run draws those of an uninterrupted one."""
-        args = self.alphatoken_args
-        options: dict[str, Any] = {"rho": args.rho, "threshold_scope": args.threshold_scope}
-        if args.selection != "random":
-            chosen_by = {"excess_loss": excess_loss_weights, "log_ratio": log_ratio_weights}[args.selection]
-            return chosen_by(self.model, self._alphatoken_ref, batch, **options)
-        step, number = self._micro_batch
-        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
-        key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)
-        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-        return random_weights(batch, generator=torch.Generator().manual_seed(seed), **options)

@@ -12,7 +12,7 @@ import alphatoken_loss
 ROOT = Path(alphatoken_loss.__file__).parent
 ROOMS = [
     "files", "values", "batches", "models", "losses", "config", "directions", "estimators", "selection",
-    "weights", "figures", "step", "gate", "tools", "trl", "integrations", "__main__",
+    "weights", "figures", "weighing", "step", "gate", "tools", "trl", "integrations", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 # What looks back, each with its reason.

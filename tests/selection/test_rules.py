@@ -18,9 +18,9 @@ from alphatoken_loss import (
     excess_loss_weights,
     log_ratio_weights,
     random_weights,
+    selection,
     sft_loss,
 )
-from alphatoken_loss.selection import rules
 
 SFT_KINDS = ("none", "right", "left", "ragged", "full", "packed")
 PAIR_KINDS = ("stacked", "stacked_left", "stacked_ref", "separate", "separate_mask")
@@ -136,7 +136,7 @@ def test_rejects():
     with pytest.raises(ValueError, match="no adapter to switch off"):
         excess_loss_weights(base(), None, batch)
     with pytest.raises(ValueError, match="selection is 'best'"):
-        rules.check_selection("best")
+        selection.selection_class("best")
 
 
 def test_ends():

@@ -1,0 +1,101 @@
+"""What chooses the tokens that are trained on: a selection.
+
+It gives weights, one per label, in one of two places: before a batch's forward, from whatever it runs itself
+(`before`), or from what the training forward has (`after`). The one whose tokens are valued gives neither: there an
+estimator does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..losses.weighting import checked_weights
+from .forward import Forward
+
+
+@dataclass
+class Selection:
+    """A way to choose tokens. Subclasses are dataclasses; their further fields are the options a user can set.
+
+    Args:
+        config (`AlphaTokenConfig`): `rho` and `threshold_scope`, for those that keep a share.
+
+    Attributes:
+        valued: tokens are chosen by their values, which need target, Fisher and an estimator.
+        pairs: it chooses tokens of preference pairs alone.
+        reference (`bool`): it compares with a reference model.
+    """
+
+    config: AlphaTokenConfig
+    reference: bool = field(default=False, init=False)
+
+    valued: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+
+    def _share(self) -> dict[str, Any]:
+        return {"rho": self.config.rho, "threshold_scope": self.config.threshold_scope}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a batch that it reads."""
+        return ()
+
+    def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> Any:
+        """`(B, T)` weights known before the forward of a batch, or None: then `after` gives them.
+
+        Args:
+            seed (`int`, *optional*): for those that draw; by default they take torch's own generator.
+        """
+        return None
+
+    def after(self, forward: Forward) -> torch.Tensor:
+        """`(B, T)` weights from what the training forward has."""
+        raise NotImplementedError
+
+
+@dataclass
+class ByValue(Selection):
+    """Tokens are chosen by their values (arXiv 2606.01635)."""
+
+    valued: ClassVar[bool] = True
+
+
+@dataclass
+class Given(Selection):
+    """Weights come with each batch, `with alphatoken(batch, weights=w)`, or in its column `column`."""
+
+    column: str | None = None
+    negative: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return () if self.column is None else (self.column,)
+
+    def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> torch.Tensor:
+        if self.column is None:
+            raise ValueError("No weights were given for this batch. Pass weights=.")
+        if self.column not in batch.columns:
+            raise ValueError(
+                f"The batch has no column {self.column!r} of token weights. Put one number per label there (for "
+                f"branches kept apart, chosen_{self.column} and rejected_{self.column}), or pass weights=."
+            )
+        return checked_weights(batch.columns[self.column], batch, negative=self.negative, what=self.column)
+
+
+@dataclass
+class ByFunction(Selection):
+    """Weights are what a user's function makes of the forward."""
+
+    function: Callable[[Forward], torch.Tensor] = lambda forward: forward.labels
+    negative: bool = False
+
+    def after(self, forward: Forward) -> torch.Tensor:
+        what = "what the function token_weights returned"
+        return checked_weights(self.function(forward), forward.batch, negative=self.negative, what=what)

@@ -1,0 +1,135 @@
+"""What a forward has, for those who make weights of it: no second forward, and the head once more only where its logits
+were not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..batches.batch import Batch
+from ..losses.logps import logits_of_hidden, token_logps
+from ..models.decoder import DecoderForward
+from ..models.modes import without_noise
+from ..models.structure import causal_lm, unwrap
+from ..models.tensors import accumulation_dtype
+
+_ROWS, _LOGITS = 256, 2**25  # of which logits live at a time beside the model's own, and at most how many logits
+
+
+class Forward:
+    """One forward of the model, as a function of token weights sees it. Nothing here has a gradient.
+
+    All are aligned with the labels: what is said of a label stands in its column, and is made by the position before.
+
+    Attributes:
+        labels (`torch.Tensor`): `(B, T)` int64, -100 where there is none; of pairs, chosen answers first.
+        hidden (`torch.Tensor`): `(B, T, hidden)` last hidden state; the position t predicts the label t + 1.
+        batch (`Batch`): the batch, with the other inputs in `batch.inputs`, and further columns in `batch.columns`.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, hidden: torch.Tensor) -> None:
+        self.batch, self.labels = batch, batch.labels
+        self.hidden = hidden.detach()[:, -batch.shape[1] :]  # behind any virtual tokens
+        self._model = model
+        self._found: dict[str, torch.Tensor] = {}
+        self._logits: torch.Tensor | None = None
+        self._columns: torch.Tensor | None = None  # where not all positions have logits, those that do
+        device = hidden.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # As the model's own head ran; casts made here have no graph, and no one else is to go on with them.
+        self._autocast = torch.autocast(device, dtype, enabled, cache_enabled=False)
+
+    @cached_property
+    def logps(self) -> torch.Tensor:
+        """`(B, T)` log p(label), in nats; 0 where there is none."""
+        if "log_probs" in self._found:
+            return self._found["log_probs"]
+        return self._at_labels(lambda logits, label: -F.cross_entropy(logits, label, reduction="none"))
+
+    @cached_property
+    def entropies(self) -> torch.Tensor:
+        """`(B, T)` entropy of the prediction over the whole vocabulary, in nats; 0 where there is no label."""
+        return (
+            self._found["entropy"] if "entropy" in self._found else self._at_labels(lambda logits, _: _entropy(logits))
+        )
+
+    def top_entropies(self, count: int) -> torch.Tensor:
+        """`(B, T)` entropy of the `count` likeliest tokens, whose probabilities are scaled to a sum of 1; in nats."""
+        return self._at_labels(lambda logits, _: _entropy(logits.topk(min(count, logits.shape[-1])).values))
+
+    def take(self, output: Any, kwargs: Mapping[str, Any]) -> None:
+        """Take what the model's output has of this: its logits, or what TRL's fused head gives instead."""
+        length = self.labels.shape[1]
+        for name in ("log_probs", "entropy"):
+            value = getattr(output, name, None)
+            if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] >= length - 1:
+                self._found[name] = F.pad(value.detach()[:, 1 - length :] if length > 1 else value[:, :0], (1, 0))
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[0] != self.labels.shape[0]:
+            return
+        columns = kwargs.get("logits_to_keep")
+        if isinstance(columns, torch.Tensor) and columns.dim() == 1 and len(columns) == logits.shape[1]:
+            wanted = self.batch.rows.any(0).nonzero().flatten()
+            if bool(torch.isin(wanted, columns).all()):
+                self._logits = logits.detach()
+                self._columns = columns.new_zeros(length).scatter_(0, columns, torch.arange(len(columns)).to(columns))
+        elif logits.shape[1] >= length:
+            self._logits = logits.detach()[:, -length:]
+
+    def release(self) -> None:
+        """Let go of logits and hidden state."""
+        self._logits = None
+        del self.hidden
+
+    @torch.no_grad()
+    def _at_labels(self, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`compute(logits (N, vocabulary), labels (N,))`, a chunk of the rows before labels at a time."""
+        rows = self.batch.rows
+        index = rows.flatten().nonzero().flatten()  # the one wait for the device; else prompts would cost too
+        labels = self.labels.roll(-1, 1).flatten()[index]
+        vocabulary = causal_lm(self._model).config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        size = min(_ROWS, max(1, _LOGITS // vocabulary))
+        dtype = accumulation_dtype(self.hidden)
+        found = [torch.zeros(0, dtype=dtype, device=labels.device)]
+        for here, label in zip(index.split(size), labels.split(size), strict=True):
+            logits = self._logits_of(here).to(dtype)
+            found.append(compute(logits, label.to(logits.device)).to(labels.device))
+        whole = torch.zeros(rows.numel(), dtype=dtype, device=labels.device)
+        return self.batch.at_labels(whole.index_copy_(0, index, torch.cat(found)).view(rows.shape))
+
+    def _logits_of(self, index: torch.Tensor) -> torch.Tensor:
+        """`(N, vocabulary)` of flat positions."""
+        if self._logits is not None:
+            length = self.labels.shape[1]
+            row, column = index // length, index % length
+            column = column if self._columns is None else self._columns.to(column.device)[column]
+            return self._logits[row.to(self._logits.device), column.to(self._logits.device)]
+        head = causal_lm(self._model).get_output_embeddings()  # type: ignore[operator]
+        with self._autocast, without_noise(head):
+            hidden = self.hidden.flatten(0, 1)[index.to(self.hidden.device)]
+            return logits_of_hidden(self._model, hidden.to(head.weight.device))
+
+
+def forward_of(model: nn.Module, batch: Batch) -> Forward:
+    """A forward made for this alone, without grad and dropout."""
+    inner, seen = unwrap(model), []
+
+    def keep(call: Any, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(Forward(inner, batch, hidden))
+        return hidden
+
+    watched = DecoderForward(inner, batch, {}, training=False)
+    with torch.no_grad(), without_noise(inner), watched.watching(keep):
+        logps = token_logps(inner, batch)
+    seen[0].logps = logps  # those of a head that has just run
+    return seen[0]
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1)

@@ -1,0 +1,85 @@
+"""What chooses the tokens that a trainer trains on: values, another selection, or weights that come with the data."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+
+from ..batches.read import COLUMNS
+from ..selection.base import Selection
+from .arguments import AlphaTokenArguments
+from .columns import columns_in
+
+logger = get_logger(__name__)
+
+
+class Selecting:
+    """The part of [`AlphaTokenMixin`] that says which selection there is, and sees that it has what it needs."""
+
+    args: Any
+    accelerator: Any
+    alphatoken_args: AlphaTokenArguments
+    model: Any
+    state: Any
+    train_dataset: Any
+    _alphatoken_ref: Any
+    _micro_batch = (-1, 0)
+
+    def _found_weights(self, token_weights: Any) -> Any:
+        """`token_weights`, or the name of the column that the training data has without being asked for it."""
+        args, columns = self.alphatoken_args, columns_in(self.train_dataset, COLUMNS)
+        if args.rho >= 1.0:
+            if token_weights is not None:
+                raise ValueError("token_weights were given, but rho=1.0 trains on every token alike. Set rho below 1.")
+            if columns:
+                logger.warning(f"The columns {', '.join(columns)} are not used, since rho=1.0 trains on every token.")
+            return None
+        if isinstance(token_weights, str) and not columns_in(self.train_dataset, (token_weights,)):
+            raise ValueError(
+                f"token_weights names the column {token_weights!r}, which the training data has not (for pairs, with "
+                f"chosen_ and rejected_ before it); it has {get_dataset_column_names(self.train_dataset)}."
+            )
+        if token_weights is not None or not columns:
+            return token_weights
+        if not args.alphatoken_selection.valued:
+            raise ValueError(
+                f"The training data has token weights ({', '.join(columns)}), and selection={args.selection!r} chooses "
+                "others. Leave the selection out, or take the columns out with remove_columns."
+            )
+        logger.warning(f"Token weights of the training data are used ({', '.join(columns)}), and nothing is valued.")
+        return COLUMNS[0]
+
+    def _checked_selection(self) -> Selection:
+        """The selection; see that a reference and pairs are there for a selection that needs them."""
+        args = self.alphatoken_args
+        selection = args.alphatoken_selection
+        without = self._alphatoken_ref is None and not is_peft_model(self.model)
+        if selection.pairs and isinstance(self, SFTTrainer):
+            raise ValueError(
+                f'selection="{args.selection}" chooses tokens of preference pairs, and this trainer has none. Use '
+                'AlphaTokenDPOTrainer, or selection="excess_loss".'
+            )
+        if selection.reference and without:
+            raise ValueError(
+                f'selection="{args.selection}" compares with a reference, and the model has no adapters and there is '
+                "no ref_model. Pass ref_model."
+            )
+        if selection.valued and args.stability_weight > 0 and without:
+            raise ValueError(
+                "The model has no adapters and there is no ref_model, so there is nothing to measure drift from. Pass "
+                "the model that training starts from as ref_model, use a peft_config, or set stability_weight=0."
+            )
+        return selection
+
+    def _draw(self) -> int:
+        """The seed of a selection that draws. It depends on nothing but the run's seed, the optimizer step, the number
+        of the micro-batch in it and the process, so that a resumed run draws what an uninterrupted one does."""
+        step, number = self._micro_batch
+        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
+        key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)
+        return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")

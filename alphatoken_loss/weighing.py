@@ -1,0 +1,159 @@
+"""What makes the weights of a batch in the gate: an estimator's values, or no values at all.
+
+Where weights are known, a forward is watched for nothing but its last hidden state. Where they are made of the forward,
+that is done at its end, when logits or log-probabilities are at hand and not held any longer; where they never pass (a
+loss that runs the head itself), it is done in the backward, from the last hidden state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .batches.batch import Batch
+from .directions.source import Source
+from .estimators.base import Estimator, NonFiniteRows, Task
+from .models.changes import Changes
+from .models.decoder import Call, DecoderForward
+from .models.sites import Scored
+from .models.structure import causal_lm, unwrap
+from .selection.forward import Forward
+from .selection.thresholds import select
+from .values import TokenValues
+
+
+class Weigher(Protocol):
+    """As the gate sees what makes the weights of one batch."""
+
+    @property
+    def seen(self) -> bool:
+        """Whether its forward has run."""
+
+    @property
+    def seconds(self) -> float:
+        """Spent inside that forward."""
+
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[Any]:
+        """Watch one forward, and pass the hidden state `(B, T, hidden)` at the gate through `on_hidden`."""
+
+    def weigh(self, rows: torch.Tensor) -> tuple[TokenValues | None, torch.Tensor]:
+        """Values, where there are any, and weights `(B, T)` at the labels, from the gradient at that hidden state."""
+
+    def release(self) -> None:
+        """Let go of everything that the forward left."""
+
+
+@contextlib.contextmanager
+def _blaming_target(source: Source, scored: Scored) -> Iterator[None]:
+    """Where valuing fails for a target that is not finite, drop it, so that no average holds it on, and say so."""
+    try:
+        yield
+    except FloatingPointError as error:
+        finite = all(bool(p.isfinite().all()) for p in scored.parameters.values())
+        if isinstance(error, NonFiniteRows) or not finite or not source.drop_bad_target():
+            raise
+        raise FloatingPointError(
+            "The gradient of the target's validation loss is not finite: the model overflows on one of the target "
+            "batches, or one holds what is not finite itself. That estimate was dropped, and the next step makes a new "
+            "one from all of them. Look at the target batches; use bf16 instead of float16."
+        ) from error
+
+
+class Valued:
+    """Weights by an estimator's values."""
+
+    def __init__(self, estimator: type[Estimator], task: Task, source: Source) -> None:
+        self._batch, self._config, self._scored, self._source = task.batch, task.config, task.scored, source
+        self._estimator = estimator(task)
+        self.release = self._estimator.release
+
+    @property
+    def seen(self) -> bool:
+        return self._estimator.seen
+
+    @property
+    def seconds(self) -> float:
+        return self._estimator.seconds
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        with _blaming_target(self._source, self._scored), self._estimator.watching(on_hidden):
+            yield
+
+    def weigh(self, rows: torch.Tensor) -> tuple[TokenValues, torch.Tensor]:
+        with _blaming_target(self._source, self._scored):
+            values = self._estimator.values(rows)
+        return values, select(values, self._batch, self._config)
+
+
+class Weighed:
+    """Weights that are known, or made of what the training forward has.
+
+    Args:
+        model (`nn.Module`): the model that runs; nothing need be known of what is trained in it.
+        batch (`Batch`): what it runs on.
+        make (`Callable`, *optional*): makes `(B, T)` weights, aligned with the labels, of the forward; `None` where
+            they are known.
+
+    Attributes:
+        seen (`bool`): whether the forward has run.
+        seconds (`float`): spent making weights in the forward.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, make: Callable[[Forward], torch.Tensor] | None) -> None:
+        self.model, self.batch = unwrap(model), batch
+        self._make = make
+        self.seconds = 0.0
+        self._watched = DecoderForward(self.model, batch, {}, training=True)
+        self._forward: Forward | None = None
+        self._weights: torch.Tensor | None = None
+
+    @property
+    def seen(self) -> bool:
+        return self._watched.seen
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """At the decoder's output."""
+
+        def leave(call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            if self._make is not None:
+                self._forward = Forward(self.model, self.batch, hidden)
+            return on_hidden(hidden)
+
+        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._forward is not None and torch.is_grad_enabled():
+                started = time.perf_counter()
+                self._forward.take(output, kwargs)
+                self._end()
+                self.seconds += time.perf_counter() - started
+
+        with Changes() as changes:
+            if self._make is not None:
+                for module in dict.fromkeys((causal_lm(self.model), self.model)):  # PEFT calls the first's `forward`
+                    changes.hook(module, end, with_kwargs=True)
+            with self._watched.watching(leave):
+                yield
+
+    def weigh(self, rows: torch.Tensor) -> tuple[None, torch.Tensor]:
+        if self._weights is None:
+            self._end()
+        assert self._weights is not None
+        return None, self._weights
+
+    def release(self) -> None:
+        self._forward = None
+
+    def _end(self) -> None:
+        assert self._forward is not None and self._make is not None
+        forward, self._forward = self._forward, None
+        with torch.no_grad():
+            weights = self._make(forward).to(self.batch.labels.device)
+        self._weights = self.batch.at_labels(weights.roll(-1, 1))
+        forward.release()
