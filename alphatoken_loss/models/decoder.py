@@ -125,7 +125,7 @@ class DecoderForward:
     def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.virtual:
             return
-        if self._names and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        if self._parameters and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ValueError(
                 "The model was called with a cache, to which a second forward would append. Call it with "
                 "use_cache=False and without past_key_values."
