@@ -86,8 +86,8 @@ def tables(text: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """The figures of a report in Markdown.
 
     Returns:
-        `dict`: heading -> first cell of a table's head -> row -> column -> a number, `[mean, spread]` of "mean ±spread",
-        or `None` where the cell is empty.
+        `dict`: heading -> first cell of a table's head -> row -> column -> a number, `[mean, spread]` of
+        "mean ±spread", or `None` where the cell is empty.
     """
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     heading, columns = "", list[str]()

@@ -119,7 +119,7 @@ def _with_values(trainer: Any, cfg: Any, plugin: AlphaTokenPlugin | None = None)
     """The trainer with token values. Axolotl 0.19 calls a plugin's DPO trainer without a model, which `plugin` has."""
     settings = {**_OWN, **dict(cfg.alphatoken)}
 
-    class AlphaTokenTrainer(AlphaTokenMixin, trainer):  # type: ignore[misc, valid-type]
+    class AlphaTokenTrainer(AlphaTokenMixin, trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             if plugin is not None and not args and "model" not in kwargs:
                 args = (plugin.model,)
