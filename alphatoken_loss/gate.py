@@ -67,7 +67,7 @@ class AlphaToken:
             each batch is valued by its other sequences, at the cost of one more forward.
         fisher (`Fisher`, *optional*): from `estimate_fisher`. By default estimated at the first step from the target
             batches (or the first batch), with labels drawn from the reference's own predictions.
-        config (`AlphaTokenConfig`, *optional*).
+        config (`AlphaTokenConfig`, *optional*): settings; by default `AlphaTokenConfig()`.
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam that takes the steps: tokens are then valued by the
             step that it will take, whose scale differs by parameter, rather than by one along the gradient. Needs a
             target.

@@ -92,7 +92,7 @@ def alphatoken_weights(
             stand in for the validation set; for pairs, the chosen answers of the other pairs.
         fisher (`Fisher`, *optional*): the reference's Fisher. By default estimated on this one batch, from labels
             drawn from the reference's own predictions.
-        config (`AlphaTokenConfig`, *optional*).
+        config (`AlphaTokenConfig`, *optional*): settings; by default `AlphaTokenConfig()`.
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam in training, for values of the step that it takes
             rather than of a step along the gradient (precondition.py). Needs a target.
         beta (`float`): of the DPO loss whose errors value pairs, +omega d on chosen and -omega d on rejected answers.

@@ -15,7 +15,7 @@ COLUMNS = ("token_weights",)  # one number per token each; a batch may bring the
 
 
 def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, columns: Iterable[str] = ()) -> Batch:
-    """Read a batch in any of the forms in README, "Batches".
+    """Read a batch in any of the forms in docs/trainers.md, "Batches".
 
     Args:
         batch (`Mapping`): what TRL's SFT and preference collators yield, or separate `chosen_*` / `rejected_*` keys.

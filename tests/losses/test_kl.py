@@ -369,7 +369,7 @@ def test_trainer_takes_the_steps_of_the_formula(name, tmp_path, monkeypatch):
     logs = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (trainer, other)]
     assert logs[0] == pytest.approx(logs[1], rel=tol)
     assert trainer.state.log_history[-2]["alphatoken/kl"] > 0
-    if name not in ("func", "nf4"):  # the one asks for a count; README, Troubleshooting has the other
+    if name not in ("func", "nf4"):  # the one asks for a count; docs/troubleshooting.md has the other
         rows = tuning.sft_data(count=4, first=30)
         assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(other.evaluate(rows)["eval_loss"], rel=tol)
 

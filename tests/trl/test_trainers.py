@@ -186,7 +186,7 @@ def test_with_rho_1_they_are_trls_trainers_to_the_last_bit(kind, name, tmp_path)
     if kind == "dpo" and name == "everything_trained":
         case["options"] = lambda: {"ref_model": base()}
     ours, stock = tuning.TRAINERS[kind]
-    evaluate = {} if name == "nf4" else {"eval_strategy": "steps", "eval_steps": 1}  # see README, Troubleshooting
+    evaluate = {} if name == "nf4" else {"eval_strategy": "steps", "eval_steps": 1}  # see docs/troubleshooting.md
     results = []
     for trainer_class in (ours, stock):
         trainer = make(kind, trainer_class, case, tmp_path, ours=False, evaluate=name != "nf4", **evaluate)
