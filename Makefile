@@ -1,6 +1,8 @@
 # Each target sets up what it needs in .venv on first use. Afterwards nothing is fetched.
 #   make demo    QLoRA DPO, plain and with AlphaToken, on a small model trained here (CPU, about three minutes)
 #   make test    ruff, mypy and the tests
+#   make docs    the pages as a site, in site/
+#   make figures write the tables of README and docs from benchmarks/results/
 # Another interpreter: make PYTHON=python3.12 test    Options for pip: make PIP_FLAGS="--index-url ..." test
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint docs figures bench clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -22,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools  # first and pinned, so that no requirement below picks another build of torch
-	$(PIP) --no-build-isolation -e '.[dev,plots]'
+	$(PIP) --no-build-isolation -e '.[dev,plots,docs]'
 	@touch $@
 
 demo: $(READY)
@@ -36,9 +38,16 @@ lint: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The pages are in site/index.html."
+
+figures: $(READY)
+	$(BIN)/python benchmarks/figures.py
+
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
 
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist outputs site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
     python benchmarks/fidelity.py                                   # both learning rates; some ten minutes of one core
     python benchmarks/fidelity.py --quick                           # a minute or two, one seed
     python benchmarks/fidelity.py --sections age validation --learning-rates 3e-4
+    python benchmarks/fidelity.py --json benchmarks/results/fidelity.json   # for the pages: make figures
     python benchmarks/fidelity.py --pretrain-steps 0                # on a randomly initialised model
 
 What masking token t takes away is the gradient of its own loss, so its exact value is <grad l_t, D>, with
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import platform
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -34,6 +34,7 @@ from multiprocessing import get_context
 
 import torch
 from agreement import COLUMNS, Figures, plot, print_section
+from results import write
 from small import Batch, Run, counted, in_nf4, joined, last_blocks, pretrained, source_batch, with_adapter
 
 from alphatoken_loss import (
@@ -252,9 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         for found in pool.map(measure, runs, repeat(args), repeat(fishers)):
             figures.merge(found)
             if args.json:  # after each run, so that an interrupted measurement leaves something
-                settings = {"date": str(date.today()), "machine": about, "settings": vars(args), "columns": COLUMNS}
-                with open(args.json, "w") as file:
-                    json.dump({**settings, "results": figures.results()}, file)
+                write(args.json, figures.results(), settings=args, columns=COLUMNS)
     for section in args.sections:
         print_section(figures.results(), section)
     if args.plot:

@@ -1,8 +1,8 @@
 """Time and memory of gated QLoRA steps on Llamas of 1B, 3B and 8B shape, beside a plain step; needs no download.
 
-    python benchmarks/gpu_budget.py --size 8b --cap-gib 12 --markdown benchmarks/RESULTS.md   # on a CUDA device
-    python benchmarks/gpu_budget.py --device cpu --size tiny --rounds 2                       # the script itself
-    python benchmarks/gpu_budget.py --budget --size 8b                                        # arithmetic, no run
+    python benchmarks/gpu_budget.py --size 8b --cap-gib 12 --json results/gpu_budget.json   # on a CUDA device
+    python benchmarks/gpu_budget.py --device cpu --size tiny --rounds 2                      # the script itself
+    python benchmarks/gpu_budget.py --budget --size 8b                                       # arithmetic, no run
 
 Models (llamas.py) have random weights, in NF4 with double quantisation and bf16 compute; embeddings, head and norms are
 bf16. Adapters are LoRA r=16 on all linears, in float32, under bf16 autocast and non-reentrant checkpointing, trained by
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import platform
 import statistics
 import time
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from arithmetic import budget
 from llamas import SIZES, build, optimizer_of
+from results import write
 from step_cost import EFFECTIVE, VALIDATION, batch_of, peak_bytes, uniform_fisher
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,8 +299,7 @@ def main(argv: list[str] | None = None) -> None:
             results[title] = bench.run(args.rounds)
             tell(markdown(title, results[title]))
             if args.json:
-                with open(args.json, "w") as file:
-                    json.dump({"about": about, "settings": vars(args), "results": results}, file, indent=1)
+                write(args.json, results, settings=args, device=device, about=about)
             del bench
         del model
         release()

@@ -72,7 +72,9 @@ def write(
     """Write figures with the date, the command, the machine and the versions they were made with."""
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
     head = {"date": str(date.today()), "command": command(), "machine": machine(device), "versions": versions()}
-    text = json.dumps({**head, "settings": settings, **more, "results": results}, indent=1, ensure_ascii=False)
+    text = json.dumps(
+        {**head, "settings": settings, **more, "results": results}, indent=1, ensure_ascii=False, default=str
+    )
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 

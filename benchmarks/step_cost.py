@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py                     # 12 blocks, 43M parameters, 4 x 256 tokens, two cores
     python benchmarks/step_cost.py --blocks 24 --layers 2 --batch 1 --length 1024 --nf4
     python benchmarks/step_cost.py --dpo
+    python benchmarks/step_cost.py --json benchmarks/results/step_cost.json   # for the pages: make figures
     python benchmarks/step_cost.py --sweep --json sweep.json --plot sweep.png
     python benchmarks/step_cost.py --straightforward   # the method as first written down, minutes a step
 
@@ -18,7 +19,6 @@ tangents, which doubles its arithmetic.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from results import write
 from straightforward import straightforward_step
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
@@ -332,8 +333,7 @@ def main(argv: list[str] | None = None) -> None:
             results[name] = measured(args, checkpointing)
             report(name, results[name], args)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"date": str(date.today()), "machine": about, "settings": vars(args), "results": results}, file)
+        write(args.json, results, settings=args, device="cuda" if torch.cuda.is_available() else "cpu")
     if args.plot:
         from cost_plots import plot_bars, plot_sweep  # needs matplotlib
 

@@ -6,6 +6,8 @@ import math
 import statistics
 from pathlib import Path
 
+from results import tables, write
+
 from .tables import Paces, Run, Runs, at_best, differences, kept, quality, spread, table, times
 
 SFT = {
@@ -178,12 +180,15 @@ def plot(results: list[Run], path: Path) -> None:
 
 
 def write_report(results: list[Run], paces: Paces, folder: Path, about: str) -> None:
-    """Print the tables, and write them as `report.md` with the curves as `tradeoff.png`."""
+    """Print the tables, and write them as `report.md`, their figures as `tradeoff.json`, and the curves."""
     if not results:
         print("There are no runs to report yet.")
         return
     text = report(results, paces, about)
     print("\n" + text)
     (folder / "report.md").write_text(text, encoding="utf-8")
+    figures = tables(text)
+    figures.pop("In short", None)  # made of the others
+    write(folder / "tradeoff.json", figures, settings={"runs": about})
     plot(results, folder / "tradeoff.png")
     print(f"Written: {folder / 'report.md'}, {folder / 'tradeoff.png'}")

@@ -16,11 +16,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def scripts():
     """The scripts as modules, as a script of their folder sees them."""
+    import agreement
     import fidelity
-    import figures
     import small
 
-    yield {"fidelity": fidelity, "figures": figures, "small": small}
+    yield {"fidelity": fidelity, "agreement": agreement, "small": small}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_schedules_are_the_librarys(scripts, run):
         config = AlphaTokenConfig(estimator="exact", stability_weight=0, **options)
         keepers[name] = AlphaToken(run.model, target=run.validation[: size // 8], config=config)
     for step, batch in run.steps(4):
-        refresh.follow(step, batch, scripts["figures"].Figures())
+        refresh.follow(step, batch, scripts["agreement"].Figures())
         for name, keeper in keepers.items():
             with keeper(batch):
                 run.model(**batch, use_cache=False)
@@ -58,7 +58,7 @@ def test_joined_targets_are_the_target_of_all(scripts, run):
 
 
 def test_figures_are_means_over_samples(scripts):
-    figures = scripts["figures"]
+    figures = scripts["agreement"]
     torch.manual_seed(0)
     counted = torch.rand(4, 9) < 0.7
     pairs = [(torch.randn(4, 9), torch.randn(4, 9)) for _ in range(3)]
