@@ -40,7 +40,8 @@ class Figures:
 
     def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         """Count a batch by its weights `(B, T)` and, where it was valued, its values."""
-        figures = {"tokens": batch.rows, "kept": weights != 0, "weight": weights}
+        kept, weights = weights != 0, weights.float()
+        figures = {"tokens": batch.rows, "kept": kept, "weight": weights, "uneven": (weights - kept.float()).abs()}
         figures |= {name: term for name in _TERMS if (term := getattr(values, name, None)) is not None}
         for name, figure in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
@@ -52,15 +53,15 @@ class Figures:
                 self._divergence[i] = self._divergence[i] + figure
 
     def read(self) -> dict[str, float]:
-        """Means over response tokens since the last call, if there was any: `kept`, `weight` where it is not the same,
-        terms of the value, `kl`; and `seconds`."""
+        """Means over response tokens since the last call, if there was any: `kept`, `weight` where weights are not
+        all 0 or 1, terms of the value, `kl`; and `seconds`."""
         self._reads += 1
         sums, self._sums = self._sums, {}
         seconds, self.seconds = self.seconds, 0.0
         (divergence, compared), self._divergence = self._divergence, [0.0, 0.0]
         tokens = float(sums.pop("tokens", 0.0))
         figures = {name: float(total) / tokens for name, total in sums.items()} if tokens else {}
-        if figures.get("weight") == figures.get("kept"):  # weights of 0 and 1
+        if not figures.pop("uneven", 0.0):
             figures.pop("weight", None)
         if compared:
             figures["kl"] = float(divergence) / float(compared)

@@ -308,7 +308,7 @@ class AlphaToken:
 
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches since the last call: `kept` (the share whose weight is not
-        0), `weight` (the mean weight, where that is another figure), the means of `total` and, for the ghost estimator,
+        0), `weight` (the mean weight, where not all are 0 or 1), the means of `total` and, for the ghost estimator,
         of its four terms, in units of the loss; `target_age` in optimizer steps; for the difference estimator
         `difference_rms`, the effect of the last nudge; with `kl_coef`, `kl`, the mean KL to the reference in nats; and
         the `seconds` spent valuing, target estimates included (on CUDA, which runs on its own, only what the host
