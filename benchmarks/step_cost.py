@@ -57,6 +57,15 @@ AXES: dict[str, list[dict[str, Any]]] = {
     "NF4 base": [{"nf4": on} for on in (False, True)],
     "checkpointing": [{"checkpointing": on} for on in ("off", "on")],
 }
+# Weights that need no values. STM of the reference costs a forward of it, STM of the model none.
+WEIGHED: dict[str, dict[str, Any]] = {
+    "weights given": {"selection": "given"},
+    "DFT": {"selection": "dft"},
+    "STM of the model": {"selection": "stm", "selection_options": {"of": "model"}},
+    "low loss": {"selection": "low_loss"},
+    "EAFT": {"selection": "eaft"},
+    "STM of the reference": {"selection": "stm"},
+}
 SWEEP = {"hidden": 256, "vocabulary": 4096, "rounds": 3}  # a sweep's defaults: minutes on two cores
 VALIDATION, EFFECTIVE = 32, 64  # sequences of the target, and of a step whose target's cost is counted
 
@@ -130,10 +139,18 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
         with torch.no_grad():
             model.get_base_model().model(input_ids=batch["input_ids"], use_cache=False)  # type: ignore[operator]
 
+    read = read_batch(batch)
+
+    def fused_loss() -> torch.Tensor:
+        return -token_logps(model, read, fused=True).mean()
+
+    def weighed(gate: AlphaToken, given: torch.Tensor | None, fused: bool = False) -> torch.Tensor:
+        with gate(batch, weights=given):
+            return fused_loss() if fused else loss()
+
     found: dict[str, Step] = {"plain": stepping(loss), FORWARD: forward}
     if args.fused:
-        read = read_batch(batch)
-        found["plain, TRL's fused log-probs"] = stepping(lambda: -token_logps(model, read, fused=True).mean())
+        found["plain, TRL's fused log-probs"] = stepping(fused_loss)
     if not args.dpo and args.only is None:
         found["plain + KL to the reference"] = stepping(lambda: sft_loss(model, batch, kl_coef=0.3))
     if args.straightforward:
@@ -145,6 +162,13 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
             optimizer.zero_grad()
 
         found["straightforward"] = naive
+    for name, options in WEIGHED.items():
+        if args.only is None or any(word in name for word in args.only):
+            gate = AlphaToken(model, **options)
+            given = torch.rand(batch["input_ids"].shape) if options["selection"] == "given" else None
+            found[name] = stepping(partial(weighed, gate, given))
+            if args.fused and given is None and not args.dpo:
+                found[f"{name}, fused"] = stepping(partial(weighed, gate, given, fused=True))
     kinds: dict[str, dict[str, Any]] = {
         "difference, all": {"estimator": "difference"},
         "difference, all, Adam's step": {"estimator": "difference"},
