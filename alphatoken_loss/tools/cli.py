@@ -41,9 +41,10 @@ def positive(text: str) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, or its kind."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """Of an error's message, with the first of the sizes that torch lists below it; or its kind."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    sizes = [line.strip() for line in lines[1:] if "size mismatch" in line]
+    return " ".join([lines[0], *sizes[:1]]) + (f" And {len(sizes) - 1} more of this kind." if sizes[1:] else "")
 
 
 def as_typed(message: str, args: argparse.Namespace) -> str:

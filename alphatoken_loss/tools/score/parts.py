@@ -36,7 +36,7 @@ _OTHER_LABELS = (
 
 def read_meta(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / META).read_text())
+        return json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: is no output of `alphatoken score`.") from error
 
@@ -191,4 +191,4 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -125,9 +125,13 @@ def _cut(sequence: Tokens, length: int) -> Tokens:
 
 def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
     from trl import SFTTrainer
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     answers_only = bool({"completion", "completion_mask"} & set(rows.column_names))
-    reader = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=answers_only)
+    template = None
+    if assistant_only and tokenizer.chat_template and not has_generation_markers(tokenizer.chat_template):
+        template = get_training_chat_template(tokenizer)  # of the models that TRL knows, as its trainer does
+    reader = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=answers_only)
     args = SimpleNamespace(
         dataset_num_proc=None,
         max_length=None,
@@ -135,7 +139,7 @@ def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterat
         dataset_text_field="text",
         truncation_mode="keep_start",
         shuffle_dataset=False,
-        use_liger_kernel=False,  # asked for by TRL before 1.10
+        use_liger_kernel=False,  # trl 1.14 asks
     )
     for row in SFTTrainer._prepare_dataset(reader, rows, tokenizer, args, False, None, "scored"):
         yield (Tokens(list(row["input_ids"]), [label != IGNORE for label in row["labels"]]),)

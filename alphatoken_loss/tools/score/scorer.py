@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ...config import AlphaTokenConfig
 from ...directions.estimate import estimate_fisher
 from ...directions.fisher import Fisher
 from ...directions.target import Target, target_gradient
+from ...models.structure import causal_lm
 from ...weights import alphatoken_weights
 from ..cli import UserError, first_line
 from .parts import whole
@@ -38,14 +41,38 @@ class Scorer:
         self.tokenizer = load_tokenizer(args)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self.options = {"max_length": args.max_length, "assistant_only": args.assistant_only_loss}
+        self.vocabulary = 0  # not known yet
+        for some, option in ((rows, "--dataset"), (target_rows, "--target")):
+            if "messages" in some.column_names and not args.assistant_only_loss:
+                print(
+                    f"{option} holds messages: tokens of all turns are valued, the system's and the user's too. Give "
+                    "--assistant-only-loss to value assistant turns only.",
+                    file=sys.stderr,
+                )
         self.tokenised(rows, [0], "--dataset")  # a chat template that is missing, before a model is loaded
         target = self.tokenised(target_rows, range(len(target_rows)), "--target")
         self.model = load_model(args, self.device)
+        self.vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._check_ids(target, range(len(target)), "--target")
         self.target: Target = target_gradient(self.model, self._batches(target), config=config)
         self.fisher = self._fisher(folder) if config.stability_weight > 0 else None
 
     def tokenised(self, rows: Any, places: Any, option: str) -> list[Row]:
-        return tokenised(rows, places, self.tokenizer, option=option, **self.options)
+        found = tokenised(rows, places, self.tokenizer, option=option, **self.options)
+        self._check_ids(found, places, option)
+        return found
+
+    def _check_ids(self, rows: list[Row], places: Any, option: str) -> None:
+        """See that the model has an embedding for each token, once it is loaded."""
+        for place, row in zip(places, rows if self.vocabulary else [], strict=False):
+            ids = [token for sequence in row for token in sequence.ids]
+            if ids and not (0 <= min(ids) and max(ids) < self.vocabulary):
+                raise UserError(
+                    f"{option}: row {place + 1} has the token {max(ids) if min(ids) >= 0 else min(ids)}, and the model "
+                    f"knows 0 to {self.vocabulary - 1}. The tokenizer belongs to another model, or had tokens added "
+                    "that the adapter has no embeddings for: give --tokenizer, or a model with embeddings resized to "
+                    "it."
+                )
 
     def part(self, start: int, stop: int, bar: Any) -> list[tuple[Row, list[torch.Tensor]]]:
         """Rows start to stop with the values of each of their sequences, in the data set's order."""
@@ -135,6 +162,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         torch.manual_seed(args.seed)
         new = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, new).train()  # 4-bit linears in evaluation mode lose their backward on a CPU
+    _resize_as_saved(model, Path(args.adapter))
     try:
         with warnings.catch_warnings():
             # PEFT only warns where an adapter lacks weights, and would leave them as they were initialised.
@@ -144,3 +172,15 @@ def load_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         raise UserError(
             f"--adapter {args.adapter}: does not fit --model {args.model} ({first_line(error)})."
         ) from error
+
+
+def _resize_as_saved(model: Any, adapter: Path) -> None:
+    """Give the base as many embeddings as an adapter was saved with, whose tokenizer had tokens added."""
+    file, embedding = adapter / "adapter_model.safetensors", model.get_input_embeddings()
+    if not file.is_file():
+        return
+    (name,) = (name for name, module in model.named_modules() if module is embedding)
+    key = f"base_model.model.{name}.weight"
+    with safe_open(file, framework="pt") as saved:
+        if key in saved.keys() and (rows := saved.get_slice(key).get_shape()[0]) != embedding.weight.shape[0]:
+            model.resize_token_embeddings(rows)
