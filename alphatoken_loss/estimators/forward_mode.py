@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batches.batch import Batch
-from ..models.attention import KERNELS, AttentionCall, replaced_attention
+from ..models.attention import KERNELS, AttentionCall, eager_attention, replaced_attention
 from ..models.changes import Changes
 from ..models.sites import LoraSite, Scored
 
@@ -189,7 +188,7 @@ def forward_mode_attention(registered: Callable[..., Any] | None, batch: Batch) 
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        function = registered or sys.modules[type(module).__module__].eager_attention_forward
+        function = registered or eager_attention(module)
         call = AttentionCall.read(query, key, attention_mask, kwargs, _no_forward_mode)
 
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -180,25 +180,44 @@ def _bias(
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
+Kernel = Callable[..., Any]
+
+
+def eager_attention(module: nn.Module) -> Kernel:
+    """Eager attention is no entry of the registry but a function beside the model's own classes."""
+    function: Kernel = sys.modules[type(module).__module__].eager_attention_forward
+    return function
+
+
+def _for_modules(modules: set[int], own: Kernel, before: Kernel | None) -> Kernel:
+    """An entry for some modules; the registry is the process', and other models go on with what was there."""
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = own if id(module) in modules else before or eager_attention(module)
+        return function(module, *args, **kwargs)
+
+    return attention
+
+
 @contextlib.contextmanager
-def replaced_attention(
-    blocks: list[nn.Module], replacement: Callable[[str, Callable[..., Any] | None], Callable[..., Any]]
-) -> Iterator[None]:
-    """Replace the registry's entries for the kernels that blocks use; they are put back on leaving.
+def replaced_attention(blocks: list[nn.Module], replacement: Callable[[str, Kernel | None], Kernel]) -> Iterator[None]:
+    """Replace the registry's entries for the kernels that blocks use, for these blocks alone; they are put back on
+    leaving. Other threads may run other models meanwhile, but not value tokens of them.
 
     Args:
         replacement (`Callable`): from a kernel's name and its entry (None: eager, which has none) to another function.
     """
+    modules = {id(module): module for block in blocks for module in block.modules()}
     kernels = {
         config._attn_implementation
-        for block in blocks
-        for module in block.modules()
+        for module in modules.values()
         if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
     }
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
     with Changes() as changes:
         for kernel in kernels:
-            changes.put(local, kernel, replacement(kernel, ALL_ATTENTION_FUNCTIONS.get(kernel)))
+            before = ALL_ATTENTION_FUNCTIONS.get(kernel)
+            changes.put(local, kernel, _for_modules(set(modules), replacement(kernel, before), before))
         yield
 
 
@@ -211,14 +230,14 @@ class AttentionWatch:
 
     def __init__(self, scored: Scored) -> None:
         self.scored = scored
-        self.outputs: dict[str, torch.Tensor] = {}
+        self.outputs: dict[int, dict[str, torch.Tensor]] = {}  # by block: those of others lead to these values too
         self.calls: dict[str, AttentionCall] = {}
         self._block_of = {id(module): i for i, block in enumerate(scored.blocks) for module in block.modules()}
 
     def saw_output(self, site: Site, output: torch.Tensor) -> None:
         """A tapped linear ran; its output is held until its block's attention has shown whether it is values."""
         if site.block not in self.scored.value_rows:
-            self.outputs[site.name] = output
+            self.outputs.setdefault(site.block, {})[site.name] = output
 
     def watching(self) -> AbstractContextManager[None]:
         """While entered, the calls of the kernels in use are kept."""
@@ -236,8 +255,7 @@ class AttentionWatch:
         ) -> Any:
             if id(module) in self._block_of and torch.is_grad_enabled():
                 self._keep(module, query, key, value, attention_mask, kwargs)
-            # Eager attention is no entry of the registry but a function beside the model's own classes.
-            function = registered or sys.modules[type(module).__module__].eager_attention_forward
+            function = registered or eager_attention(module)
             return function(module, query, key, value, attention_mask, *args, **kwargs)
 
         return attention
@@ -267,16 +285,17 @@ class AttentionWatch:
     def _carriers(self, module: nn.Module, value: torch.Tensor) -> list[str]:
         """Names of the sites whose output becomes `value`; which of their rows do is found by differentiating."""
         block = self._block_of[id(module)]
+        own = self.outputs.get(block, {})
         if block not in self.scored.value_rows:
             found: tuple[torch.Tensor | None, ...] = ()
-            if value.requires_grad and self.outputs:
-                outputs = list(self.outputs.values())
+            if value.requires_grad and own:
+                outputs = list(own.values())
                 found = torch.autograd.grad(
                     value, outputs, torch.ones_like(value), retain_graph=True, allow_unused=True
                 )
             rows = {
                 name: (gradient != 0).flatten(0, -2).any(0).nonzero().flatten()
-                for name, gradient in zip(self.outputs, found, strict=False)
+                for name, gradient in zip(own, found, strict=False)
                 if gradient is not None
             }
             self.scored.value_rows[block] = {name: row for name, row in rows.items() if row.numel()}
