@@ -40,7 +40,7 @@ class _Tap(torch.autograd.Function):
         ctx.taps, ctx.site = taps, site
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        return output.view_as(output)
+        return output.data  # no view: some models add onto a linear's output in place (Falcon, Llama 4's experts)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
