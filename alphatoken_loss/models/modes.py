@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,30 @@ def checkpointed(block: nn.Module) -> bool:
     """
     if not (block.training and getattr(block, "gradient_checkpointing", False)):
         return False
-    options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
-    if options.get("use_reentrant") and HOOKS_INSIDE_CHECKPOINT:
+    if HOOKS_INSIDE_CHECKPOINT and _reentrant(getattr(block, "_gradient_checkpointing_func", None)):
         raise ValueError(
             "Reentrant checkpointing hides the training forward from hooks in this version of transformers. Use "
             'gradient_checkpointing_kwargs={"use_reentrant": False}, or transformers 5.23.'
         )
     return True
+
+
+def _reentrant(function: Any, depth: int = 8) -> bool:
+    """Whether a checkpointing function was given use_reentrant=True, however it is wrapped (LLaMA-Factory's is)."""
+    options = getattr(function, "keywords", {})
+    if "use_reentrant" in options:
+        return bool(options["use_reentrant"])
+    cells = (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if not _is_empty(cell))
+    inner = (getattr(function, "func", None), getattr(function, "__wrapped__", None), *cells)
+    return depth > 0 and any(_reentrant(each, depth - 1) for each in inner if callable(each))
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
