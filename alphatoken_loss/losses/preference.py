@@ -85,6 +85,11 @@ def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
         )
     if not beta > 0:
         raise ValueError(f"beta is {beta!r}; it must be positive.")
+    if smoothing and loss_type not in ("robust", "exo_pair"):
+        raise ValueError(
+            f'label_smoothing is {smoothing!r}, which the loss "{loss_type}" has none of. Use "robust" or "exo_pair", '
+            "or label_smoothing=0."
+        )
     allowed = 0 < smoothing < 0.5 if loss_type == "exo_pair" else 0 <= smoothing < 0.5
     if not allowed:
         least = "in (0, 0.5) for exo_pair" if loss_type == "exo_pair" else "in [0, 0.5)"

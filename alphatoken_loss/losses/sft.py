@@ -12,6 +12,7 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..models.changes import undoing
+from ..models.structure import causal_lm
 from .kl import Penalty, check_kl_coef
 from .logps import logps_of_logits, token_logps
 from .weighting import Weights, checked_weights, columns_of, valuing
@@ -81,8 +82,14 @@ def _weighted_loss(
     model: nn.Module, batch: Batch, weights: torch.Tensor, num_items: int | torch.Tensor | None, whole: bool
 ) -> tuple[torch.Tensor, Any]:
     """Eq. 13, and the model's outputs where they are wanted whole."""
-    outputs = model(**{**batch.inputs, "use_cache": False}) if whole else None
+    config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    routed = batch.inputs.get("output_router_logits", getattr(config, "output_router_logits", False))
+    outputs = model(**{**batch.inputs, "use_cache": False}) if whole or routed else None
     logps = token_logps(model, batch) if outputs is None else logps_of_logits(outputs.logits, batch.labels)
     weights = batch.at_labels(weights.to(logps).roll(-1, 1))
     total = weights.sum() if num_items is None else torch.as_tensor(num_items).to(logps)
-    return -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total), outputs
+    loss = -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total)
+    balance = getattr(outputs, "aux_loss", None)  # of a mixture's router, as the model adds it to its own loss
+    if balance is not None:
+        loss = loss + config.router_aux_loss_coef * balance.to(loss.device)
+    return loss, outputs
