@@ -111,6 +111,15 @@ def _stack_branches(batch: Mapping[str, Any], columns: set[str]) -> Batch:
     return Batch({"input_ids": ids, "attention_mask": attention}, labels, True, ref_logps, found)
 
 
+def _packed_beside_a_mask(inputs: Mapping[str, Any]) -> bool:
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in (mask, positions)):
+        return False
+    starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))  # type: ignore[index]
+    attended = mask.bool()  # type: ignore[union-attr]
+    return bool((starts & attended & F.pad(attended[:, :-1], (1, 0))).any())  # padding starts as it likes
+
+
 def _check_shapes(batch: Batch) -> None:
     if batch.labels.dim() != 2:
         raise ValueError(f"labels have shape {tuple(batch.labels.shape)}; they must be (batch, time).")
@@ -121,6 +130,11 @@ def _check_shapes(batch: Batch) -> None:
         broadcast = name == "position_ids" and value.shape == (1, batch.shape[1])
         if tuple(value.shape) != batch.shape and not broadcast:
             raise ValueError(f"{name} has shape {tuple(value.shape)} and the labels {batch.shape}; they must agree.")
+    if _packed_beside_a_mask(batch.inputs):
+        raise ValueError(
+            "position_ids start again within a row, so several sequences are packed in it, and there is an "
+            "attention_mask too, by which transformers attends across their borders. Leave attention_mask out."
+        )
     if batch.ref_logps is not None:
         for branch, logps in zip(("chosen", "rejected"), batch.ref_logps, strict=True):
             if logps.shape != (batch.shape[0] // 2,):
