@@ -40,14 +40,15 @@ class ByChange(Estimator):
         """
         batch = self.task.batch
         dtype = accumulation_dtype(rows)
-        rows = rows[:, -batch.shape[1] :].to(dtype)  # behind any virtual tokens
+        rows = rows[..., -batch.shape[1] :, :].to(dtype)  # behind any virtual tokens
         nothing = torch.zeros(batch.shape, dtype=dtype, device=rows.device)
 
         def term(part: str) -> torch.Tensor:
             if part not in self.changes:
                 return nothing
             change, step = self.changes[part]
-            return batch.at_labels((rows * change[:, -batch.shape[1] :].to(dtype)).sum(-1) / step)
+            products = (rows * change[..., -batch.shape[1] :, :].to(dtype)).sum(-1)
+            return batch.at_labels(products.view(-1, *batch.shape).sum(0) / step)  # of Gemma 3n's several streams
 
         if "total" in self.parts:
             values = TokenValues(term("total"))
@@ -69,7 +70,7 @@ class ByChange(Estimator):
         for part, (_, step) in self.changes.items():
             if not 0 < step < float("inf"):
                 raise FloatingPointError(not_finite(part))
-        if not rows[self.task.batch.rows].isfinite().all():
+        if not rows.movedim(-1, 0)[..., self.task.batch.rows].isfinite().all():
             raise NonFiniteRows("The gradient of the loss is not finite at the hidden state. Look at the loss.")
         raise FloatingPointError(
             "Token values are not finite: the hidden state overflows. Use bf16 instead of float16, or float32."

@@ -172,7 +172,10 @@ class Penalty:
             if gate is not hidden:
                 whole = torch.zeros_like(hidden).flatten(0, 1).index_copy_(0, here, gradient).view_as(hidden)
                 (whole,) = torch.autograd.grad(hidden, gate, whole, retain_graph=True)
-                gradient = whole.flatten(0, 1)[here]
+                positions = hidden.shape[:2].numel()  # of each of Gemma 3n's several streams
+                streams = torch.arange(0, whole.shape[:-1].numel(), positions, device=here.device)
+                here = (streams[:, None] + here).flatten()
+                gradient = whole.flatten(0, -2)[here]
             total = _Attached.apply(total, before, here, gradient, of_head, *trained)
         count = rows.sum() if self.num_items is None else torch.as_tensor(self.num_items)
         self.kl = self.coef * total / count.to(total.device).clamp(min=1)
