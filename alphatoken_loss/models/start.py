@@ -155,6 +155,13 @@ def _copied(model: nn.Module, *, adapters_on: bool) -> Start:
     return Start(kept, adapters_on, _numbers(model)) if kept else NOWHERE_ELSE
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there is anything to switch off: PEFT's wrapper, or adapters that transformers put into the model."""
+    from peft import PeftModel
+
+    return isinstance(unwrap(model), PeftModel) or bool(_wrappers(unwrap(model)))
+
+
 def _wrappers(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
     """PEFT's modules that can be switched off, each with what is then left."""
     from peft.tuners.tuners_utils import BaseTunerLayer

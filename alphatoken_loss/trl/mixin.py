@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
-from ..models.start import add_reference_adapter
+from ..models.start import add_reference_adapter, has_adapters
 from ..selection.forward import Forward
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
@@ -114,12 +114,12 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
         if config.rho >= 1.0 and not kl_coef:
             return
         self._refuse_what_is_not_modelled()
-        if own and getattr(self, "ref_model", None) is None and is_peft_model(self.model):
+        if own and getattr(self, "ref_model", None) is None and has_adapters(self.model):
             add_reference_adapter(self.model, precomputed=getattr(self.args, "precompute_ref_log_probs", False))
         self._alphatoken_ref = reference if reference is not None else getattr(self, "ref_model", None)
         if reference is not None:
             reference.requires_grad_(False).to(self.accelerator.device).eval()
-        if kl_coef and self._alphatoken_ref is None and not is_peft_model(self.model):
+        if kl_coef and self._alphatoken_ref is None and not has_adapters(self.model):
             raise ValueError(
                 f"kl_coef is {kl_coef}, but the model has no adapters and there is no ref_model, so there is no "
                 "reference. Pass the model that training starts from as ref_model, or use a peft_config."

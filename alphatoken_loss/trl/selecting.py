@@ -58,7 +58,7 @@ class Selecting:
         """The selection; see that a reference and pairs are there for a selection that needs them."""
         args = self.alphatoken_args
         selection = args.alphatoken_selection
-        without = self._alphatoken_ref is None and not is_peft_model(self.model)
+        without = self._alphatoken_ref is None and not has_adapters(self.model)
         if selection.pairs and isinstance(self, SFTTrainer):
             raise ValueError(
                 f'selection="{args.selection}" chooses tokens of preference pairs, and this trainer has none. Use '
