@@ -25,9 +25,9 @@ class AlphaTokenConfig:
         stability_weight (`float`, *optional*, defaults to 1.5):
             lambda of Eq. 12, the weight of the drift terms, at least 0. With 0 no Fisher is needed.
         num_layers (`int` or `"all"`, *optional*):
-            K, the number of transformer blocks, counted from the last, whose adapters are scored. By default 3 for
-            the ghost estimator (the paper's; all blocks agree better with exact values, 0.60 to 0.82 against 0.35 to
-            0.53, and train better, at the cost of a whole backward) and all for the others.
+            K, the number of transformer blocks, counted from the last, whose adapters are scored. By default 3, or as
+            many as there are, for the ghost estimator (the paper's; all blocks agree better with exact values, 0.60 to
+            0.82 against 0.35 to 0.53, and train better, at the cost of a whole backward) and all for the others.
         causal_window (`int`, *optional*, defaults to 32):
             W of Eq. 9 in tokens: how far ahead a position is credited through attention. 0 switches the causal
             terms and all attention work off, and agrees as well with exact values. The other estimators follow every
@@ -156,7 +156,12 @@ class AlphaTokenConfig:
         """K with the default filled in."""
         if self.num_layers is not None:
             return self.num_layers
-        return estimator_class(self.estimator).layers
+        layers = estimator_class(self.estimator).layers
+        if layers == "all":
+            return layers
+        from .models.sites import AtMost
+
+        return AtMost(layers)
 
     @property
     def scope(self) -> Scope:

@@ -90,7 +90,7 @@ class Step:
                 self.owner.figures.seconds += self.weigher.seconds + time.perf_counter() - started
         assert self.factors is not None
         self.weigher.release()
-        virtual = rows.shape[1] - batch.shape[1]  # tokens before the batch's own
+        virtual = rows.shape[-2] - batch.shape[1]  # tokens before the batch's own
         drop = F.pad(batch.rows & (self.factors == 0), (virtual, 0))
         rows = rows.masked_fill(drop[..., None], 0)  # not times 0, which leaves nan
         if self.factors.dtype != torch.bool:
@@ -117,9 +117,11 @@ def check_nothing_behind(model: nn.Module, gate: str) -> None:
     behind = trained_behind(model, None if at_decoder else find_blocks(model))
     if behind:
         place = "decoder" if at_decoder else "last block"
+        masked = not at_decoder and not trained_behind(model)
         raise ValueError(
             f"{behind[0]} is trained and lies behind the {place}, where the gate cannot mask its gradient "
             f"({len(behind)} such parameters). Freeze them (if only adapters are to be trained, wrap the model "
-            "with peft.get_peft_model first), or mask the loss itself: sft_loss(model, batch, "
-            "alphatoken_weights(model, ref_model, batch))."
+            "with peft.get_peft_model first), "
+            + ('set estimator="difference", whose gate lies behind them, ' if masked else "")
+            + "or mask the loss itself: sft_loss(model, batch, alphatoken_weights(model, ref_model, batch))."
         )

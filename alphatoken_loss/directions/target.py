@@ -19,6 +19,7 @@ from ..models.changes import undoing
 from ..models.processes import all_sum
 from ..models.replay import capture_without_graph
 from ..models.sites import Scored, find_scored
+from ..models.structure import runs_apart
 from ..models.tensors import accumulation_dtype
 from .gradients import loss_gradients
 
@@ -118,7 +119,11 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
     if isinstance(batches, Mapping):
         batches = [batches]
     # Block by block where memory is short; else by an ordinary backward from a graph of the scored blocks alone.
-    by_blocks = scored.in_blocks and any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
+    by_blocks = (
+        scored.in_blocks
+        and runs_apart(model)
+        and any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
+    )
     first = scored.blocks[0] if scored.in_blocks else None
     for raw in batches:
         batch = read_batch(raw).chosen()

@@ -68,6 +68,7 @@ def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> 
     places = {id(p): direction[name] for name, p in capture.scored.parameters.items()}
     device, enabled, dtype = capture.autocast
     hidden = capture.calls[0].hidden.detach()
+    exchanged = capture.exchanged()
     capture.replaying = True
     try:
         with (
@@ -83,7 +84,7 @@ def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> 
                     for p in block.parameters()
                     if id(p) in places
                 }
-                again = call.on(hidden)
+                again = call.on(hidden, exchanged)
                 with Changes() as changes:
                     changes.replace(block, moving)
                     output = block(*again.args, **again.kwargs)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..batches.batch import IGNORE, Batch
-from ..models.structure import causal_lm, find_decoder, learns_prompts
+from ..models.structure import causal_lm, find_decoder, learns_prompts, refuse_encoder_decoder
 
 _CHUNK_LOGITS = 2**25  # that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
@@ -37,6 +37,7 @@ def token_logps(
     Returns:
         `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model), 0 where the label is -100 and in column 0.
     """
+    refuse_encoder_decoder(model)
     labels = batch.labels if labels is None else labels
     if fused is None:
         fused = _fused_pays(model)

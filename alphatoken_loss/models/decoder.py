@@ -13,7 +13,7 @@ from transformers import Cache
 
 from ..batches.batch import Batch
 from .changes import Changes
-from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
+from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call
 from .modes import without_checkpointing
 from .structure import find_decoder, learns_prompts, unwrap
 
@@ -77,6 +77,7 @@ class DecoderForward:
                 return
             if self.seen:
                 raise RuntimeError(SECOND_FORWARD)
+            refuse_compiled_call()
             self._check_call(args, kwargs)
             self.seen = True
             call = Call(args, kwargs)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..batches.batch import Batch
 from .modes import refuse_inference_mode, without_noise
-from .structure import unwrap
+from .structure import COMPILED, unwrap
 
 PACKED_WITH_CACHE = (
     "The batch is packed and the model was called with a cache, which makes transformers attend across sequence "
@@ -20,6 +20,15 @@ SECOND_FORWARD = (
     "A second forward with grad ran in one AlphaToken context, which values one batch by one forward. Open a context "
     "for each forward; a reference belongs under torch.no_grad()."
 )
+
+
+def refuse_compiled_call() -> None:
+    """Raise ValueError in a hook that torch.compile traces: the code that it makes would run without the hooks."""
+    if torch.compiler.is_compiling():
+        from torch._dynamo import graph_break  # there already
+
+        graph_break()  # so that the error is raised, and no reason to compile otherwise
+        raise ValueError(f"What torch.compile returned was run: {COMPILED}")
 
 
 def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import Cache
 
 from ..batches.batch import Batch
 from .changes import Changes
-from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, rows_without_graph
+from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call, rows_without_graph
 from .modes import HOOKS_INSIDE_CHECKPOINT, unhooked, without_noise
 from .sites import Scored
 from .taps import Taps, Visitor, look_away
@@ -31,18 +33,18 @@ class BlockCall:
     def hidden(self) -> torch.Tensor:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
-    def detached(self) -> BlockCall:
-        """The same call on a leaf of the same values."""
-        return self.on(self.hidden.detach().requires_grad_())
+    def on(self, hidden: torch.Tensor, exchanged: Mapping[int, Any]) -> BlockCall:
+        """The same call on another hidden state, with copies of what blocks exchange (see `Capture.exchanged`), and
+        without the cache: a second call would append to it."""
 
-    def on(self, hidden: torch.Tensor) -> BlockCall:
-        """The same call on another hidden state, without the cache: a second call would append to it."""
-        kwargs = {k: None if isinstance(v, Cache) else v for k, v in self.kwargs.items()}
+        def other(value: Any) -> Any:
+            return None if isinstance(value, Cache) else exchanged.get(id(value), value)
+
+        kwargs = {key: other(value) for key, value in self.kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         if self.args:
-            rest = tuple(None if isinstance(v, Cache) else v for v in self.args[1:])
-            return BlockCall((hidden, *rest), kwargs)
+            return BlockCall((hidden, *map(other, self.args[1:])), kwargs)
         return BlockCall((), {**kwargs, "hidden_states": hidden})
 
 
@@ -71,6 +73,17 @@ class Capture:
     def in_float16(self) -> bool:
         """Whether gradients are float16, which overflows where other dtypes don't."""
         return self.calls[0].hidden.dtype == torch.float16 or self.autocast[1:] == (True, torch.float16)
+
+    def exchanged(self) -> dict[int, Any]:
+        """Copies of the containers through which blocks hand each other more than the hidden state (Gemma 4's shared
+        keys and values), by the id of the forward's own, which a later call must neither write to nor reach through."""
+        values = [value for call in self.calls for value in (*call.args, *call.kwargs.values())]
+        held = {id(value): value for value in values if isinstance(value, MutableMapping)}
+        copies = {key: copy.copy(value) for key, value in held.items()}
+        for mapping in copies.values():
+            for key, value in list(mapping.items()):
+                mapping[key] = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, value)
+        return copies
 
     def remember_autocast(self, device: str) -> None:
         self.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -106,41 +119,54 @@ class Capture:
         causal: bool = False,
         at_layer: bool = False,
     ) -> list[torch.Tensor | None]:
-        """Run each block again, last to first, and go back through it: one block's activations live at a time."""
+        """Run each block again, last to first, and go back through it: one block's activations live at a time.
+
+        Blocks that hand on more than the hidden state are run as one, since gradients travel beside it.
+        """
         found: list[torch.Tensor | None] = [None] * len(parameters)
+        exchanged = self.exchanged()
+        every = list(range(len(self.calls)))
         self.replaying = True  # the hooks of `capturing` may still be in place
         try:
-            for index in reversed(range(len(self.calls))):
-                own = {id(p) for p in self.scored.blocks[index].parameters()}
+            for part in [every] if exchanged else [[index] for index in reversed(every)]:
+                own = {id(p) for index in part for p in self.scored.blocks[index].parameters()}
                 here = [i for i, parameter in enumerate(parameters) if id(parameter) in own]
-                rows, grads = self._replay_block(index, rows, [parameters[i] for i in here], visitor, causal, at_layer)
+                among = [parameters[i] for i in here]
+                rows, grads = self._replay_part(part, exchanged, rows, among, visitor, causal, at_layer)
                 for i, gradient in zip(here, grads, strict=True):
-                    found[i] = gradient
+                    before = found[i]  # of a parameter that several blocks share
+                    found[i] = gradient if before is None or gradient is None else before + gradient
         finally:
             self.replaying = False
         return found
 
-    def _replay_block(
+    def _replay_part(
         self,
-        index: int,
+        part: list[int],
+        exchanged: Mapping[int, Any],
         rows: torch.Tensor,
         parameters: list[torch.Tensor],
         visitor: Visitor | None,
         causal: bool,
         at_layer: bool,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """From the gradient at a block's output to that at its input (not for the first) and at parameters."""
-        block, call = self.scored.blocks[index], self.calls[index].detached()
+        """From the gradient at the output of some blocks to that at their input (not for the first of all) and at
+        parameters."""
+        first, blocks = part[0], [self.scored.blocks[index] for index in part]
+        leaf = hidden = self.calls[first].hidden.detach().requires_grad_()
         device, enabled, dtype = self.autocast
         taps = Taps(self.scored, self.batch.shape, causal=causal, at_layer=at_layer)
-        with torch.enable_grad(), without_noise(block), unhooked(), torch.autocast(device, dtype, enabled):
-            with taps.installed(self.scored.in_block(index) if visitor is not None else []):
-                output = block(*call.args, **call.kwargs)
-        output = output[0] if isinstance(output, tuple) else output
-        inputs = [call.hidden] if index else []
-        grads = taps.walk(output, rows.to(output.dtype), [*inputs, *parameters], visitor or look_away)
+        sites = [site for index in part for site in self.scored.in_block(index)] if visitor is not None else []
+        with torch.enable_grad(), without_noise(*blocks), unhooked(), torch.autocast(device, dtype, enabled):
+            with taps.installed(sites):
+                for index, block in zip(part, blocks, strict=True):
+                    call = self.calls[index].on(hidden, exchanged)
+                    output = block(*call.args, **call.kwargs)
+                    hidden = output[0] if isinstance(output, tuple) else output
+        inputs = [leaf] if first else []
+        grads = taps.walk(hidden, rows.to(hidden.dtype), [*inputs, *parameters], visitor or look_away)
         taps.clear()
-        if not index:
+        if not first:
             return rows, grads
         assert grads[0] is not None
         return grads[0], grads[1:]
@@ -171,7 +197,8 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             if not state["running"]:
                 return
             call = BlockCall(args, kwargs)
-            check_batch(capture.batch, *call.hidden.shape[:2])
+            refuse_compiled_call()
+            check_batch(capture.batch, *call.hidden.shape[-3:-1])  # Gemma 3n's has one more in front
             if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
                 raise ValueError(PACKED_WITH_CACHE)
             if index == 0:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .start import NOWHERE_ELSE, Start, start_of
-from .structure import blocks_or_none, find_blocks, trained_behind, unwrap
+from .structure import (
+    blocks_or_none,
+    find_blocks,
+    learns_prompts,
+    refuse_compiled,
+    refuse_encoder_decoder,
+    trained_behind,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -87,6 +98,10 @@ Site = LoraSite | LinearSite
 Scope = Literal["lora", "blocks", "anywhere"]
 
 
+class AtMost(int):
+    """A number of blocks that nobody asked for by itself: a model of fewer has all of its own scored."""
+
+
 @dataclass
 class Scored:
     """The last K blocks of a model and the linears in them that are scored.
@@ -134,7 +149,7 @@ def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") 
 
     Args:
         model (`nn.Module`): causal LM, plain or wrapped by PEFT, with a base in any precision.
-        num_layers (`int` or `"all"`): K.
+        num_layers (`int` or `"all"`): K; `AtMost` a number for that or all.
         scope (`str`): `"lora"` scores plain LoRA and linears alone and refuses other adapters. The others also score
             whatever else is trained: `"blocks"` in the K blocks, `"anywhere"` before the LM head if K is all blocks.
 
@@ -142,34 +157,22 @@ def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") 
         ValueError: K exceeds the number of blocks; nothing in them is trainable; adapters are merged or disabled; for
             `"lora"` also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     model = unwrap(model)
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("The model is compiled, which fixes its graph. Give the model before torch.compile.")
+    refuse_compiled(model)
+    refuse_encoder_decoder(model)
     anywhere = scope == "anywhere" and num_layers == "all"
     blocks = blocks_or_none(model) if anywhere else find_blocks(model)
     count = len(blocks) if num_layers == "all" else int(num_layers)
+    if isinstance(num_layers, AtMost):
+        count = min(count, len(blocks))
     if count > len(blocks):
         raise ValueError(f'num_layers is {count}, but the model has {len(blocks)} blocks. Use at most that, or "all".')
     names = {id(module): name for name, module in model.named_modules()}
     scored = list(blocks)[len(blocks) - count :]
-    sites: list[Site] = []
-    for index, block in enumerate(scored):
-        _check_not_repacked(block, names)
-        tuners = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in tuners:
-            _check_active(names[id(layer)], layer)
-            if scope == "lora" or _why_not_lora(names[id(layer)], layer) is None:
-                sites.append(_lora_site(names[id(layer)], index, layer))
-        if tuners:
-            continue
-        for module in block.modules():
-            if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
-                sites.append(LinearSite(names[id(module)], index, module))
-    found = Scored(scored, sites, len(blocks), start=start_of(model))
+    found = Scored(scored, _sites(scored, names, scope), len(blocks), start=start_of(model))
     if scope == "lora":
-        _warn_of_linears_beside(found, names)
+        _refuse_several_adapters(found)
+        _tell_what_is_left_out(model, found, blocks)
     else:
         of_sites, behind = set(found.parameters), set(trained_behind(model))
         inside = {id(parameter) for block in scored for parameter in block.parameters()}
@@ -183,28 +186,96 @@ def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") 
         }
         del found.parameters  # cached without the others
     if not found.parameters:
-        raise ValueError(
-            f"The last {count} of {len(blocks)} blocks have nothing to score: no active, trainable LoRA adapter and no "
-            "trainable linear. Wrap the model with peft.get_peft_model(model, LoraConfig(...)), load a trained adapter "
-            "with is_trainable=True, or raise num_layers."
-        )
+        raise ValueError(f"The last {count} of {len(blocks)} blocks have nothing to score: {_why_nothing(model)}")
     return found
 
 
-def _warn_of_linears_beside(found: Scored, names: dict[int, str]) -> None:
+def _sites(blocks: list[nn.Module], names: dict[int, str], scope: Scope) -> list[Site]:
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    met = Counter(id(module) for block in blocks for module in block.modules())
+    sites: list[Site] = []
+    for index, block in enumerate(blocks):
+        _check_not_repacked(block, names)
+        tuners = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in tuners:
+            _check_active(names[id(layer)], layer)
+            if _is_idle(layer):
+                continue
+            if scope != "lora" and (met[id(layer)] > 1 or _why_not_lora(names[id(layer)], layer) is not None):
+                continue  # it is scored among the others
+            if isinstance(layer, ParamWrapper):
+                continue  # experts, which see some positions only: left out, and told of
+            if met[id(layer)] > 1:
+                raise ValueError(
+                    f"{names[id(layer)]} is shared by several of the scored blocks, and ghost values need linears that "
+                    'run once. Keep it out of target_modules, or set estimator="difference".'
+                )
+            sites.append(_lora_site(names[id(layer)], index, layer))
+        if tuners:
+            continue
+        for module in block.modules():
+            if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad and met[id(module)] == 1:
+                sites.append(LinearSite(names[id(module)], index, module))
+    return sites
+
+
+def _is_idle(layer: BaseTunerLayer) -> bool:
+    """Whether a LoRA layer has none of the active adapters: it then is its base alone."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(layer, LoraLayer) and not any(adapter in layer.lora_A for adapter in layer.active_adapters)
+
+
+def _refuse_several_adapters(found: Scored) -> None:
     adapters = {site.adapter for site in found.sites if isinstance(site, LoraSite)}
     if len(adapters) > 1:
         raise ValueError(f"Several adapters are active in the scored blocks ({sorted(adapters)}). Activate one.")
-    if adapters:
-        own = {id(linear) for site in found.sites if isinstance(site, LoraSite) for linear in (site.a, site.b)}
-        linears = (m for block in found.blocks for m in block.modules() if isinstance(m, nn.Linear | Conv1D))
-        beside = [names[id(m)] for m in linears if m.weight.requires_grad and id(m) not in own]
-        if beside:
-            warnings.warn(
-                f"{beside[0]} is trained beside the adapters of the scored blocks ({len(beside)} such linears). It "
-                "takes no part in token values; the gradient gate masks it all the same.",
-                stacklevel=3,
-            )
+
+
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _tell_what_is_left_out(model: nn.Module, found: Scored, blocks: Iterable[nn.Module]) -> None:
+    """Warn once of a model's parameters that are trained and take no part: not for the num_layers that were chosen."""
+    unscored = {id(p) for block in blocks if block not in found.blocks for p in block.parameters()}
+    left_out = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and name not in found.parameters and id(p) not in unscored
+    ]
+    if left_out and found.parameters and left_out[0] not in _told.setdefault(model, set()):
+        _told[model].add(left_out[0])
+        warnings.warn(
+            f"{left_out[0]} is trained and takes no part in ghost values ({len(left_out)} such parameters), which are "
+            "of LoRA factors or linears' weights in the blocks; the gradient gate masks it all the same. "
+            'estimator="difference" values whatever is trained.',
+            stacklevel=4,
+        )
+
+
+def _why_nothing(model: nn.Module) -> str:
+    everything = (
+        'Set estimator="difference" with num_layers="all", which scores whatever is trained before the LM head.'
+    )
+    if learns_prompts(model):
+        return f"the active adapter trains virtual tokens, which stand before the blocks. {everything}"
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        return (
+            "no active, trainable LoRA adapter and no trainable linear. Wrap the model with peft.get_peft_model(model, "
+            "LoraConfig(...)), or load a trained adapter with is_trainable=True."
+        )
+    if set(trained) <= set(trained_behind(model)):
+        return (
+            f"only the LM head or what leads to it is trained ({trained[0]}), where the gate masks nothing. Put "
+            "adapters on the linears of the blocks (target_modules)."
+        )
+    return (
+        f"what is trained lies elsewhere ({trained[0]} and so on, {len(trained)} parameters). Raise num_layers, or: "
+        + (everything)
+    )
 
 
 def _check_not_repacked(block: nn.Module, names: dict[int, str]) -> None:
@@ -243,8 +314,8 @@ def _why_not_lora(name: str, layer: BaseTunerLayer) -> str | None:
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:
         return (
-            f"{name}: active adapters are {list(layer.active_adapters)}, of which {len(active)} are LoRA here; exactly "
-            "one must be. Choose it with set_adapter()."
+            f"{name}: active adapters are {list(layer.active_adapters)}, of which {len(active)} are LoRA here; ghost "
+            'values are of one. Choose it with set_adapter(), or set estimator="difference".'
         )
     adapter = active[0]
     variant = getattr(layer, "lora_variant", {}).get(adapter)

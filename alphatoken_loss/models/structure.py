@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .modes import without_noise
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -19,6 +26,29 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+COMPILED = (
+    "compiled code does not run the hooks that token values are taken by. Train without torch.compile: do not call "
+    "compile() on the model or its blocks, and run the model itself, not what torch.compile returned."
+)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise ValueError where a model, or a part of it, was compiled."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"{name or 'The model'} ({type(module).__name__}) is compiled: {COMPILED}")
+
+
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raise ValueError for a model whose labels are not its own input, shifted."""
+    base = causal_lm(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder: its labels are the decoder's, not those of input_ids, and "
+            "nothing here values them. Use a decoder-only model (a causal LM)."
+        )
+
+
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The transformer blocks of a causal LM: the longest list of checkpointable layers in its decoder.
 
@@ -26,10 +56,9 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
         ValueError: no list of blocks is found.
     """
     base = causal_lm(model)
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
     lists = [
         module
-        for module in decoder.modules()
+        for module in find_decoder(model).modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
@@ -52,7 +81,19 @@ def blocks_or_none(model: nn.Module) -> list[nn.Module]:
 def find_decoder(model: nn.Module) -> nn.Module:
     """What stands before the LM head: its output is the last hidden state."""
     base = causal_lm(model)
-    return base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+    decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    # Some (Llama 4, Mllama) give an LM with its head: then its body, the child that holds the blocks.
+    while head is not None and any(module is head for module in decoder.modules()):
+        bodies = [child for child in decoder.children() if _holds_blocks(child)]
+        if len(bodies) != 1:
+            return base
+        (decoder,) = bodies
+    return decoder
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    return any(isinstance(child, GradientCheckpointingLayer) for child in module.modules())
 
 
 def learns_prompts(model: nn.Module) -> bool:
@@ -63,22 +104,63 @@ def learns_prompts(model: nn.Module) -> bool:
     return isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning
 
 
-def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]:
-    """Names of trainable parameters behind a module, which no gate at its output masks; by default the decoder.
+def runs_apart(model: nn.Module) -> bool:
+    """Whether a block computes the same outside the model's forward: not where PEFT hands a forward's own arguments to
+    its layers by hooks (aLoRA, which is on from an invocation sequence in the input)."""
+    config = getattr(unwrap(model), "peft_config", {})
+    return not any(getattr(adapter, "alora_invocation_tokens", None) for adapter in config.values())
 
-    Order of registration stands for order of execution: after the module's own, or tied to the LM head.
+
+# By model: what was found for which gate and trained parameters.
+_behind: WeakKeyDictionary[nn.Module, tuple[tuple[int, tuple[int, ...]], list[str]]] = WeakKeyDictionary()
+
+
+def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]:
+    """Names of trainable parameters that the loss depends on other than through a module's output, so that no gate
+    there masks their whole gradient; by default the decoder's.
+
+    What does, is seen by a forward of a few tokens whose graph begins at that output: what gets a gradient from there
+    lies behind. It is run only where something outside the blocks is trained, or in the LM head.
     """
-    base = causal_lm(model)
-    named = list(unwrap(model).named_parameters())
-    own = {id(parameter) for parameter in (find_decoder(model) if gate is None else gate).parameters()}
+    inner = unwrap(model)
+    base = causal_lm(inner)
     in_base = {id(parameter) for parameter in base.parameters()}
-    last = max((i for i, (_, parameter) in enumerate(named) if id(parameter) in own), default=-1)
+    named = {name: p for name, p in inner.named_parameters() if p.requires_grad and id(p) in in_base}
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    tied = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return [
-        name
-        for i, (name, parameter) in enumerate(named)
-        if parameter.requires_grad
-        and id(parameter) in in_base
-        and (id(parameter) in tied or (i > last and id(parameter) not in own))
-    ]
+    tied = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    blocks = blocks_or_none(inner)
+    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()} - tied
+    doubtful = {name: p for name, p in named.items() if id(p) not in in_blocks}
+    if not doubtful:
+        return []
+    gate = find_decoder(inner) if gate is None else gate
+    key = id(gate), tuple(map(id, doubtful.values()))
+    if inner not in _behind or _behind[inner][0] != key:
+        _behind[inner] = key, _found_behind(inner, gate, doubtful)
+    return _behind[inner][1]
+
+
+def _found_behind(model: nn.Module, gate: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
+    device = causal_lm(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.arange(1, 9, device=device)[None]
+
+    def cut(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output.detach().requires_grad_()
+        if isinstance(output, tuple):
+            return (output[0].detach().requires_grad_(), *output[1:])
+        output.last_hidden_state = output.last_hidden_state.detach().requires_grad_()
+        return output
+
+    devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
+    # Hooks run in their order, and PEFT's among them may change the output: what comes after all of them is cut.
+    handle = (gate[-1] if isinstance(gate, nn.ModuleList) else gate).register_forward_hook(cut)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices), without_noise(model):
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            if not logits.requires_grad:
+                return []
+            found = torch.autograd.grad(logits.float().sum(), list(parameters.values()), allow_unused=True)
+    finally:
+        handle.remove()
+    return [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]

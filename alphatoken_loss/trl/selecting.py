@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from ..models.start import has_adapters
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
