@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .changes import Changes
 from .modes import without_noise
 
 
@@ -153,14 +154,10 @@ def _found_behind(model: nn.Module, gate: nn.Module, parameters: dict[str, nn.Pa
         return output
 
     devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
-    # Hooks run in their order, and PEFT's among them may change the output: what comes after all of them is cut.
-    handle = (gate[-1] if isinstance(gate, nn.ModuleList) else gate).register_forward_hook(cut)
-    try:
-        with torch.enable_grad(), torch.random.fork_rng(devices), without_noise(model):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-            if not logits.requires_grad:
-                return []
-            found = torch.autograd.grad(logits.float().sum(), list(parameters.values()), allow_unused=True)
-    finally:
-        handle.remove()
+    with Changes() as changes, torch.enable_grad(), torch.random.fork_rng(devices), without_noise(model):
+        changes.hook(gate[-1] if isinstance(gate, nn.ModuleList) else gate, cut)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        if not logits.requires_grad:
+            return []
+        found = torch.autograd.grad(logits.float().sum(), list(parameters.values()), allow_unused=True)
     return [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]

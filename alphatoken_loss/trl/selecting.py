@@ -6,11 +6,11 @@ import hashlib
 from typing import Any
 
 from accelerate.logging import get_logger
-from ..models.start import has_adapters
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 
 from ..batches.read import COLUMNS
+from ..models.start import has_adapters
 from ..selection.base import Selection
 from .arguments import AlphaTokenArguments
 from .columns import columns_in
