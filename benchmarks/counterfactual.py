@@ -269,6 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="folder of the real world's model (default SmolLM2-135M)")
     parser.add_argument("--lr", type=float, help="learning rate (default 3e-3 toy, 5e-4 real)")
     parser.add_argument("--warm", type=int, default=20, help="steps before (default 20)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16], help="measured at (default 1 4 16)")
+    parser.add_argument("--test", type=int, default=48, help="rows of the test loss (default 48)")
     parser.add_argument("--rows", type=int, default=8, help="of a batch, in the real world (default 8)")
     parser.add_argument("--batches", type=int, default=4, help="that are masked (default 4)")
     parser.add_argument("--masks", type=int, default=32, help="of each batch (default 32)")
@@ -280,7 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
-    plan = CounterPlan(warm=args.warm, lr=args.lr or (3e-3 if args.world == "toy" else 5e-4))
+    lr = args.lr or (3e-3 if args.world == "toy" else 5e-4)
+    plan = CounterPlan(warm=args.warm, steps=tuple(args.steps), test=args.test, lr=lr)
     world, names = make_world(args), args.scores or list(SCORES)
     what = [asdict(plan), asdict(world.plan), world.identity(), args.device]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]

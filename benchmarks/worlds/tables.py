@@ -99,10 +99,12 @@ def at_best(groups: dict[str, Runs]) -> str:
 
 
 def kept(groups: dict[str, Runs]) -> str:
-    kinds = list(next(iter(next(iter(groups.values())).values()))["kept"])
-    rows = [
-        [name, *(f"{statistics.mean(run['kept'][kind] for run in runs.values()):.2f}" for kind in kinds)]
-        for name, runs in groups.items()
-        if all(run["kept"] for run in runs.values())
-    ]
+    """Mean share kept of each kind of token; empty where a setting has met none of a kind."""
+    runs = [run for some in groups.values() for run in some.values()]
+    kinds = list(dict.fromkeys(kind for run in runs for kind in run["kept"]))
+    rows = []
+    for name, some in groups.items():
+        shares = [[run["kept"][kind] for run in some.values() if kind in run["kept"]] for kind in kinds]
+        if any(shares):
+            rows.append([name, *(f"{statistics.mean(found):.2f}" if found else "" for found in shares)])
     return table(["share kept", *kinds], rows)

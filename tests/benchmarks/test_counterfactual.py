@@ -105,10 +105,10 @@ def test_correlations_of_planted_values():
 def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     model, data = tiny
     monkeypatch.setattr(counterfactual, "RealPlan", lambda: PLAN)
-    monkeypatch.setattr(counterfactual.CounterPlan, "__init__", _short(counterfactual.CounterPlan.__init__))
-    arguments = ["--world", "real", "--data", str(data), "--model", str(model), "--output", str(tmp_path), "--cache",
-                 str(tmp_path), "--rows", "4", "--warm", "1", "--batches", "2", "--scores", "difference", "ghost K=3",
-                 "excess loss (RHO-1)", "difference, Adam's step"]  # fmt: skip
+    folders = ["--data", str(data), "--model", str(model), "--output", str(tmp_path), "--cache", str(tmp_path)]
+    sizes = ["--rows", "4", "--warm", "1", "--steps", "1", "2", "--test", "4", "--batches", "2"]
+    scores = ["--scores", "difference", "ghost K=3", "excess loss (RHO-1)", "difference, Adam's step"]
+    arguments = ["--world", "real", *folders, *sizes, *scores]
     counterfactual.main([*arguments, "--masks", "2"])
     assert "Fewer than four masks" in capsys.readouterr().out
     file = tmp_path / "counterfactual-real.jsonl"
@@ -119,7 +119,3 @@ def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys
     assert written["masks"] == {"0": 5, "1": 5}
     assert set(written["spearman"]["difference"]) == {"1", "2"}
     assert "| difference |" in capsys.readouterr().out
-
-
-def _short(init):
-    return lambda self, **options: init(self, **{**options, "steps": (1, 2), "test": 4})

@@ -134,3 +134,11 @@ def test_differences_are_paired_by_seed():
     gaps = [5 + 0.25 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
     assert cells[3].split(" ")[0] == f"{sum(gaps) / 3:+.3f}"
     assert tables.spread([1.0, 2.0]) == "1.500 ±0.707"
+
+
+def test_shares_kept_are_told_of_the_kinds_that_were_met():
+    runs = {"all": {0: {"kept": {"code": 1.0, "junk": 0.5}}, 1: {"kept": {"code": 0.5, "junk": 0.0}}},
+            "validation only": {0: {"kept": {"code": 1.0}}}, "DPO": {0: {"kept": {}}}}  # fmt: skip
+    lines = tables.kept(runs).splitlines()
+    assert lines[0] == "| share kept | code | junk |"
+    assert lines[2:] == ["| all | 0.75 | 0.25 |", "| validation only | 1.00 |  |"]
