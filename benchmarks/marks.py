@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from worlds import runner
-from worlds.measures import auc, auc_in_strata, draws, interval
+from worlds.measures import areas, auc, draws, interval
 from worlds.real import Real, load_smollm2
 from worlds.real_data import Encoder, RealPlan, read_rows
 from worlds.rivals import at_labels
@@ -149,18 +149,18 @@ def summary(answers: dict[int, Marked], values: dict[str, dict[int, list[float]]
         marked = np.array([bool(kinds) if kind == "any" else kind in kinds for kinds in types])
         told = marked | clean
         weights = list(draws(groups[told], boots))
-        areas = {}
-        for name, score in scores.items():
-            drawn = np.array([auc(score[told], marked[told], w) for w in weights])
-            areas[name] = auc(score[told], marked[told]), drawn
-        found["types"][kind] = {"marked tokens": int(marked.sum()), "scores": _told(areas)}
+        own = {
+            name: (auc(score[told], marked[told]), areas(score[told], marked[told], weights))
+            for name, score in scores.items()
+        }
+        found["types"][kind] = {"marked tokens": int(marked.sum()), "scores": _told(own)}
     marked = ~clean
     places = np.concatenate([np.arange(len(answers[number].types)) // STRATUM for number in numbers])
-    weights = list(draws(groups, boots // 4))
-    at_place = {}
-    for name, score in scores.items():
-        drawn = np.array([auc_in_strata(score, marked, places, w) for w in weights])
-        at_place[name] = auc_in_strata(score, marked, places), drawn
+    weights = list(draws(groups, boots))
+    at_place = {
+        name: (auc(score, marked, strata=places), areas(score, marked, weights, places))
+        for name, score in scores.items()
+    }
     found["equal places"] = {"scores": _told(at_place)}
     within = {}
     for name, score in scores.items():
@@ -172,13 +172,13 @@ def summary(answers: dict[int, Marked], values: dict[str, dict[int, list[float]]
     return found
 
 
-def _told(areas: dict[str, tuple[float, np.ndarray]]) -> dict[str, Any]:
+def _told(found: dict[str, tuple[float, np.ndarray]]) -> dict[str, Any]:
     """Each area with its interval, and its difference to the base's by the same draws."""
     told = {}
-    for name, (area, drawn) in areas.items():
+    for name, (area, drawn) in found.items():
         told[name] = {"auc": round(float(area), 4), "interval": _rounded(interval(drawn))}
-        if BASE in areas and name != BASE:
-            own, base = areas[name], areas[BASE]
+        if BASE in found and name != BASE:
+            own, base = found[name], found[BASE]
             told[name][f"minus {BASE}"] = round(float(own[0] - base[0]), 4)
             told[name][f"minus {BASE}, interval"] = _rounded(interval(own[1] - base[1]))
     return told

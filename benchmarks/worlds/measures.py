@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from scipy.stats import rankdata
@@ -10,38 +10,41 @@ from scipy.stats import rankdata
 Array = np.ndarray
 
 
-def auc(scores: Array, positive: Array, weights: Array | None = None) -> float:
-    """Probability that a positive's score is above a negative's, ties counting one half: the area under the ROC curve.
+def areas(scores: Array, positive: Array, draws: Iterable[Array], strata: Array | None = None) -> Array:
+    """Areas under the ROC curve, one for each draw of weights: the probability that a positive's score is above a
+    negative's, ties counting one half.
 
     Args:
         scores: `(N,)` floats.
         positive: `(N,)` bool.
-        weights: `(N,)`, how often each counts (as a bootstrap draws it); by default once.
+        draws: of each `(N,)`, how often an item counts.
+        strata: `(N,)`; where given, only pairs of one stratum count, so that nothing that it stands for orders them.
 
     Returns:
-        NaN where either kind is missing.
+        `(D,)`, NaN where there is no pair.
     """
-    weights = np.ones(len(scores)) if weights is None else weights
-    order = np.argsort(scores, kind="stable")
-    _, first = np.unique(scores[order], return_index=True)
-    up, down = (np.add.reduceat(np.where(kind, weights, 0.0)[order], first) for kind in (positive, ~positive))
-    below = np.cumsum(down) - down
-    pairs = up.sum() * down.sum()
-    return float((up * (below + down / 2)).sum() / pairs) if pairs > 0 else float("nan")
+    strata = np.zeros(len(scores)) if strata is None else strata
+    order = np.lexsort((scores, strata))
+    above = np.diff(scores[order]) != 0
+    apart = np.diff(strata[order]) != 0
+    first = np.flatnonzero(np.r_[True, above | apart])  # of each run of ties
+    begin = np.searchsorted(first, np.flatnonzero(np.r_[True, apart]))  # of each stratum, in runs
+    runs = np.diff(np.r_[begin, len(first)])
+    kinds = positive[order], ~positive[order]
+    found = []
+    for weights in draws:
+        up, down = (np.add.reduceat(np.where(kind, weights[order], 0.0), first) for kind in kinds)
+        ups, downs = np.add.reduceat(up, begin), np.add.reduceat(down, begin)
+        below = np.cumsum(down) - down - np.repeat(np.cumsum(downs) - downs, runs)
+        pairs = (ups * downs).sum()
+        found.append((up * (below + down / 2)).sum() / pairs if pairs > 0 else np.nan)
+    return np.array(found)
 
 
-def auc_in_strata(scores: Array, positive: Array, strata: Array, weights: Array | None = None) -> float:
-    """The same over pairs of one stratum alone, so that nothing the strata stand for can order a pair."""
+def auc(scores: Array, positive: Array, weights: Array | None = None, strata: Array | None = None) -> float:
+    """One area of `areas`; by default every item counts once."""
     weights = np.ones(len(scores)) if weights is None else weights
-    won = total = 0.0
-    for stratum in np.unique(strata):
-        inside = strata == stratum
-        up = weights[inside & positive].sum()
-        pairs = up * weights[inside & ~positive].sum()
-        if pairs > 0:
-            won += pairs * auc(scores[inside], positive[inside], weights[inside])
-            total += pairs
-    return won / total if total > 0 else float("nan")
+    return float(areas(scores, positive, [weights], strata)[0])
 
 
 def draws(groups: Array, count: int, seed: int = 0) -> Iterator[Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
-from worlds.measures import auc, auc_in_strata, draws, interval, spearman
+from worlds.measures import areas, auc, draws, interval, spearman
 
 
 def counted(scores, positive, weights):
@@ -46,9 +46,11 @@ def test_area_in_strata_counts_their_own_pairs(seed):
         for j in np.flatnonzero(~positive & (strata == strata[i])):
             pairs += weights[i] * weights[j]
             won += weights[i] * weights[j] * (scores[i] > scores[j])
-    assert auc_in_strata(scores, positive, strata, weights) == pytest.approx(won / pairs, abs=1e-12)
+    assert auc(scores, positive, weights, strata) == pytest.approx(won / pairs, abs=1e-12)
+    several = areas(scores, positive, [np.ones(60), weights], strata)
+    assert several.tolist() == [auc(scores, positive, strata=strata), auc(scores, positive, weights, strata)]
     # What the strata order says nothing.
-    assert auc_in_strata(strata.astype(float), positive, strata) == pytest.approx(0.5, abs=1e-12)
+    assert auc(strata.astype(float), positive, strata=strata) == pytest.approx(0.5, abs=1e-12)
 
 
 def test_area_of_one_kind_alone_is_not_defined():
