@@ -73,6 +73,7 @@ def _local_task(name: str, data: str, count: int) -> Any:
 
 @functools.cache
 def _tasks(data: str | None, count: int) -> dict[str, Any]:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells every task's options
     if data is not None:
         return {name: _local_task(name, data, count) for name in TASKS if _there(data, name)}
     from lm_eval.tasks import get_task_dict
@@ -92,7 +93,6 @@ def harness_figures(model: Any, tokenizer: Any, data: str | None, count: int) ->
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     training = model.training
     with contextlib.redirect_stderr(io.StringIO()):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
