@@ -157,7 +157,10 @@ class Source:
             file = {"solutions": "gsm8k-solutions", "pandalm": "pandalm"}[name]
             texts = read_rows(data, f"preference/{file}")
             pairs = [(t.get("question", t["prompt"]), self._pair(t, system)) for t in texts]
-            divided = divide([p for p in pairs if p[1]], lambda p: p[0], {k: v // 2 for k, v in sizes.items()})
+            pairs = [(question, pair) for question, pair in pairs if pair]
+            # Small sets: most is trained on.
+            sizes = {part: min(size // 2, len(pairs) // 5) for part, size in sizes.items()}
+            divided = divide(pairs, lambda p: p[0], sizes)
             self.parts = {part: [pair for _, pair in pairs] for part, pairs in divided.items()}
         else:
             first = "gsm8k-train" if name == "gsm8k" else name
