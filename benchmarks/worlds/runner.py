@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -49,7 +50,7 @@ def about(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str, A
         "date": str(date.today()),
         "machine": f"{where}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **versions, "torch": torch.__version__},
-        "command": " ".join(["python", f"benchmarks/{Path(argv[0]).name}", *told]),
+        "command": shlex.join(["python", f"benchmarks/{Path(argv[0]).name}", *told]),
     }
 
 
