@@ -1,6 +1,6 @@
 """Token values inside LLaMA-Factory 0.9, which has no hook for plugins: a context around its trainers' compute_loss.
 
-    python recipes/with_llamafactory.py config.yaml   # takes what `llamafactory-cli train` takes, stage sft or dpo
+    python recipes/with_llamafactory.py config.yaml    # what `llamafactory-cli train config.yaml` takes, sft or dpo
 
 Beside LLaMA-Factory's own keys, the file has a key `alphatoken` with the fields of `AlphaTokenConfig`, and with
 `target_size`, the training rows that define the target (32; they are trained on too, and should be clean). Reentrant

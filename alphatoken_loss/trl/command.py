@@ -1,0 +1,139 @@
+"""`alphatoken sft` and `alphatoken dpo`: the trainers with TRL's arguments, on the command line or in a YAML file.
+
+What `trl sft` and `trl dpo` take is taken here (`--config file.yaml` too), with the fields of `AlphaTokenArguments`
+beside it, and `--target`, the clean examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..tools.cli import UserError, or_exit
+
+KINDS = {"sft": "train a model on prompts and answers", "dpo": "train a model on preference pairs"}
+
+
+@dataclass
+class TargetArguments:
+    """Where the examples of the target task are."""
+
+    target: str | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of the target task in SFT form: .jsonl, .json or .parquet file, folder of `datasets`, or "
+            "hub id. By default rows of the training data are held out."
+        },
+    )
+    target_split: str = field(default="train", metadata={"help": "Split of the target."})
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `sft` and `dpo` to a command line, to be listed there; `train` reads what follows them."""
+    for kind, words in KINDS.items():
+        subparsers.add_parser(kind, help=f"{words}, with TRL's arguments", add_help=False)
+
+
+@or_exit("Lower --per_device_train_batch_size, or use --gradient_checkpointing.", "--resume_from_checkpoint goes on.")
+def _run(args: argparse.Namespace) -> int:
+    trainer = build(args.kind, args.argv)
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"Saved in {trainer.args.output_dir}.")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return 0
+
+
+def train(kind: str, argv: Sequence[str]) -> int:
+    """Train as the arguments say. Returns the exit status."""
+    return _run(argparse.Namespace(kind=kind, argv=list(argv)))
+
+
+def build(kind: str, argv: Sequence[str]) -> Any:
+    """The trainer that the arguments describe.
+
+    Args:
+        kind (`str`): `"sft"` or `"dpo"`.
+        argv: arguments of the command line.
+
+    Raises:
+        UserError: no model or no data set is named.
+        SystemExit: the arguments cannot be read, or ask for help.
+    """
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+
+    from ..tools.score.rows import load_rows
+    from .arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
+
+    settings = AlphaTokenDPOConfig if kind == "dpo" else AlphaTokenSFTConfig
+    types = (TargetArguments, settings, ScriptArguments, ModelConfig, DatasetMixtureConfig)
+    parser = TrlParser(types, prog=f"alphatoken {kind}", description=f"{KINDS[kind].capitalize()}, on tokens of value.")
+    _group(parser, {"token values": (AlphaTokenArguments, TargetArguments), "data": (ScriptArguments, types[-1]),
+                    "model and adapter": (ModelConfig,), "training": (settings,)})  # fmt: skip
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    target, args, script, model, mixture = parser.parse_args_and_config(list(argv), fail_with_unknown_args=True)
+    if model.model_name_or_path is None:
+        raise UserError("--model_name_or_path: needed.")
+    if mixture.datasets:
+        rows = get_dataset(mixture)[script.dataset_train_split]
+    elif script.dataset_name is None:
+        raise UserError("--dataset_name, or datasets in the file of --config: needed.")
+    else:
+        rows = _rows(script)
+    clean = None if target.target is None else load_rows(target.target, target.target_split, "--target")
+    return _trainer(kind, args, model, rows, clean)
+
+
+def _rows(script: Any) -> Any:
+    """The training data: a file here, or what `datasets` loads by its name."""
+    from datasets import load_dataset
+
+    from ..tools.score.rows import load_rows
+
+    if (script.dataset_config is None and not script.dataset_streaming) or Path(script.dataset_name).is_file():
+        return load_rows(script.dataset_name, script.dataset_train_split, "--dataset_name")
+    options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
+    return load_dataset(script.dataset_name, split=script.dataset_train_split, **options)
+
+
+def _trainer(kind: str, args: Any, model: Any, rows: Any, target: Any) -> Any:
+    from trl import get_peft_config, get_quantization_config
+
+    from .trainers import AlphaTokenDPOTrainer, AlphaTokenSFTTrainer
+
+    init = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    args.model_init_kwargs = {**init, **(args.model_init_kwargs or {})}
+    cls = AlphaTokenDPOTrainer if kind == "dpo" else AlphaTokenSFTTrainer
+    return cls(
+        model.model_name_or_path,
+        args=args,
+        train_dataset=rows,
+        target_dataset=target,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+
+
+def _group(parser: argparse.ArgumentParser, groups: dict[str, tuple[type, ...]]) -> None:
+    """Show the options of a parser in groups, each in the first one that one of its dataclasses belongs to."""
+    actions = [action for action in parser._actions if action.dest != "help"]
+    for title, types in groups.items():
+        names = {each.name for cls in types for each in fields(cls)}
+        group = parser.add_argument_group(title)
+        for action in [action for action in actions if action.dest in names]:
+            actions.remove(action)
+            for other in parser._action_groups:
+                if action in other._group_actions:
+                    other._group_actions.remove(action)
+            group._group_actions.append(action)

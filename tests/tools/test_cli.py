@@ -1,0 +1,130 @@
+"""The command line as a whole: what it lists, `env`, `doctor`, `show`, and `sft` and `dpo` through TRL's arguments."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import tuning
+
+import alphatoken_loss
+from alphatoken_loss.__main__ import main
+from alphatoken_loss.tools import cli, doctor
+from alphatoken_loss.tools.show.command import show_scored
+from alphatoken_loss.trl.command import build
+
+COMMANDS = ("score", "reselect", "show", "sft", "dpo", "report", "doctor", "env")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tuning.base().save_pretrained(folder / "model")
+    tuning.tokenizer(chat=True).save_pretrained(folder / "model")
+    tuning.sft_data(count=6).to_json(folder / "rows.jsonl")
+    tuning.dpo_data(count=6).to_json(folder / "pairs.jsonl")
+    tuning.sft_data("chat", 3, 50).to_json(folder / "target.jsonl")
+    return folder
+
+
+def test_help_lists_the_commands_and_version_is_the_packages(capsys):
+    for argv, printed in ((["--help"], COMMANDS), (["--version"], [f"alphatoken {alphatoken_loss.__version__}"])):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        out = capsys.readouterr().out
+        assert stopped.value.code == 0 and all(re.search(rf"^ *{re.escape(each)}\b", out, re.M) for each in printed)
+
+
+def test_env_says_what_a_report_of_a_fault_needs(capsys):
+    assert main(["env"]) == 0
+    found = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert found["torch"] == torch.__version__ and found["alphatoken-loss"] == alphatoken_loss.__version__
+    assert {"python", "platform", "transformers", "trl", "peft", "datasets", "bitsandbytes", "cpu"} <= set(found)
+
+
+def test_doctor_says_what_fits_and_what_it_costs(files, capsys):
+    assert main(["doctor", str(files / "model"), "--length", "16", "--steps", "1", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM, 3 layers" in out
+    for name in ("ghost", "difference", "exact"):
+        assert re.search(rf"{name} +[\d.]+ s +[\d.]+ x +\d+ MiB", out), name
+    assert out.count("scores the last 3 of 3 blocks: q_proj (3)") == 3
+
+
+def test_doctor_says_why_an_estimator_refuses(files, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    dora = LoraConfig(r=2, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
+    get_peft_model(tuning.base(), dora).save_pretrained(tmp_path / "adapter")
+    argv = ["doctor", str(files / "model"), "--adapter", str(tmp_path / "adapter"), "--length", "16", "--steps", "1"]
+    assert main([*argv, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"ghost +refused: .*DoraLinearVariant.*set estimator", out)
+    assert re.search(r"difference +[\d.]+ s", out)
+    assert main(["doctor", str(tmp_path / "none"), "--device", "cpu"]) == 2
+    assert "error: --model" in capsys.readouterr().err
+
+
+def test_peak_bytes_are_those_of_live_tensors():
+    """Two buffers at once, then one: the peak is both."""
+
+    def step():
+        first = torch.ones(1 << 20)
+        second = first + 1
+        del first
+        return second * 2
+
+    assert doctor.peak_bytes(step, torch.device("cpu")) / (4 << 20) == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_training_takes_trls_arguments_and_yaml(files, tmp_path, kind):
+    data = files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl")
+    (tmp_path / "config.yaml").write_text(
+        f"model_name_or_path: {files / 'model'}\nuse_peft: true\nlora_target_modules: all-linear\nlora_r: 2\n"
+        f"dataset_name: {data}\ntarget: {files / 'target.jsonl'}\nnum_layers: 2\nfisher_prompts: 2\n"
+        "fisher_new_tokens: 2\nuse_cpu: true\nbf16: false\nreport_to: none\nmax_steps: 1\nrho: 0.5\n"
+    )
+    argv = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out"), "--rho", "0.25"]
+    trainer = build(kind, argv)
+    assert trainer.alphatoken.config.rho == 0.25 and trainer.alphatoken.config.num_layers == 2
+    assert len(trainer.train_dataset) == 6 and trainer.args.max_steps == 1
+    assert main([kind, *argv]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_mistakes_in_training_arguments(files, capsys):
+    assert main(["sft", "--output_dir", "out"]) == 2 and "--model_name_or_path: needed" in capsys.readouterr().err
+    assert main(["dpo", "--model_name_or_path", "x"]) == 2 and "--dataset_name" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    out = capsys.readouterr().out
+    titles = [out.index(f"\n{title}:\n") for title in ("token values", "data", "model and adapter", "training")]
+    assert titles == sorted(titles) and titles[0] < out.index("--rho") < titles[1] < out.index("--dataset_name")
+
+
+@pytest.mark.parametrize("data", ["rows.jsonl", "pairs.jsonl"])
+def test_show_of_a_scored_folder(files, tmp_path, capsys, data):
+    argv = ["score", "--model", files / "model", "--dataset", files / data, "--target", files / "target.jsonl",
+            "--output", tmp_path / "out", "--num-layers", "2", "--rows-per-part", "2", "--device", "cpu"]  # fmt: skip
+    assert main([str(word) for word in argv]) == 0
+    shown = show_scored(tmp_path / "out", start=2, rows=3)
+    assert len(shown.groups) == 3 and len(shown.groups[0]) == (2 if data == "pairs.jsonl" else 1)
+    text = str(shown).replace("[-", "").replace("-]", "")
+    assert "1 times 1:" in text and "3 times 0:" in text and "4 times" not in text and "0 times 0" not in text
+    assert main(["show", str(tmp_path / "out")]) == 0 and (tmp_path / "out" / "tokens.html").is_file()
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "out"), "--start", "9"]) == 2
+    assert "--start is 9, and" in capsys.readouterr().err
+    assert main(["show", str(tmp_path)]) == 2 and "is no output" in capsys.readouterr().err
+
+
+def test_libraries_are_quiet_inside_and_as_they_were_behind():
+    import datasets
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), datasets.utils.logging.get_verbosity()
+    with cli.quiet_libraries():
+        assert logging.get_verbosity() == logging.ERROR and datasets.are_progress_bars_disabled()
+    assert (logging.get_verbosity(), datasets.utils.logging.get_verbosity()) == before
