@@ -3,6 +3,7 @@
 #   make test    ruff, mypy and the tests
 #   make docs    the pages as a site, in site/
 #   make figures write the tables of README and docs from benchmarks/results/
+#   make test-tools  Axolotl, LLaMA-Factory and old datasets, each in an environment of its own (.tools/, some GB)
 # Another interpreter: make PYTHON=python3.12 test    Options for pip: make PIP_FLAGS="--index-url ..." test
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs figures bench clean
+.PHONY: help setup demo test test-tools lint docs figures bench clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -44,6 +45,9 @@ docs: $(READY)
 
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
+
+test-tools: $(READY)
+	$(BIN)/python benchmarks/tools.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
