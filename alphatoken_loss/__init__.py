@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .config import AlphaTokenConfig
 from .directions.estimate import estimate_fisher
 from .directions.fisher import Fisher
+from .directions.follow import make_path
+from .directions.path import Path
 from .directions.target import Target, target_gradient
 from .gate import AlphaToken
 from .losses.dpo import dpo_loss
@@ -35,6 +37,7 @@ __all__ = [
     "AlphaTokenSFTConfig",
     "AlphaTokenSFTTrainer",
     "Fisher",
+    "Path",
     "SampleWriter",
     "Target",
     "TokenValues",
@@ -47,6 +50,7 @@ __all__ = [
     "high_loss_weights",
     "log_ratio_weights",
     "low_loss_weights",
+    "make_path",
     "random_weights",
     "remember_start",
     "sft_loss",

@@ -35,8 +35,10 @@ class AlphaTokenConfig:
         estimator (`str`, *optional*, defaults to `"ghost"`):
             How a batch is valued: `"ghost"`, the position-local terms of Eqs. 8 to 11; `"difference"`, what a token's
             loss changes by when the adapter is nudged, in one more forward without grad; `"exact"`, the derivative
-            that the difference approaches, by forward-mode differentiation. The ghost is the default since it is nearly
-            free and has the four terms; the difference trains better on every axis for about 0.3 of a step more.
+            that the difference approaches, by forward-mode differentiation; `"path"`, what a token's loss changes by
+            between the adapter and theta*, to which a few steps on the target and the drift lead, in one more forward
+            without grad (none, with `path_logps` in the batch). The ghost is the default since it is nearly free and
+            has the four terms; the difference trains better on every axis for about 0.3 of a step more.
         difference_rms (`float`, *optional*):
             Size of the nudge, by its effect: root mean square change of the last hidden state, relative to its own
             root mean square, over response positions. By default the square root of the unit roundoff of the coarsest
@@ -65,6 +67,29 @@ class AlphaTokenConfig:
         fisher (`str`, *optional*, defaults to `"factored"`):
             Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
             d_out + d_in floats a layer; its totals rank at 0.999 beside the dense one's) or `"dense"` (d_out x d_in).
+        path_steps (`int`, *optional*):
+            Adam steps to theta*, each on the next of the target's batches. By default 16, for pairs 24: many more learn
+            the validation examples by heart.
+        path_rate (`float`, *optional*):
+            Adam's learning rate there. By default 3e-3, for pairs 1e-3.
+        path_beta (`float`, *optional*, defaults to 0.1):
+            Beta of the DPO loss that leads to theta* where the target holds pairs, in 1 / nats.
+        path_likelihood (`float`, *optional*, defaults to 1.0):
+            Weight, beside it, of the mean negative log-likelihood of these pairs' chosen answers, at least 0.
+        path_holdout (`float`, *optional*, defaults to 0.0):
+            Share of each target batch, in [0, 1), that no step to theta* is taken on: theta* is then where the loss of
+            these rows was lowest.
+        path_every (`int`, *optional*):
+            Optimizer steps after which theta* is made anew, from where the adapter then is. By default never.
+        path_renewal_steps (`int`, *optional*, defaults to 8):
+            Adam steps of each such renewal.
+        path_renewal_rate (`float`, *optional*, defaults to 1e-3):
+            Adam's learning rate in them.
+        path_kl (`float`, *optional*, defaults to 0.0):
+            Weight of KL(theta* || model), the mean over response tokens, from the same extra forward. Losses of this
+            library and its trainers add it; in a loop of your own add `kl` of the context to the loss.
+        path_start (`bool`, *optional*, defaults to `False`):
+            Begin training at theta*: the first training context writes it into the adapter.
     """
 
     rho: float = 0.5
@@ -80,6 +105,16 @@ class AlphaTokenConfig:
     target_parts: int = 4
     target_decay: float | None = 0.5
     fisher: Literal["factored", "dense"] = "factored"
+    path_steps: int | None = None
+    path_rate: float | None = None
+    path_beta: float = 0.1
+    path_likelihood: float = 1.0
+    path_holdout: float = 0.0
+    path_every: int | None = None
+    path_renewal_steps: int = 8
+    path_renewal_rate: float = 1e-3
+    path_kl: float = 0.0
+    path_start: bool = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.rho) or not 0.0 < self.rho <= 1.0:
@@ -116,6 +151,7 @@ class AlphaTokenConfig:
             )
         _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
         _check_choice("fisher", self.fisher, ("factored", "dense"))
+        _check_path(self)
 
     @classmethod
     def paper(cls, **changes: Any) -> AlphaTokenConfig:
@@ -181,3 +217,31 @@ def _check_int(name: str, value: object, *, least: int, hint: str) -> None:
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_path(config: AlphaTokenConfig) -> None:
+    for name, hint in (("path_steps", "Use None for the default."), ("path_every", "Use None to make it once.")):
+        if getattr(config, name) is not None:
+            _check_int(name, getattr(config, name), least=1, hint=hint)
+    _check_int("path_renewal_steps", config.path_renewal_steps, least=1, hint="Use path_every=None for no renewal.")
+    for name in ("path_rate", "path_renewal_rate", "path_beta"):
+        value = getattr(config, name)
+        if not (value is None and name == "path_rate") and not (_is_number(value) and 0 < value < float("inf")):
+            raise ValueError(f"{name} is {value!r}; it must be a finite number above 0.")
+    for name in ("path_likelihood", "path_kl"):
+        value = getattr(config, name)
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0. Use 0 for none.")
+    if not _is_number(config.path_holdout) or not 0 <= config.path_holdout < 1:
+        raise ValueError(
+            f"path_holdout is {config.path_holdout!r}; it is the share of each target batch that is held out and "
+            "must be in [0, 1). Use 0 to hold out nothing."
+        )
+    if not isinstance(config.path_start, bool):
+        raise ValueError(f"path_start is {config.path_start!r}; it must be True or False.")
+    for name in ("path_kl", "path_start", "path_every"):
+        if getattr(config, name) and config.estimator != "path":
+            raise ValueError(
+                f'{name} is {getattr(config, name)!r}, but estimator="{config.estimator}" has no theta*. Set '
+                f'estimator="path", or leave {name} out.'
+            )

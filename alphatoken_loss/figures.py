@@ -25,17 +25,17 @@ class Figures:
         self.seconds = 0.0
         self._reads = 0
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._divergence: list[torch.Tensor | float] = [0.0, 0.0]  # summed KL, and the response tokens it is of
+        self._divergences: dict[str, list[torch.Tensor | float]] = {}  # summed KL, and the response tokens it is of
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
         """Count nothing of what fails inside, unless it was read there."""
-        before = self._reads, self.seconds, dict(self._sums), self._divergence.copy()
+        before = self._reads, self.seconds, dict(self._sums), dict(self._divergences)
         try:
             yield
         except BaseException:
             if before[0] == self._reads:
-                _, self.seconds, self._sums, self._divergence = before
+                _, self.seconds, self._sums, self._divergences = before
             raise
 
     def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
@@ -46,23 +46,23 @@ class Figures:
         for name, figure in figures.items():
             self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
 
-    def add_kl(self, penalty: Penalty) -> None:
+    def add_kl(self, name: str, penalty: Penalty) -> None:
         """Count a batch by its KL, if its forward has run."""
         if penalty.total is not None:
-            for i, figure in enumerate((penalty.total, penalty.batch.rows.sum())):
-                self._divergence[i] = self._divergence[i] + figure
+            before = self._divergences.get(name, [0.0, 0.0])
+            both = (penalty.total, penalty.batch.rows.sum())
+            self._divergences[name] = [summed + figure for summed, figure in zip(before, both, strict=True)]
 
     def read(self) -> dict[str, float]:
         """Means over response tokens since the last call, if there was any: `kept`, `weight` where weights are not
-        all 0 or 1, terms of the value, `kl`; and `seconds`."""
+        all 0 or 1, terms of the value, KLs; and `seconds`."""
         self._reads += 1
         sums, self._sums = self._sums, {}
         seconds, self.seconds = self.seconds, 0.0
-        (divergence, compared), self._divergence = self._divergence, [0.0, 0.0]
+        divergences, self._divergences = self._divergences, {}
         tokens = float(sums.pop("tokens", 0.0))
         figures = {name: float(total) / tokens for name, total in sums.items()} if tokens else {}
         if not figures.pop("uneven", 0.0):
             figures.pop("weight", None)
-        if compared:
-            figures["kl"] = float(divergence) / float(compared)
+        figures |= {name: float(kl) / float(count) for name, (kl, count) in divergences.items() if count}
         return {**figures, "seconds": seconds}

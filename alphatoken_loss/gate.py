@@ -22,34 +22,26 @@ from .batches.batch import Batch
 from .batches.read import read_batch
 from .config import AlphaTokenConfig
 from .directions.fisher import Fisher
+from .directions.path import Path
 from .directions.source import Source
 from .directions.target import Target
 from .estimators import estimator_class
 from .estimators.base import Task
 from .figures import Figures
-from .losses.kl import Penalty, check_kl_coef
 from .losses.weighting import checked_weights
 from .models.changes import Changes
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
 from .models.structure import unwrap
+from .penalties import UNKNOWN_DROPPED, Asked, Penalties, check_no_path
 from .selection import make_selection
-from .selection.base import ByFunction, Given
+from .selection.base import by_weights
 from .selection.forward import Forward
-from .step import Step, check_nothing_behind
+from .step import NESTED, UNMASKED, Step, check_nothing_behind
 from .values import TokenValues
-from .weighing import Valued, Weighed
+from .weighing import Valued, Weighed, Weigher
 from .weights import alphatoken_weights
 
-UNMASKED = (
-    "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside "
-    "it, on the model that the AlphaToken was made for. (AlphaToken(..., strict=False) only warns.)"
-)
-NESTED = (
-    "This model is in an AlphaToken context already, and a second one would mask the same gradient again. Open one "
-    "context for each forward; sft_loss and dpo_loss open it themselves where they are given an AlphaToken: call them "
-    "outside, or inside without it."
-)
 _masked: dict[int, bool] = {}  # models in a context, by their id
 
 
@@ -71,6 +63,9 @@ class AlphaToken:
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam that takes the steps: tokens are then valued by the
             step that it will take, whose scale differs by parameter, rather than by one along the gradient. Needs a
             target.
+        path (`Path` or `str`, *optional*): for `estimator="path"`, theta* that was made before (`make_path`), or the
+            name of an adapter of the model that holds it. By default it is made at the first step, from `target`
+            (validation batches, of pairs where pairs are trained on) and `fisher`.
         strict (`bool`): raise where a context ends in which no forward of the model was masked; with False, only warn.
         selection (`str`): what chooses the tokens: by default their values; else a name in `selection.SELECTIONS`, for
             which nothing is valued or estimated, and whatever is trained before the LM head is masked. `"given"`: the
@@ -89,8 +84,8 @@ class AlphaToken:
             tokens are kept or dropped.
         values (`TokenValues`): its values, where it was valued, in units of the loss that was sent backward (with an
             `optimizer`, up to a factor that depends on its state).
-        kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) of the last context's batch, a scalar with
-            graph, once its forward has run; to be added to the loss.
+        kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) and `path_kl` * KL(theta* || policy) of the
+            last context's batch, a scalar with graph, once its forward has run; to be added to the loss.
 
     Example:
         >>> alphatoken = AlphaToken(model, target=validation_batches, fisher=fisher)
@@ -110,6 +105,7 @@ class AlphaToken:
         fisher: Fisher | None = None,
         config: AlphaTokenConfig | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        path: Path | str | None = None,
         strict: bool = True,
         selection: str = "alphatoken",
         selection_options: Mapping[str, Any] | None = None,
@@ -123,43 +119,31 @@ class AlphaToken:
         self.selection = make_selection(selection, self.config, selection_options)
         self.negative_weights = negative_weights
         if token_weights is not None:
-            self._weigh_by(token_weights, selection)
-        self.source = Source(model, ref_model, target=target, fisher=fisher, config=self.config, optimizer=optimizer)
+            if not self.selection.valued:
+                raise ValueError(f"Both selection={selection!r} and token_weights were given. Leave one of them.")
+            self.selection = by_weights(self.config, token_weights, negative_weights)
+        self.source = Source(
+            model, ref_model, target=target, fisher=fisher, config=self.config, optimizer=optimizer, path=path
+        )
         self.figures = Figures()
         self.weights: torch.Tensor | None = None
         self.values: TokenValues | None = None
         self._estimator = estimator_class(self.config.estimator)
         self._memory = self._estimator.memory(self.config)
         self._known: Scored | None = None
-        self._penalty: Penalty | None = None
+        self._penalties = Penalties(model, self.config.path_kl)
         if self.config.rho < 1.0:  # else nothing is read, and nothing refused
             drifts = self.config.stability_weight > 0 if self.selection.valued else self.selection.reference
             if ref_model is None and drifts:
                 refuse_trained_reference(model.modules())
             if self.selection.valued:
+                self._memory.check(self.source)
                 scored = self._scored()
                 check_nothing_behind(model, self._estimator.gate)
                 self.source.check(scored)
             else:
+                check_no_path(self.config)
                 check_nothing_behind(model, "decoder")
-
-    def _weigh_by(self, token_weights: Callable[[Forward], torch.Tensor] | str, selection: str) -> None:
-        if not self.selection.valued:
-            raise ValueError(f"Both selection={selection!r} and token_weights were given. Leave one of them.")
-        if self.config.rho >= 1.0:
-            raise ValueError(
-                "token_weights were given, but rho=1.0 switches the gate off. Set rho below 1, where it has no say."
-            )
-        if isinstance(token_weights, str):
-            self.selection = Given(self.config, token_weights, self.negative_weights)
-        elif callable(token_weights):
-            self.selection = ByFunction(self.config, token_weights, self.negative_weights)
-        else:
-            raise TypeError(
-                f"token_weights is a {type(token_weights).__name__}; it must be a function of a forward or the name "
-                "of a column. A tensor of one batch's weights goes into its context: "
-                "`with alphatoken(batch, weights=...)`."
-            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -168,7 +152,7 @@ class AlphaToken:
 
     @property
     def kl(self) -> torch.Tensor | None:
-        return None if self._penalty is None else self._penalty.kl
+        return self._penalties.kl
 
     @property
     def target(self) -> Target | None:
@@ -179,6 +163,11 @@ class AlphaToken:
     def fisher(self) -> Fisher | None:
         """The Fisher in use, once there is one."""
         return self.source.fisher
+
+    @property
+    def path(self) -> Path | None:
+        """theta* in use, once there is one."""
+        return self.source.path
 
     def _scored(self) -> Scored:
         scored = find_scored(self.model, self.config.scored_layers, self.config.scope)
@@ -198,6 +187,8 @@ class AlphaToken:
         kl_coef: float = 0.0,
         num_items_in_batch: int | torch.Tensor | None = None,
         ref_model: nn.Module | None = None,
+        kl_on: str = "all",
+        kl_over: str = "vocabulary",
         seed: int | None = None,
     ) -> Iterator[AlphaToken]:
         """Value one batch: run the model's forward on it, with grad, inside; `backward` may also come later.
@@ -216,53 +207,70 @@ class AlphaToken:
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the summed KL is divided by; by default the
                 batch's response tokens.
             ref_model (`nn.Module`, *optional*): the reference of the KL, by default the one of this object.
+            kl_on (`str`): take a KL on `"all"` response tokens, or on the `"dropped"` alone, where these are known when
+                the forward has run (`estimator="path"`, given weights).
+            kl_over (`str`): over the whole `"vocabulary"`, or `"without_label"`, each token's label left out and the
+                rest made to sum to 1 again (arXiv 2605.29498).
             seed (`int`, *optional*): of a selection that draws; by default it takes torch's own generator.
 
         Raises:
-            RuntimeError: a second forward with grad runs inside, or none; or the model is in such a context already.
+            RuntimeError: a second forward with grad runs inside, or none; the model is in such a context already; or
+                the last context's `path_kl` was left out of what went backward.
             ValueError: the forward's or the weights' shape is not the batch's; weights are not finite, all 0, or
                 negative without `negative_weights`; or the model can no longer be valued.
         """
-        check_kl_coef(kl_coef)
-        if weights is not None and self.config.rho >= 1.0:
-            raise ValueError("weights were given, but rho=1.0 switches the gate off. Make the AlphaToken with rho < 1.")
-        self._penalty = penalty = None
-        if kl_coef > 0:
-            reference = self.ref_model if ref_model is None else ref_model
-            options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "ref_model": reference}
-            penalty = Penalty(self.model, read_batch(batch, columns=self.columns), kl_coef=kl_coef, **options)
-        masking = self._masking(batch, mean_over_kept, beta, weights, seed, penalty)
-        watching = contextlib.nullcontext() if penalty is None else penalty.watching()
+        reference = self.ref_model if ref_model is None else ref_model
+        asked = Asked(kl_coef, kl_on, kl_over, num_items_in_batch, reference)
+        self._penalties.check_counted()
+        if self.config.rho >= 1.0 and (weights is not None or kl_on == "dropped"):
+            what = "weights were given" if weights is not None else 'kl_on is "dropped"'
+            raise ValueError(f"{what}, but rho=1.0 switches the gate off. Make the AlphaToken with rho < 1.")
         before = self.weights, self.values
         try:
-            with Changes() as changes, self.figures.attempt(), masking, watching:
-                changes.keep_modes()
-                self._penalty = penalty
-                yield self
+            with Changes() as changes, self.figures.attempt():
+                self._penalties.forget()
+                step = self._step(batch, mean_over_kept, beta, weights, seed, asked)
+                if step is not None or kl_coef > 0:
+                    read = read_batch(batch, columns=self.columns) if step is None else step.batch
+                    self._penalties.begin(asked, read, step)
+                with self._masking(step), self._penalties.watching():
+                    changes.keep_modes()
+                    yield self
         except BaseException:
-            self._penalty = None  # nothing holds the graph of a step that failed
+            self._penalties.forget()
             self.weights, self.values = before
             raise
-        if penalty is not None:
-            self.figures.add_kl(penalty)
+        self._penalties.count(self.figures)
 
     @contextlib.contextmanager
-    def _masking(
+    def _masking(self, step: Step | None) -> Iterator[None]:
+        """The gate around one forward; penalties go round it."""
+        if step is None:
+            yield
+            return
+        with Changes() as changes:
+            changes.put(_masked, id(unwrap(self.model)), True)
+            with step.weigher.watching(self._penalties.around(step.gate)):
+                yield
+        if not step.weigher.seen and self.strict:
+            raise RuntimeError(UNMASKED)
+        if not step.weigher.seen:
+            warnings.warn(UNMASKED, stacklevel=5)
+
+    def _step(
         self,
         batch: Mapping[str, Any] | Batch,
         mean_over_kept: bool,
         beta: float,
         weights: torch.Tensor | None,
         seed: int | None,
-        penalty: Penalty | None,
-    ) -> Iterator[None]:
-        """The gate around one forward; a penalty goes round it."""
+        asked: Asked,
+    ) -> Step | None:
+        """One batch, ready for its forward; `None` where nothing is to be masked."""
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
-            yield
-            return
+            return None
         started = time.perf_counter()
-        place = id(unwrap(self.model))
-        if place in _masked:
+        if id(unwrap(self.model)) in _masked:
             raise RuntimeError(NESTED)
         read = read_batch(batch, columns=self.columns)
         values, factors = None, None
@@ -270,29 +278,26 @@ class AlphaToken:
             weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
         elif not self.selection.valued:
             weights = self.selection.before(self.model, self.ref_model, read, seed)
-        elif not self.source.validates:
+        elif not (self.source.validates or self._estimator.in_forward):
             weights, values = self._by_others(read, beta)
         if weights is not None:
             factors = weights.to(read.labels.device).roll(-1, 1)
             self.record(values, read.at_labels(factors), read)
-        weigher = self._weigher(read, known=weights is not None)
+        weigher = self._weigher(read, asked, known=weights is not None)
+        if asked.on == "dropped" and factors is None and not weigher.in_forward:
+            raise ValueError(UNKNOWN_DROPPED)
         step = Step(self, read, weigher, factors, mean_over_kept)
         self.figures.seconds += time.perf_counter() - started
-        gate = step.gate if penalty is None else penalty.around(step.gate)
-        with Changes() as changes:
-            changes.put(_masked, place, True)
-            with weigher.watching(gate):
-                yield
-        if not weigher.seen and self.strict:
-            raise RuntimeError(UNMASKED)
-        if not weigher.seen:
-            warnings.warn(UNMASKED, stacklevel=5)
+        return step
 
-    def _weigher(self, batch: Batch, *, known: bool) -> Valued | Weighed:
-        if known or not self.selection.valued:
+    def _weigher(self, batch: Batch, asked: Asked, *, known: bool) -> Weigher:
+        compares = self.config.path_kl > 0 and self.selection.valued
+        if not self.selection.valued or (known and not compares):
             return Weighed(self.model, batch, None if known else self.selection.after)
         task = Task(self.model, self._scored(), batch, self.config, {}, self._memory, apart=False, training=True)
+        task.valued, task.kl_over = not known, asked.over if compares else None
         task.parts = self._memory.prepare(self.source, task.scored, batch)
+        self._memory.enter(self.source, task.scored)
         valued = Valued(self._estimator, task, self.source)
         task.parts = {}  # the estimator lets go of them as soon as it can
         return valued
@@ -310,8 +315,8 @@ class AlphaToken:
         """Figures over the response tokens of all batches since the last call: `kept` (the share whose weight is not
         0), `weight` (the mean weight, where not all are 0 or 1), the means of `total` and, for the ghost estimator,
         of its four terms, in units of the loss; `target_age` in optimizer steps; for the difference estimator
-        `difference_rms`, the effect of the last nudge; with `kl_coef`, `kl`, the mean KL to the reference in nats; and
-        the `seconds` spent valuing, target estimates included (on CUDA, which runs on its own, only what the host
+        `difference_rms`, the effect of the last nudge; `kl` and `path_kl`, where there are such, the mean KLs in nats;
+        and the `seconds` spent valuing, target estimates included (on CUDA, which runs on its own, only what the host
         waited for). Steps that raised inside their context count nothing; of batches without a response token there is
         no share."""
         figures = self.figures.read()
@@ -326,7 +331,7 @@ class AlphaToken:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs for the masks of an uninterrupted one: the target that was estimated from batches,
         if it was by now, its age in optimizer steps, with the one just taken, and what the estimator carries."""
-        return {**self.source.state_dict(self._scored()), "steps": self._memory.state_dict()}
+        return {**self.source.state_dict(self._scored()), "steps": self._memory.state_dict(self.source)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, once the model's parameters are those it had then."""

@@ -18,6 +18,16 @@ from .models.structure import find_blocks, trained_behind
 from .values import TokenValues
 from .weighing import Weigher
 
+UNMASKED = (
+    "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside "
+    "it, on the model that the AlphaToken was made for. (AlphaToken(..., strict=False) only warns.)"
+)
+NESTED = (
+    "This model is in an AlphaToken context already, and a second one would mask the same gradient again. Open one "
+    "context for each forward; sft_loss and dpo_loss open it themselves where they are given an AlphaToken: call them "
+    "outside, or inside without it."
+)
+
 
 class Owner(Protocol):
     """What a step knows of the `AlphaToken` that it belongs to."""
@@ -48,6 +58,7 @@ class Step:
     Attributes:
         factors (`torch.Tensor` or `None`): `(B, T)` bool or float at rows, what each response row's gradient is
             multiplied by; `None` until it was weighed.
+        masked (`bool`): whether a backward has come through.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class Step:
         self.owner, self.batch, self.weigher = owner, batch, weigher
         self.factors, self.mean_over_kept = factors, mean_over_kept
         self.failed = False
+        self.masked = False
 
     def gate(self, hidden: torch.Tensor) -> torch.Tensor:
         if not hidden.requires_grad:
@@ -68,7 +80,16 @@ class Step:
                 "The last block's output does not require grad, so no gradient will pass the gate. With reentrant "
                 "checkpointing call model.enable_input_require_grads(); otherwise see that adapters are trainable."
             )
+        if self.factors is None and self.weigher.in_forward:
+            started = time.perf_counter()
+            self._weighed(*self.weigher.weigh(None))
+            self.owner.figures.seconds += self.weigher.seconds + time.perf_counter() - started
         return _Gate.apply(hidden, self)
+
+    def dropped(self) -> torch.Tensor:
+        """`(B, T)` bool, the rows whose tokens are dropped, once that is known."""
+        assert self.factors is not None
+        return self.batch.rows & (self.factors == 0)
 
     @undoing
     def mask(self, rows: torch.Tensor) -> torch.Tensor:
@@ -79,7 +100,7 @@ class Step:
             started = time.perf_counter()
             try:
                 self.failed = True
-                self._value(rows)
+                self._weighed(*self.weigher.weigh(rows))
                 self.failed = False
             except NonFiniteRows:
                 # An overflowing loss: what scales it (fp16) must see that.
@@ -89,9 +110,10 @@ class Step:
                 self.weigher.release()
                 self.owner.figures.seconds += self.weigher.seconds + time.perf_counter() - started
         assert self.factors is not None
+        self.masked = True
         self.weigher.release()
         virtual = rows.shape[-2] - batch.shape[1]  # tokens before the batch's own
-        drop = F.pad(batch.rows & (self.factors == 0), (virtual, 0))
+        drop = F.pad(self.dropped(), (virtual, 0))
         rows = rows.masked_fill(drop[..., None], 0)  # not times 0, which leaves nan
         if self.factors.dtype != torch.bool:
             scale = F.pad(self.factors.masked_fill(~batch.rows, 1), (virtual, 0), value=1)
@@ -101,8 +123,7 @@ class Step:
             rows = rows * (batch.rows.sum() / torch.where(total == 0, 1, total))
         return rows
 
-    def _value(self, rows: torch.Tensor) -> None:
-        values, weights = self.weigher.weigh(rows)
+    def _weighed(self, values: TokenValues | None, weights: torch.Tensor) -> None:
         self.factors = weights.roll(-1, 1)
         self.owner.record(values, weights, self.batch)
 

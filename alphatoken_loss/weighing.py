@@ -19,6 +19,7 @@ from torch import nn
 from .batches.batch import Batch
 from .directions.source import Source
 from .estimators.base import Estimator, NonFiniteRows, Task
+from .losses.compare import Compared
 from .models.changes import Changes
 from .models.decoder import Call, DecoderForward
 from .models.sites import Scored
@@ -42,8 +43,17 @@ class Weigher(Protocol):
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[Any]:
         """Watch one forward, and pass the hidden state `(B, T, hidden)` at the gate through `on_hidden`."""
 
-    def weigh(self, rows: torch.Tensor) -> tuple[TokenValues | None, torch.Tensor]:
-        """Values, where there are any, and weights `(B, T)` at the labels, from the gradient at that hidden state."""
+    @property
+    def in_forward(self) -> bool:
+        """Whether it weighs as soon as the hidden state has passed the gate."""
+
+    @property
+    def compared(self) -> Compared | None:
+        """What a second forward of its own found beside this one."""
+
+    def weigh(self, rows: torch.Tensor | None) -> tuple[TokenValues | None, torch.Tensor]:
+        """Values, where there are any, and weights `(B, T)` at the labels, from the gradient at that hidden state;
+        without it where `in_forward` is set."""
 
     def release(self) -> None:
         """Let go of everything that the forward left."""
@@ -81,14 +91,22 @@ class Valued:
     def seconds(self) -> float:
         return self._estimator.seconds
 
+    @property
+    def in_forward(self) -> bool:
+        return self._estimator.in_forward
+
+    @property
+    def compared(self) -> Compared | None:
+        return self._estimator.compared
+
     @contextlib.contextmanager
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         with _blaming_target(self._source, self._scored), self._estimator.watching(on_hidden):
             yield
 
-    def weigh(self, rows: torch.Tensor) -> tuple[TokenValues, torch.Tensor]:
+    def weigh(self, rows: torch.Tensor | None) -> tuple[TokenValues, torch.Tensor]:
         with _blaming_target(self._source, self._scored):
-            values = self._estimator.values(rows)
+            values = self._estimator.forward_values() if rows is None else self._estimator.values(rows)
         return values, select(values, self._batch, self._config)
 
 
@@ -105,6 +123,9 @@ class Weighed:
         seen (`bool`): whether the forward has run.
         seconds (`float`): spent making weights in the forward.
     """
+
+    in_forward = False
+    compared = None
 
     def __init__(self, model: nn.Module, batch: Batch, make: Callable[[Forward], torch.Tensor] | None) -> None:
         self.model, self.batch = unwrap(model), batch
@@ -141,7 +162,7 @@ class Weighed:
             with self._watched.watching(leave):
                 yield
 
-    def weigh(self, rows: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def weigh(self, rows: torch.Tensor | None) -> tuple[None, torch.Tensor]:
         if self._weights is None:
             self._end()
         assert self._weights is not None

@@ -16,6 +16,7 @@ from .config import AlphaTokenConfig
 from .directions.estimate import fisher_of_batches
 from .directions.fisher import Fisher
 from .directions.gradients import loss_gradients
+from .directions.path import Path
 from .directions.source import Source
 from .directions.target import Target
 from .estimators import estimator_class
@@ -24,9 +25,12 @@ from .estimators.others import Others
 from .losses.logps import token_logps
 from .losses.preference import LOSSES, check_loss, pair_logps, reference_logps
 from .models.changes import undoing
+from .models.decoder import last_hidden
 from .models.forwards import rows_without_graph
+from .models.modes import without_noise
 from .models.sites import find_scored
 from .models.start import adopt_start
+from .models.structure import unwrap
 from .models.tensors import accumulation_dtype
 from .selection.thresholds import select
 from .values import TokenValues
@@ -44,6 +48,7 @@ def alphatoken_weights(
     fisher: Fisher | None = None,
     config: AlphaTokenConfig | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    path: Path | str | None = None,
     beta: float = 0.1,
     return_values: Literal[False] = False,
 ) -> torch.Tensor: ...
@@ -59,6 +64,7 @@ def alphatoken_weights(
     fisher: Fisher | None = None,
     config: AlphaTokenConfig | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    path: Path | str | None = None,
     beta: float = 0.1,
     return_values: Literal[True],
 ) -> tuple[torch.Tensor, TokenValues]: ...
@@ -74,6 +80,7 @@ def alphatoken_weights(
     fisher: Fisher | None = None,
     config: AlphaTokenConfig | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    path: Path | str | None = None,
     beta: float = 0.1,
     return_values: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, TokenValues]:
@@ -95,6 +102,9 @@ def alphatoken_weights(
         config (`AlphaTokenConfig`, *optional*): settings; by default `AlphaTokenConfig()`.
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam in training, for values of the step that it takes
             rather than of a step along the gradient (precondition.py). Needs a target.
+        path (`Path` or `str`, *optional*): for `estimator="path"`, theta* (`make_path`), or the name of an adapter of
+            the model that holds it. By default it is made at each call, from target batches and Fisher; a batch that
+            brings `path_logps` needs none.
         beta (`float`): of the DPO loss whose errors value pairs, +omega d on chosen and -omega d on rejected answers.
         return_values (`bool`): return `(weights, TokenValues)`.
 
@@ -121,25 +131,38 @@ def alphatoken_weights(
     if not bool(read.rows.any()):
         nothing = torch.zeros(read.shape, device=read.labels.device)
         return (nothing, TokenValues(*[nothing] * 8)) if return_values else nothing
-    source = Source(model, ref_model, target=target, fisher=fisher, config=config, optimizer=optimizer)
-    if not source.validates:
+    given: dict[str, Any] = {"target": target, "fisher": fisher, "optimizer": optimizer}
+    source = Source(model, ref_model, config=config, path=path, **given)
+    estimator = estimator_class(config.estimator)
+    memory = estimator.memory(config)
+    memory.check(source)
+    if not (source.validates or estimator.in_forward):
         Others.of(read)  # an error before the work
     if fisher is not None:
         fisher.check_base(model)
         source.drifts = True  # a Fisher that is given is reported on, whatever its weight
-    elif source.drifts:  # of this batch, not of the target's
+    elif source.drifts and not estimator.in_forward:  # of this batch, not of the target's
         source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
-    estimator = estimator_class(config.estimator)
-    memory = estimator.memory(config)
     parts = memory.prepare(source, scored, read)
-    loss_sum = _LossSum(model, ref_model, read, beta)
     task = Task(model, scored, read, config, parts, memory, apart=return_values)
+    if estimator.in_forward:
+        values = _value_in_forward(estimator, task)
+        weights = select(values, read, config).float()
+        return (weights, values) if return_values else weights
+    loss_sum = _LossSum(model, ref_model, read, beta)
     if source.validates or estimator.values_others:
         values = _value(estimator, task, loss_sum, against_others=not source.validates, norms=return_values)
     else:
         values = _against_others(estimator, task, loss_sum)
     weights = select(values, read, config).float()
     return (weights, values) if return_values else weights
+
+
+def _value_in_forward(estimator: type[Estimator], task: Task) -> TokenValues:
+    watched, inner = estimator(task), unwrap(task.model)
+    with torch.no_grad(), without_noise(inner), watched.watching(lambda hidden: hidden):
+        last_hidden(inner, task.batch)
+    return watched.forward_values()
 
 
 def _value(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,6 +85,15 @@ class Batch:
             for key, value in self.inputs.items()
         }
         return Batch(inputs, self.labels[rows], columns={name: column[rows] for name, column in self.columns.items()})
+
+    def part(self, places: slice) -> Batch:
+        """Some of the rows; of pairs, some of these."""
+        if not self.pairs:
+            return self.of_rows(places)
+        chosen = torch.arange(self.shape[0] // 2, device=self.labels.device)[places]
+        found = self.of_rows(torch.cat([chosen, chosen + self.shape[0] // 2]))
+        ref_logps = self.ref_logps and (self.ref_logps[0][places], self.ref_logps[1][places])
+        return replace(found, pairs=True, ref_logps=ref_logps)
 
     def chosen(self) -> Batch:
         """The batch itself, or the chosen half of pairs as an SFT batch."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .batch import IGNORE, Batch
 
 _NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "num_items_in_batch"}
-COLUMNS = ("token_weights",)  # one number per token each; a batch may bring them
+COLUMNS = ("token_weights", "path_logps")  # one number per token each; a batch may bring them
 
 
 def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, columns: Iterable[str] = ()) -> Batch:
@@ -142,3 +142,9 @@ def _check_shapes(batch: Batch) -> None:
                     f"ref_{branch}_logps has shape {tuple(logps.shape)}; {batch.shape[0] // 2} pairs need "
                     f"({batch.shape[0] // 2},)."
                 )
+    for name, column in batch.columns.items():
+        if name == "path_logps" and column.shape != batch.labels.shape:
+            raise ValueError(
+                f"path_logps have shape {tuple(column.shape)} and the labels {batch.shape}; they must agree, one "
+                "log-probability per label, unshifted."
+            )

@@ -191,12 +191,16 @@ class Fisher:
         Raises:
             ValueError: the embedding is another one.
         """
-        here, made = torch.tensor(base_of(model)), torch.tensor(self.base)
-        if len(made) and (made - here).norm() > 0.1 * made.norm():
-            raise ValueError(
-                "The Fisher was made for another base model: its input embedding differs from this model's. Estimate "
-                "it again."
-            )
+        check_same_base(self.base, model, "Fisher")
+
+
+def check_same_base(made_for: Sequence[float], model: nn.Module, what: str) -> None:
+    """Raise ValueError where `base_of` another model was kept with the Fisher or the path."""
+    here, made = torch.tensor(base_of(model)), torch.tensor(made_for)
+    if len(made) and (made - here).norm() > 0.1 * made.norm():
+        raise ValueError(
+            f"The {what} was made for another base model: its input embedding differs from this model's. Make it again."
+        )
 
 
 def base_of(model: nn.Module) -> tuple[float, ...]:

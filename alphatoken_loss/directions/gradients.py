@@ -1,8 +1,8 @@
-"""Gradients of a batch's loss by an ordinary backward."""
+"""Gradients of a batch's loss: by an ordinary backward, or a block at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,20 @@ from ..batches.batch import Batch
 from ..losses.logps import token_logps
 from ..models.changes import Changes
 from ..models.modes import refuse_inference_mode, without_noise
-from ..models.structure import unwrap
+from ..models.replay import capture_without_graph
+from ..models.sites import Scored
+from ..models.structure import runs_apart, unwrap
+
+Loss = Callable[[nn.Module], torch.Tensor]  # runs a model, and returns a scalar
 
 
 def loss_gradients(
-    model: nn.Module, parameters: Mapping[str, torch.Tensor], batch: Batch, *, first: nn.Module | None = None
+    model: nn.Module, parameters: Mapping[str, torch.Tensor], loss: Batch | Loss, *, first: nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of a batch's summed token losses by an ordinary backward, `.grad` untouched; zeros where none comes.
+    """Gradient of a loss by an ordinary backward, `.grad` untouched; zeros where none comes.
 
     Args:
+        loss: a loss, or a batch for the sum of its token losses.
         first (`nn.Module`, *optional*): the block that the graph begins with; no parameter may lie before it.
     """
 
@@ -33,8 +38,21 @@ def loss_gradients(
         with Changes() as changes:
             if first is not None:
                 changes.hook(first, begin, before=True)
-            loss = -token_logps(inner, batch).sum()
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            value = loss(inner) if callable(loss) else -token_logps(inner, loss).sum()
+        found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)
     }
+
+
+def scored_gradients(
+    model: nn.Module, scored: Scored, batch: Batch, loss: Loss | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradient of a loss that runs the model on a batch (by default the sum of its token losses) at the scored
+    parameters: with a graph of the scored blocks and what follows, or where memory is short (the model is checkpointed)
+    without one, the blocks then being run again one at a time."""
+    short = any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
+    if scored.in_blocks and short and runs_apart(model):
+        capture, rows = capture_without_graph(model, scored, batch, loss or (lambda m: -token_logps(m, batch).sum()))
+        return capture.gradients(rows, scored.parameters)
+    return loss_gradients(model, scored.parameters, loss or batch, first=scored.blocks[0] if scored.in_blocks else None)

@@ -17,6 +17,7 @@ from ..models.tensors import fingerprint
 from .estimate import fisher_of_batches
 from .fisher import Fisher
 from .parts import Parts, directions
+from .path import Path
 from .target import Target, estimate_target, in_parts
 
 
@@ -28,10 +29,11 @@ class Source:
         fisher (`Fisher`, *optional*): by default estimated at the first step, from the target batches or, without
             them, from the first batch.
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam whose steps are valued.
+        path (`Path` or `str`, *optional*): theta*, or the name of an adapter of the model that holds it.
 
     Attributes:
         drifts (`bool`): whether the drift is a direction; by default where it has a weight.
-        age (`int`): optimizer steps that `target` is old.
+        age (`int`): optimizer steps that `target`, or the path, is old.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Source:
         fisher: Fisher | None,
         config: AlphaTokenConfig,
         optimizer: torch.optim.Optimizer | None = None,
+        path: Path | str | None = None,
     ) -> None:
         if target is None and optimizer is not None:
             raise ValueError(
@@ -54,6 +57,8 @@ class Source:
         self._fisher: Fisher | None = None
         self.fisher, self.optimizer = fisher, optimizer
         self.target = target if isinstance(target, Target) else None
+        self.given = self.target
+        self.path = Path.of_adapter(model, path, config=config) if isinstance(path, str) else path
         self.batches: list[Mapping[str, Any] | Batch] | None = None
         if target is not None and not isinstance(target, Target):
             self.batches = [target] if isinstance(target, Mapping | Batch) else list(target)
@@ -116,19 +121,31 @@ class Source:
         if self.fisher is None:
             batches = [batch.chosen()]
             if self.batches is not None:
-                batches = [read_batch(b).chosen().to(scored.device) for b in self.batches]
+                batches = [part.chosen() for part in self.target_batches(scored)]
             elif not bool(batch.rows.any()):
                 return  # nothing to value here, nor to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
         self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
 
-    def state_dict(self, scored: Scored) -> dict[str, Any]:
-        """The target that was estimated from batches, if it was by now, and its age with the step just taken."""
-        if self.batches is None or self.target is None:
-            return {"target": None, "age": 0, "turn": 0}
+    def target_batches(self, scored: Scored) -> list[Batch]:
+        """The target's batches, read, where the scored parameters are."""
+        return [read_batch(batch).to(scored.device) for batch in self.batches or []]
+
+    def count(self, scored: Scored) -> None:
+        """Count the optimizer step that was taken since the last call, if any."""
         if self._moved(scored):
             self.age += 1
+
+    def forget(self, scored: Scored) -> None:
+        """The parameters were written to by other than the optimizer."""
+        self._moved(scored)
+
+    def state_dict(self, scored: Scored) -> dict[str, Any]:
+        """The target that was estimated from batches, if it was by now, and its age with the step just taken."""
+        if self.batches is None or (self.target is None and self.path is None):
+            return {"target": None, "age": 0, "turn": 0}
+        self.count(scored)
         return {"target": self.target, "age": self.age, "turn": self._turn}
 
     def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
@@ -149,8 +166,7 @@ class Source:
 
     def _refresh(self, scored: Scored) -> None:
         """Count optimizer steps, and estimate the target anew when it is old enough."""
-        if self._moved(scored):
-            self.age += 1
+        self.count(scored)
         if self.batches is None or (self.target is not None and self.age < self.config.target_every):
             return
         self.age = 0
@@ -183,9 +199,6 @@ class Source:
 def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:
     found: list[Batch] = []
     for batch in batches:
-        if batch.shape[0] <= rows:
-            found.append(batch)
-        else:
-            chosen = batch.chosen()
-            found += [chosen.of_rows(slice(i, i + rows)) for i in range(0, chosen.shape[0], rows)]
+        size = batch.shape[0] // 2 if batch.pairs else batch.shape[0]
+        found += [batch] if size <= rows else [batch.part(slice(i, i + rows)) for i in range(0, size, rows)]
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +12,12 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..losses.logps import token_logps
 from ..models import tensors
 from ..models.changes import undoing
 from ..models.processes import all_sum
-from ..models.replay import capture_without_graph
 from ..models.sites import Scored, find_scored
-from ..models.structure import runs_apart
 from ..models.tensors import accumulation_dtype
-from .gradients import loss_gradients
+from .gradients import scored_gradients
 
 
 @dataclass(frozen=True)
@@ -108,34 +104,18 @@ def in_parts(batches: Sequence[Mapping[str, Any] | Batch], count: int) -> list[l
     return [part for part in parts if any(bool(batch.rows.any()) for batch in part)]
 
 
-def _loss_sum(batch: Batch, model: nn.Module) -> torch.Tensor:
-    return -token_logps(model, batch).sum()
-
-
 @undoing
 def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[str, Any] | Batch]) -> Target:
     sums: dict[str, torch.Tensor] = {}
     count = 0
     if isinstance(batches, Mapping):
         batches = [batches]
-    # Block by block where memory is short; else by an ordinary backward from a graph of the scored blocks alone.
-    by_blocks = (
-        scored.in_blocks
-        and runs_apart(model)
-        and any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
-    )
-    first = scored.blocks[0] if scored.in_blocks else None
     for raw in batches:
         batch = read_batch(raw).chosen()
         tokens = int(batch.rows.sum())  # where the batch lies: on the host, an accelerator is not waited for
         if not tokens:
             continue
-        batch = batch.to(scored.device)
-        if by_blocks:
-            capture, rows = capture_without_graph(model, scored, batch, partial(_loss_sum, batch))
-            gradients = capture.gradients(rows, scored.parameters)
-        else:
-            gradients = loss_gradients(model, scored.parameters, batch, first=first)
+        gradients = scored_gradients(model, scored, batch.to(scored.device))
         gradients = {name: gradient.to(accumulation_dtype(gradient)) for name, gradient in gradients.items()}
         sums = tensors.added(sums, gradients) if sums else gradients
         count += tokens

@@ -16,6 +16,7 @@ ESTIMATORS = {
     "ghost": ".ghost:Ghost",
     "difference": ".difference:Difference",
     "exact": ".exact:Exact",
+    "path": ".path:AlongPath",
 }
 
 

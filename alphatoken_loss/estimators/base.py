@@ -20,6 +20,7 @@ from ..batches.batch import Batch
 from ..config import AlphaTokenConfig
 from ..directions.parts import Parts
 from ..directions.source import Source
+from ..losses.compare import Compared
 from ..models.sites import Scope, Scored
 from ..values import TokenValues
 from .others import Others
@@ -35,6 +36,18 @@ class Memory:
     def __init__(self, config: AlphaTokenConfig) -> None:
         self.config = config
 
+    def check(self, source: Source) -> None:
+        """See, before anything runs, that the source has what `prepare` needs.
+
+        Raises:
+            ValueError: it has not, or what this estimator has no use for.
+        """
+        if source.path is not None:
+            raise ValueError(
+                f'path was given, but estimator="{self.config.estimator}" values tokens along target and drift. Set '
+                'estimator="path", or give none.'
+            )
+
     def prepare(self, source: Source, scored: Scored, batch: Batch) -> Parts:
         """Make ready, before a forward, what its values are taken along.
 
@@ -43,7 +56,10 @@ class Memory:
         """
         return source.directions(scored, batch)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def enter(self, source: Source, scored: Scored) -> None:
+        """A training forward is about to run."""
+
+    def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -67,6 +83,7 @@ class Task:
         training (`bool`): the forward to watch is the one with grad; else the one without.
         valued (`bool`): False where the forward is only to be masked, by weights that are known.
         others (`Others`, *optional*): for estimators that set `values_others`, where there is no target.
+        kl_over (`str`, *optional*): what a KL to the estimator's own second forward is taken over, where one is wanted.
     """
 
     model: nn.Module
@@ -79,6 +96,7 @@ class Task:
     training: bool = False
     valued: bool = True
     others: Others | None = None
+    kl_over: str | None = None
 
 
 class Estimator(ABC):
@@ -90,6 +108,8 @@ class Estimator(ABC):
         gate: where its hidden state is: the last block's output, or the decoder's.
         values_others: whether it can value the sequences of a batch against each other in one walk (`Task.others`);
             those of other estimators are valued one by one.
+        in_forward: whether its values are known as soon as the hidden state has passed the gate (`forward_values`),
+            whatever the loss; it then has a target of its own, in its `Memory`.
         memory: the class of what it carries from batch to batch.
         seen (`bool`): whether its forward has run.
         seconds (`float`): spent inside that forward; going back is timed by the gate.
@@ -99,6 +119,7 @@ class Estimator(ABC):
     scope: ClassVar[Scope] = "blocks"
     gate: ClassVar[Literal["block", "decoder"]] = "block"
     values_others: ClassVar[bool] = False
+    in_forward: ClassVar[bool] = False
     memory: ClassVar[type[Memory]] = Memory
     seconds: float = 0.0
 
@@ -126,6 +147,15 @@ class Estimator(ABC):
             NonFiniteRows: `rows` is not finite.
             FloatingPointError: `rows` is finite and values are not; the message names the cause.
         """
+
+    def forward_values(self) -> TokenValues:
+        """Value the batch as soon as its forward has passed the gate, where `in_forward` is set."""
+        raise NotImplementedError
+
+    @property
+    def compared(self) -> Compared | None:
+        """What a second forward of the estimator's own found beside this one, for a KL to it."""
+        return None
 
     @abstractmethod
     def release(self) -> None:

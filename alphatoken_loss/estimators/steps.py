@@ -50,7 +50,7 @@ class Steps(Memory):
     def figures(self) -> dict[str, float]:
         return {"difference_rms": float(self.effect["total"])} if "total" in self.effect else {}
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         state = {f"{kind}.{part}": tensor for kind in _KEPT for part, tensor in getattr(self, kind).items()}
         return state if self._scaled is None else {**state, "scaled": torch.tensor(self._scaled)}
 

@@ -39,7 +39,8 @@ def dpo_loss(
             where the batch brings `ref_chosen_logps` and `ref_rejected_logps`.
         batch (`Mapping`): stacked pairs with `completion_mask`, chosen first, or `chosen_*` / `rejected_*` keys.
         weights (`torch.Tensor` or `AlphaToken`, *optional*): `None` for the plain loss; `(2P, T)` floats aligned with
-            the labels, chosen first; or an `AlphaToken`, which values this batch in its own backward pass.
+            the labels, chosen first; or an `AlphaToken`, which values this batch in its own backward pass, and whose
+            `path_kl` is added.
         beta (`float`): inverse temperature of the implicit reward, in 1 / nats.
         loss_type (`str`): as TRL's: sigmoid, hinge, ipo, robust, exo_pair, apo_zero or apo_down.
         label_smoothing (`float`): share of flipped preferences, of robust and exo_pair; the others have none.
@@ -57,16 +58,20 @@ def dpo_loss(
     check_loss(loss_type, beta, label_smoothing)
     read = read_batch(batch, pairs=True, columns=columns_of(weights))
     ref_logps = reference_logps(model, ref_model, read)
+    kl = None
     if isinstance(weights, torch.Tensor):
         weights = checked_weights(weights, read, negative=negative_weights)
         logps = token_logps(model, read)
         weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()
     else:
-        with valuing(model, read, weights, beta=beta):
+        with valuing(model, read, weights, beta=beta) as step:
             logps = token_logps(model, read)
+        kl = None if step is None else step.kl
     pairs = pair_logps(read, logps, ref_logps)
     loss = LOSSES[loss_type](pairs, beta, label_smoothing).mean()
+    if kl is not None:
+        loss = loss + kl
     if not return_metrics:
         return loss
     chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()

@@ -101,6 +101,19 @@ def logits_of_hidden(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else (logits / cap).tanh() * cap
 
 
+def logps_of_rows(model: nn.Module, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `(N,)` of labels `(N,)` from rows `(N, hidden)` of the last hidden state, without grad and a
+    chunk of rows at a time."""
+    base = causal_lm(model)
+    size = max(1, _CHUNK_LOGITS // base.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    with torch.no_grad():
+        found = [
+            _scores(logits_of_hidden(base, some), wanted.to(some.device))
+            for some, wanted in zip(rows.split(size), labels.split(size), strict=True)
+        ]
+    return torch.cat(found).to(rows.device)
+
+
 def _following(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 

@@ -13,7 +13,7 @@ from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..models.changes import undoing
 from ..models.structure import causal_lm
-from .kl import Penalty, check_kl_coef
+from .kl import Penalty, check_kl_coef, check_kl_options
 from .logps import logps_of_logits, token_logps
 from .weighting import Weights, checked_weights, columns_of, valuing
 
@@ -26,6 +26,8 @@ def sft_loss(
     *,
     ref_model: nn.Module | None = None,
     kl_coef: float = 0.0,
+    kl_on: str = "all",
+    kl_over: str = "vocabulary",
     num_items_in_batch: int | torch.Tensor | None = None,
     negative_weights: bool = False,
     return_outputs: bool = False,
@@ -39,10 +41,15 @@ def sft_loss(
         weights (`torch.Tensor` or `AlphaToken`, *optional*):
             `None`: the model's own loss. A `(B, T)` tensor of finite floats, aligned with the labels: the weighted
             mean. An `AlphaToken`: this batch is valued in its own backward pass; the loss has the unmasked value, and
-            the gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given).
+            the gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given);
+            its `path_kl` is added.
         ref_model (`nn.Module`, *optional*): the reference of the KL. By default the `AlphaToken`'s, or the model with
             adapters off, or with its adapter "ref".
         kl_coef (`float`): weight of the KL, which weights do not touch; 0 for none, and then no reference is run.
+        kl_on (`str`): take it on `"all"` response tokens, or on those that are `"dropped"` alone: of weight 0, or, with
+            `estimator="path"`, that the `AlphaToken` drops. What the sum is divided by stays the same.
+        kl_over (`str`): over the whole `"vocabulary"`, or `"without_label"`, each token's label left out and the rest
+            made to sum to 1 again (arXiv 2605.29498).
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): what either sum is divided by instead, for gradient
             accumulation.
         negative_weights (`bool`): whether weights below 0 are meant, which lower a token's probability; their sum
@@ -57,12 +64,20 @@ def sft_loss(
             negative or not finite, or there is no reference of the model's vocabulary.
     """
     check_kl_coef(kl_coef)
+    check_kl_options(kl_on, kl_over)
     read = read_batch(batch, pairs=False, columns=columns_of(weights))
     kl: dict[str, Any] = {"kl_coef": kl_coef, "num_items_in_batch": num_items_in_batch, "ref_model": ref_model}
     if weights is not None and not isinstance(weights, torch.Tensor):
-        watching = valuing(model, read, weights, mean_over_kept=num_items_in_batch is None, **kl)
+        options = {**kl, "kl_on": kl_on, "kl_over": kl_over}
+        watching = valuing(model, read, weights, mean_over_kept=num_items_in_batch is None, **options)
     elif kl_coef > 0:
-        watching = Penalty(model, read, **kl).watching()
+        if isinstance(weights, torch.Tensor):
+            weights = checked_weights(weights, read, negative=negative_weights)
+            dropped = weights.roll(-1, 1) == 0
+            kl["dropped"] = lambda: dropped
+        elif kl_on == "dropped":
+            raise ValueError('kl_on is "dropped", but without weights nothing is. Give weights, or kl_on="all".')
+        watching = Penalty(model, read, **kl, on=kl_on, over=kl_over).watching()
     else:
         watching = nullcontext()
     with watching as penalised:
@@ -73,7 +88,7 @@ def sft_loss(
             count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             outputs = model(**{**read.inputs, "use_cache": False}, labels=read.labels, num_items_in_batch=count)
             loss = outputs.loss
-    if kl_coef > 0:
+    if penalised is not None and penalised.kl is not None:
         loss = loss + penalised.kl
     return (loss, outputs) if return_outputs else loss
 

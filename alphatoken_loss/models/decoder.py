@@ -15,7 +15,7 @@ from ..batches.batch import Batch
 from .changes import Changes
 from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call
 from .modes import without_checkpointing
-from .structure import find_decoder, learns_prompts, unwrap
+from .structure import causal_lm, find_decoder, learns_prompts, unwrap
 
 
 @dataclass(frozen=True)
@@ -135,3 +135,17 @@ class DecoderForward:
         caching = getattr(self.decoder.config, "use_cache", False) if caching is None else caching
         if self.batch.packed and caching:
             raise ValueError(PACKED_WITH_CACHE)
+
+
+def last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """`(B, T, hidden)` of a model run on a batch, with any virtual tokens before the batch's own."""
+    decoder = find_decoder(model)
+    device = causal_lm(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    inputs = {**batch.to(device).inputs, "use_cache": False, "return_dict": True}
+    if not learns_prompts(model):
+        return decoder(**inputs).last_hidden_state
+    kept: list[torch.Tensor] = []
+    with Changes() as changes:
+        changes.hook(decoder, lambda module, args, output: kept.append(output.last_hidden_state))
+        model(**inputs, logits_to_keep=1)
+    return kept[0]

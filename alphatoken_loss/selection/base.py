@@ -99,3 +99,26 @@ class ByFunction(Selection):
     def after(self, forward: Forward) -> torch.Tensor:
         what = "what the function token_weights returned"
         return checked_weights(self.function(forward), forward.batch, negative=self.negative, what=what)
+
+
+def by_weights(
+    config: AlphaTokenConfig, token_weights: Callable[[Forward], torch.Tensor] | str, negative: bool
+) -> Given | ByFunction:
+    """The selection that takes a user's weights: the name of a column, or a function of the forward.
+
+    Raises:
+        ValueError: `rho=1.0` switches the gate off.
+        TypeError: it is neither.
+    """
+    if config.rho >= 1.0:
+        raise ValueError(
+            "token_weights were given, but rho=1.0 switches the gate off. Set rho below 1, where it has no say."
+        )
+    if isinstance(token_weights, str):
+        return Given(config, token_weights, negative)
+    if callable(token_weights):
+        return ByFunction(config, token_weights, negative)
+    raise TypeError(
+        f"token_weights is a {type(token_weights).__name__}; it must be a function of a forward or the name of a "
+        "column. A tensor of one batch's weights goes into its context: `with alphatoken(batch, weights=...)`."
+    )

@@ -37,7 +37,7 @@ ESTIMATORS = ("ghost", "difference", "exact")
 
 
 def small_chunks(monkeypatch, rows=5):
-    monkeypatch.setattr("alphatoken_loss.losses.kl._ROWS", rows)
+    monkeypatch.setattr("alphatoken_loss.losses.compare._ROWS", rows)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -1,0 +1,246 @@
+"""The way to theta*: a few Adam steps along the validation loss and the drift.
+
+J(theta) = validation loss + lambda * 0.5 * sum F dW^2, whose gradient D the other estimators value tokens along, is
+lowered from where the adapter is. The steps are taken on copies of the scored parameters, which take the place of the
+model's own while it runs; these are never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from ..config import AlphaTokenConfig
+from ..losses.logps import token_logps
+from ..losses.preference import LOSSES, pair_logps, reference_logps
+from ..models import tensors
+from ..models.modes import refuse_inference_mode, without_noise
+from ..models.processes import all_sum
+from ..models.sites import Scored, find_scored
+from ..models.structure import unwrap
+from .drift import drift
+from .estimate import fisher_of_batches
+from .fisher import Fisher, base_of
+from .gradients import Loss, scored_gradients
+from .path import Path, accumulated, run_at
+
+
+def make_path(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    ref_model: nn.Module | None = None,
+    fisher: Fisher | None = None,
+    config: AlphaTokenConfig | None = None,
+    steps: int | None = None,
+    rate: float | None = None,
+    progress: bool = True,
+) -> Path:
+    """Go from where the adapter is to theta*: Adam steps along the validation loss and the drift.
+
+    Each step takes the next batch, in turn; dropout is off and nothing is drawn at random, so the same batches give the
+    same theta*. For SFT batches the loss is the mean over response tokens of -log p; for preference pairs it is the
+    DPO loss and, `path_likelihood` times, the mean of -log p over the tokens of their chosen answers. Parameters, their
+    gradients, modes and the random state are left as they were, also when an error is raised. In distributed runs each
+    process gives its share of the batches and gets the same theta*.
+
+    Args:
+        model (`nn.Module`): the model in training; the path begins at its present values.
+        batches (`Iterable`): validation batches, of SFT or of pairs, all of one kind.
+        ref_model (`nn.Module`, *optional*): the reference of drift and DPO; by default the model with adapters off, or
+            with its adapter "ref".
+        fisher (`Fisher`, *optional*): by default estimated from the batches, with labels drawn from the reference.
+        config (`AlphaTokenConfig`, *optional*): what is scored, `stability_weight` and the `path_` fields.
+        steps (`int`, *optional*): by default `path_steps`.
+        rate (`float`, *optional*): Adam's learning rate; by default `path_rate`.
+        progress (`bool`): show a progress bar.
+
+    Returns:
+        `Path`
+
+    Raises:
+        ValueError: there is no batch, none has a response token, or SFT batches and pairs are mixed.
+        FloatingPointError: theta* is not finite.
+
+    Example:
+        >>> path = make_path(model, validation_batches, fisher=fisher)
+        >>> alphatoken = AlphaToken(model, path=path, config=AlphaTokenConfig(estimator="path"))
+    """
+    config = config or AlphaTokenConfig(estimator="path")
+    scored = find_scored(model, config.scored_layers, config.scope)
+    read = [read_batch(batch).to(scored.device) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
+    if config.stability_weight > 0 and fisher is None:
+        chosen = [batch.chosen() for batch in read]
+        fisher = fisher_of_batches(model, scored, ref_model, chosen, dense=config.fisher == "dense")
+    return follow(
+        model, scored, read, fisher, ref_model=ref_model, config=config, steps=steps, rate=rate, hide=not progress
+    )
+
+
+def follow(
+    model: nn.Module,
+    scored: Scored,
+    batches: Sequence[Batch],
+    fisher: Fisher | None,
+    *,
+    ref_model: nn.Module | None,
+    config: AlphaTokenConfig,
+    steps: int | None = None,
+    rate: float | None = None,
+    hide: bool | None = None,
+) -> Path:
+    """`make_path` of what was found and read already; `hide` the bar, by default where there is no terminal."""
+    refuse_inference_mode()
+    inner = unwrap(model)
+    goal = _Goal(inner, ref_model, scored, batches, config)
+    steps = steps or config.path_steps or (24 if goal.pairs else 16)
+    rate = rate or config.path_rate or (1e-3 if goal.pairs else 3e-3)
+    weight = config.stability_weight if fisher is not None else 0.0
+    there = {name: tensor.clone() for name, tensor in accumulated(scored.parameters).items()}
+    optimizer = torch.optim.Adam(list(there.values()), lr=rate)
+    best, least = None, float("inf")
+    for step in tqdm(range(steps), desc="Path", unit="step", disable=hide):
+        gradients = goal.gradients(step, there)
+        if weight:
+            assert fisher is not None
+            pull = _drift_at(inner, scored, there, fisher.to(scored.device), ref_model)
+            gradients = tensors.added(gradients, pull, weight)
+        for name, tensor in there.items():
+            tensor.grad = gradients[name]
+        optimizer.step()
+        if config.path_holdout > 0 and (loss := goal.held_out_loss(there)) < least:
+            best, least = {name: tensor.clone() for name, tensor in there.items()}, loss
+    found = {name: tensor.detach() for name, tensor in (best or there).items()}
+    for tensor in found.values():
+        tensor.grad = None
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise FloatingPointError(
+            f"theta* is not finite after {steps} steps at a rate of {rate}. Lower path_rate, and look at the "
+            "validation batches and the Fisher."
+        )
+    return Path(found, steps, base_of(inner))
+
+
+class _Goal:
+    """The validation loss along a path.
+
+    Attributes:
+        pairs (`bool`): whether its batches are preference pairs.
+        held_out (`list`): batches that no step is taken on, by which the best step is told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        scored: Scored,
+        batches: Sequence[Batch],
+        config: AlphaTokenConfig,
+    ) -> None:
+        self.model, self.scored, self.config = model, scored, config
+        with_rows = [batch for batch in batches if bool(batch.rows.any())]
+        kinds = torch.tensor([sum(b.pairs for b in with_rows), sum(not b.pairs for b in with_rows)]).to(scored.device)
+        all_sum([kinds], 0)
+        pairs, plain = kinds.tolist()
+        if not pairs + plain:
+            raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
+        if pairs and plain:
+            raise ValueError("The target holds SFT batches and preference pairs. Give batches of one kind.")
+        self.pairs = pairs > 0
+        apart = [_split(batch, config.path_holdout) for batch in with_rows]
+        self.batches = [_with_reference(batch, model, ref_model) for batch, _ in apart]
+        self.held_out = [_with_reference(batch, model, ref_model) for _, batch in apart if batch is not None]
+        self._held = _counts_of(self.held_out, scored.device)
+        if config.path_holdout > 0 and not self._held[0]:
+            raise ValueError(
+                f"path_holdout is {config.path_holdout}, but the target's batches hold one row each, or no response "
+                "token in their last rows: nothing can be held out. Give larger batches, or set path_holdout=0."
+            )
+
+    def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of the mean loss of the step's batch, over all processes, at `there`."""
+        batch, ref_logps = self.batches[step % len(self.batches)] if self.batches else (None, None)
+        counts = _counts_of([] if batch is None else [(batch, ref_logps)], self.scored.device)
+        if batch is None:  # a process without a batch still takes part in the sum
+            found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
+        else:
+            loss = self._loss(batch, ref_logps, counts)
+            moved = _placed(self.scored.parameters, there, grad=True)
+            found = run_at(
+                self.model, moved, lambda model: scored_gradients(model, _live(self.scored, moved), batch, loss)
+            )
+        found = {name: tensor.to(there[name].dtype) for name, tensor in found.items()}
+        all_sum(list(found.values()), 0)
+        return found
+
+    def held_out_loss(self, there: Mapping[str, torch.Tensor]) -> float:
+        """The mean loss of what no step is taken on, over all processes."""
+        moved = _placed(self.scored.parameters, there)
+        total = torch.zeros((), dtype=next(iter(there.values())).dtype, device=self.scored.device)
+        with torch.no_grad(), without_noise(self.model):
+            for batch, ref_logps in self.held_out:
+                total += run_at(self.model, moved, self._loss(batch, ref_logps, self._held)).to(total)
+        all_sum([total], 0)
+        return float(total)
+
+    def _loss(self, batch: Batch, ref_logps: torch.Tensor | None, counts: Sequence[int]) -> Loss:
+        """A batch's part of the mean over `counts` chosen tokens and pairs."""
+        tokens, pairs = (max(count, 1) for count in counts)
+
+        def loss(model: nn.Module) -> torch.Tensor:
+            logps = token_logps(model, batch)
+            if ref_logps is None:
+                return -logps.sum() / tokens
+            both = pair_logps(batch, logps, ref_logps)
+            preferred = LOSSES["sigmoid"](both, self.config.path_beta, 0.0).sum() / pairs
+            return preferred - self.config.path_likelihood * both.chosen.sum() / tokens
+
+        return loss
+
+
+def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> tuple[Batch, torch.Tensor | None]:
+    return batch, reference_logps(model, ref_model, batch) if batch.pairs else None
+
+
+def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> list[int]:
+    """Response tokens (of pairs, those of the chosen answers) and pairs of batches, over all processes."""
+    counts = torch.zeros(2, dtype=torch.int64)
+    for batch, _ in batches:
+        counts += torch.tensor([int(batch.chosen().rows.sum()), batch.shape[0] // 2 if batch.pairs else 0])
+    counts = counts.to(device)
+    all_sum([counts], 0)
+    return counts.tolist()
+
+
+def _split(batch: Batch, share: float) -> tuple[Batch, Batch | None]:
+    """A batch less the last `share` of its rows (pairs), and these."""
+    size = batch.shape[0] // 2 if batch.pairs else batch.shape[0]
+    if not share or size < 2:
+        return batch, None
+    kept = size - min(max(int(size * share + 0.5), 1), size - 1)
+    return batch.part(slice(kept)), batch.part(slice(kept, size))
+
+
+def _placed(
+    parameters: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor], *, grad: bool = False
+) -> dict[str, torch.Tensor]:
+    return {name: there[name].detach().to(p).clone().requires_grad_(grad) for name, p in parameters.items()}
+
+
+def _live(scored: Scored, moved: Mapping[str, torch.Tensor]) -> Scored:
+    """The same scored modules, with what stands in the place of their parameters now."""
+    return replace(scored, others={name: moved[name] for name in scored.others})
+
+
+def _drift_at(
+    model: nn.Module, scored: Scored, there: Mapping[str, torch.Tensor], fisher: Fisher, ref_model: nn.Module | None
+) -> dict[str, torch.Tensor]:
+    moved = {name: tensor.detach().requires_grad_() for name, tensor in there.items()}
+    return run_at(model, moved, lambda _: drift(fisher, _live(scored, moved), ref_model))

@@ -1,0 +1,190 @@
+"""theta*, where the path ends: what the validation examples and the drift would make of the adapter (follow.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from ..config import AlphaTokenConfig
+from ..files import write_whole
+from ..losses.logps import token_logps
+from ..models.modes import without_noise
+from ..models.sites import Scored, find_scored
+from ..models.structure import unwrap
+from ..models.tensors import accumulation_dtype
+from .fisher import base_of, check_same_base
+
+_FORMAT = "alphatoken_loss.path.1"
+
+
+@dataclass(frozen=True)
+class Path:
+    """The end of a path.
+
+    Attributes:
+        parameters (`dict`): parameter name, as in `model.named_parameters()`, -> its value at theta*, of the
+            parameter's shape, in float32 (float64 for a float64 model).
+        steps (`int`): how many steps away from its start it is.
+        base (`tuple`): some numbers out of the model's input embedding, by which another model is told apart.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    steps: int = 0
+    base: tuple[float, ...] = ()
+
+    @classmethod
+    def of_adapter(cls, model: nn.Module, adapter: str, *, config: AlphaTokenConfig | None = None) -> Path:
+        """An adapter that was trained before, as theta* of the one in training.
+
+        Args:
+            model (`nn.Module`): a PEFT model that holds both, the one in training being active.
+            adapter (`str`): its name, of the same kind and shape.
+
+        Raises:
+            ValueError: there is no adapter of that name, or it lacks a scored parameter.
+        """
+        config = config or AlphaTokenConfig(estimator="path")
+        scored = find_scored(model, config.scored_layers, config.scope)
+        inner = unwrap(model)
+        known, active = list(getattr(inner, "peft_config", {})), getattr(inner, "active_adapter", None)
+        if adapter not in known or adapter == active or not isinstance(active, str):
+            raise ValueError(
+                f"path is the adapter {adapter!r}; the model's adapters are {known}, of which {active!r} is in "
+                "training. Name another one of them, or give a Path."
+            )
+        own = dict(inner.named_parameters())
+        names = {name: name.replace(f".{active}.", f".{adapter}.") for name in scored.parameters}
+        found = {name: own[other].detach().clone() for name, other in names.items() if other in own and other != name}
+        path = cls(accumulated(found), base=base_of(inner))
+        path.check(scored)
+        return path
+
+    def apply(self, model: nn.Module) -> None:
+        """Write theta* into the model's parameters, for training that starts there. Do it before the first step.
+
+        Raises:
+            ValueError: the model has no parameter of a name, or one of another shape.
+        """
+        own = dict(unwrap(model).named_parameters())
+        for name, tensor in self.parameters.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise ValueError(
+                    f"The model has no parameter {name} of shape {tuple(tensor.shape)}. {_MADE_FOR_ANOTHER}"
+                )
+        with torch.no_grad():
+            for name, tensor in self.parameters.items():
+                own[name].copy_(tensor)
+
+    def logps(self, model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Tensor:
+        """Log-probabilities of a batch's labels at theta*, without dropout: what `path_logps` of a batch holds.
+
+        Returns:
+            `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model) in nats, aligned with the labels, 0 where
+            there is none; chosen rows first for pairs.
+        """
+        read = read_batch(batch)
+        inner = unwrap(model)
+        own = dict(inner.named_parameters())
+        placed = {name: tensor.to(own[name]) for name, tensor in self.parameters.items()}
+        with torch.no_grad(), without_noise(inner):
+            return run_at(inner, placed, lambda m: token_logps(m, read))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it appears under its name only when it is whole."""
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in self.parameters.items()}
+        about = json.dumps({"steps": self.steps, "base": self.base})
+        write_whole(path, lambda file: save_file(found, file, metadata={"format": _FORMAT, "about": about}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Path:
+        """Read what `save` wrote. Whether it fits a model shows when it is first used with one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a saved path.
+        """
+        if not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"No path at {path}. Make one with make_path(...).save(path).")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                found = {key: file.get_tensor(key) for key in file.keys()}
+        except Exception as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}).") from error
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a saved path: its format is {about.get('format')!r}, not {_FORMAT!r}.")
+        saved = json.loads(about["about"])
+        return cls(found, saved["steps"], tuple(saved["base"]))
+
+    def check(self, scored: Scored) -> None:
+        """See that it was made for these scored parameters.
+
+        Raises:
+            ValueError: it lacks a scored parameter, has one more, or one of another shape; or it is not finite.
+        """
+        for name, parameter in scored.parameters.items():
+            there = self.parameters.get(name)
+            if there is None or there.shape != parameter.shape:
+                came = "nothing" if there is None else f"a tensor of shape {tuple(there.shape)}"
+                raise ValueError(
+                    f"The path has {came} for the scored parameter {name} of shape {tuple(parameter.shape)}. "
+                    f"{_MADE_FOR_ANOTHER}"
+                )
+            if not there.isfinite().all():
+                raise ValueError(f"The path's {name} is not finite. Make it again, with a lower path_rate.")
+        beyond = [name for name in self.parameters if name not in scored.parameters]
+        if beyond:
+            raise ValueError(f"The path moves {beyond[0]}, which is not scored. {_MADE_FOR_ANOTHER}")
+
+    def check_base(self, model: nn.Module) -> None:
+        """See that it was made for this base model, as far as the input embedding tells; precision does not matter.
+
+        Raises:
+            ValueError: the embedding is another one.
+        """
+        check_same_base(self.base, model, "path")
+
+    def to(self, device: torch.device) -> Path:
+        """With its tensors on `device`; itself where they are there."""
+        if all(tensor.device == device for tensor in self.parameters.values()):
+            return self
+        return replace(self, parameters={name: tensor.to(device) for name, tensor in self.parameters.items()})
+
+
+_MADE_FOR_ANOTHER = (
+    "It was made for another model, adapter or num_layers: make it again with make_path(model, batches, config=config)."
+)
+
+
+class _At(nn.Module):
+    """A function of a model, which `functional_call` runs with other tensors in the place of its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Any) -> Any:
+        return run(self.model)
+
+
+def run_at(model: nn.Module, moved: Mapping[str, torch.Tensor], run: Any) -> Any:
+    """`run(model)` with `moved` in the place of parameters of these names; theirs are never written to."""
+    holder = _At(model)
+    return torch.func.functional_call(holder, {f"model.{name}": tensor for name, tensor in moved.items()}, (run,))
+
+
+def accumulated(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to(accumulation_dtype(tensor)) for name, tensor in named.items()}

@@ -1,0 +1,219 @@
+"""The path estimator: what a token's loss changes by on the way to where the target leads.
+
+The other estimators ask how a token's gradient lies to D, the gradient of J(theta) = validation loss + lambda * drift.
+Here J is followed to theta* (directions/path.py), and the value of a token is the integral of <grad l_t, .> along the
+way, which needs no gradient:
+
+    value(t) = l_t(theta) - l_t(theta*),    l_t = -log p(y_t | y_<t), in nats;
+
+for a rejected answer of a pair its negative. With lambda = 0 it is the excess loss of RHO-1 (arXiv 2404.07965). It
+takes one more forward without grad, none where the batch brings theta*'s log-probabilities, and the values are known as
+soon as the forward has run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..directions.follow import follow
+from ..directions.parts import Parts
+from ..directions.path import Path
+from ..directions.source import Source
+from ..losses.compare import Compared, compare, rows_at
+from ..losses.logps import logps_of_rows
+from ..models.decoder import Call, DecoderForward
+from ..models.sites import Scored
+from ..values import TokenValues
+from .base import Estimator, Memory, Task
+
+_PART = "path"
+_COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B, T)
+
+
+class PathMemory(Memory):
+    """theta*, made when it is first needed and again every `path_every` steps."""
+
+    def __init__(self, config: AlphaTokenConfig) -> None:
+        super().__init__(config)
+        self._known: Path | None = None  # the one that was checked last
+        self._restored: dict[str, torch.Tensor] = {}
+        self._applied = False
+
+    def check(self, source: Source) -> None:
+        if source.optimizer is not None:
+            raise ValueError(
+                'An optimizer was given, but estimator="path" values tokens by where the path ends, not by a step. '
+                "Give none (precondition=False)."
+            )
+        if source.path is None and source.given is not None:
+            raise ValueError(
+                'target is a Target, one gradient, but estimator="path" trains theta* on validation examples. Give '
+                "target their batches, or path, made with make_path(model, batches)."
+            )
+        if self.config.path_every is not None and source.batches is None:
+            raise ValueError(
+                f"path_every is {self.config.path_every}, but there are no target batches to go on with. Give target "
+                "validation batches, or set path_every=None."
+            )
+
+    def prepare(self, source: Source, scored: Scored, batch: Batch) -> Parts:
+        if self._restored:
+            source.path, self._restored = Path(self._restored, base=()), {}
+        if _COLUMN in batch.columns:
+            self._check_columns(source)
+            return {}
+        source.count(scored)
+        every = self.config.path_every
+        if source.path is None:
+            source.path = self._follow(source, scored, batch)
+        elif every is not None and source.age >= every:
+            steps, rate = self.config.path_renewal_steps, self.config.path_renewal_rate
+            source.path = self._follow(source, scored, batch, steps, rate)
+        if source.path is not self._known:
+            source.path = source.path.to(scored.device)
+            source.path.check(scored)
+            source.path.check_base(source.model)
+            self._known = source.path
+        return {_PART: source.path.parameters}
+
+    def enter(self, source: Source, scored: Scored) -> None:
+        if self.config.path_start and not self._applied and source.path is not None:
+            source.path.apply(source.model)
+            source.forget(scored)  # not a step of the optimizer
+            self._applied = True
+
+    def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
+        """theta*, which a resumed run cannot make again: it began where the adapter was."""
+        return {} if source.path is None else {f"{_PART}.{n}": t for n, t in source.path.parameters.items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        named = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+        self._restored, self._applied = named, True
+
+    def _follow(
+        self, source: Source, scored: Scored, batch: Batch, steps: int | None = None, rate: float | None = None
+    ) -> Path:
+        if source.batches is None:
+            raise ValueError(
+                'estimator="path" was given neither a target nor a path, and the batch brings no path_logps. Give '
+                "target validation batches, or path, made with make_path(model, batches)."
+            )
+        source.age = 0
+        source.ensure_fisher(scored, batch)
+        batches = source.target_batches(scored)
+        fisher, ref_model = source.drift_fisher, source.ref_model
+        return follow(
+            source.model, scored, batches, fisher, ref_model=ref_model, config=self.config, steps=steps, rate=rate
+        )
+
+    def _check_columns(self, source: Source) -> None:
+        needing = ["path_kl", "path_every", *(["path_start"] if source.path is None else [])]
+        needs = [f"{name}={getattr(self.config, name)}" for name in needing if getattr(self.config, name)]
+        if needs:
+            raise ValueError(
+                f"The batch brings path_logps, but {needs[0]} needs theta* itself, of which these are only the labels' "
+                "log-probabilities. Leave the column out, or set that to its default."
+            )
+
+
+class AlongPath(Estimator):
+    """Values one batch by its own forward and one at theta* (see the module's docstring)."""
+
+    scope = "anywhere"
+    gate = "decoder"
+    memory = PathMemory
+    in_forward = True
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.batch, self.there = task.batch, task.parts.get(_PART)
+        self.forward = DecoderForward(task.model, task.batch, task.scored.parameters, training=task.training)
+        self.found: Compared | None = None
+
+    @property
+    def seen(self) -> bool:
+        return self.forward.seen
+
+    @property
+    def compared(self) -> Compared | None:
+        return self.found
+
+    def release(self) -> None:
+        self.there = None
+
+    @contextlib.contextmanager
+    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Run beside one forward at theta*, before it, so that nothing of its graph is held meanwhile."""
+        ahead: list[torch.Tensor] = []
+
+        def go_ahead(call: Call) -> None:
+            started = time.perf_counter()
+            if self.there is not None:
+                ahead.append(self.forward.again(call, self.there))
+            self.seconds += time.perf_counter() - started
+
+        def leave(call: Call, hidden: torch.Tensor) -> torch.Tensor:
+            if not self.task.training:
+                go_ahead(call)
+            started = time.perf_counter()
+            if self.there is not None or self.task.valued:
+                self.found = self._compare(hidden.detach(), *ahead)
+            ahead.clear()
+            self.seconds += time.perf_counter() - started
+            return on_hidden(hidden)
+
+        with self.forward.watching(leave, on_call=go_ahead if self.task.training else None):
+            yield
+
+    def _compare(self, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> Compared:
+        length = self.batch.shape[1]
+        index = self.batch.rows.flatten().nonzero().flatten()  # a wait for the device; else prompts would cost a head
+        labels = self.batch.labels.roll(-1, 1).flatten()[index]
+        own = rows_at(hidden, index, length)
+        if ahead is None:
+            there = self.batch.columns[_COLUMN].roll(-1, 1).flatten()[index]
+            logps = logps_of_rows(self.task.model, own, labels)
+            return Compared(index, logps, there.to(logps), None, None, [])
+        over = self.task.kl_over if self.task.training else None
+        return compare(self.task.model, own, rows_at(ahead, index, length), index, labels, over=over)
+
+    def forward_values(self) -> TokenValues:
+        assert self.found is not None
+        gained = (self.found.wanted_logps - self.found.logps).detach()
+        if not gained.isfinite().all():
+            self._blame()
+        rows = torch.zeros(self.batch.labels.numel(), dtype=gained.dtype, device=gained.device)
+        values = rows.index_copy_(0, self.found.index.to(gained.device), gained).view(self.batch.shape)
+        if self.batch.pairs:
+            values[self.batch.shape[0] // 2 :].neg_()
+        return TokenValues(self.batch.at_labels(values))
+
+    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+        """The gradient takes no part."""
+        return self.forward_values()
+
+    def _blame(self) -> None:
+        """Raise for what makes values not finite."""
+        assert self.found is not None
+        for name, parameter in self.task.scored.parameters.items():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
+                    "gradients, or go back to a checkpoint."
+                )
+        if not self.found.wanted_logps.isfinite().all():
+            if _COLUMN in self.batch.columns:
+                raise FloatingPointError("path_logps is not finite at a response token. Make the column again.")
+            raise FloatingPointError(
+                "Log-probabilities at theta* are not finite. Lower path_rate, or use bf16 instead of float16."
+            )
+        raise FloatingPointError(
+            "Log-probabilities of the batch are not finite: the hidden state overflows. Use bf16 instead of float16, "
+            "or float32."
+        )

@@ -1,0 +1,138 @@
+"""Two models at the same rows: log-probabilities of the labels and a KL, with no whole logits.
+
+All it needs of either model is the last hidden state and the LM head, so logits are formed for some rows at a time, and
+the KL's gradient at the policy's logits is taken back to its hidden state at once: what is kept is a row per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..models.modes import without_noise
+from ..models.structure import causal_lm
+from ..models.tensors import accumulation_dtype
+from .logps import logits_of_hidden
+
+_ROWS, _LOGITS = 256, 2**25  # of which logits live at a time, and at most how many logits
+KL_OVER = ("vocabulary", "without_label")
+
+
+@dataclass
+class Compared:
+    """What two models say at `N` rows.
+
+    Attributes:
+        index (`torch.Tensor`): `(N,)`, the rows' flat positions in the batch.
+        logps, wanted_logps (`torch.Tensor`): `(N,)`, log-probabilities of the labels under the policy and the other.
+        kl (`torch.Tensor` or `None`): `(N,)`, KL(other || policy) in nats.
+        gradient (`torch.Tensor` or `None`): `(N, hidden)`, of each row's KL at the policy's hidden state.
+        of_head (`list`): of the summed KL, at trained parameters of the policy's head.
+    """
+
+    index: torch.Tensor
+    logps: torch.Tensor
+    wanted_logps: torch.Tensor
+    kl: torch.Tensor | None
+    gradient: torch.Tensor | None
+    of_head: list[torch.Tensor]
+
+
+def compare(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    wanted: torch.Tensor,
+    index: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    over: str | None = "vocabulary",
+    reference_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    trained: Sequence[nn.Parameter] = (),
+) -> Compared:
+    """Compare a policy with another model, row by row.
+
+    Args:
+        model (`nn.Module`): the policy.
+        hidden, wanted (`torch.Tensor`): `(N, hidden)` rows of the last hidden states of the policy and the other,
+            detached.
+        index (`torch.Tensor`): `(N,)`, where the rows are in the batch.
+        labels (`torch.Tensor`): `(N,)`, what the rows predict.
+        over (`str`, *optional*): the KL is one over the whole `"vocabulary"`, or `"without_label"`, over the rest of
+            it, where either distribution is made to sum to 1 again (arXiv 2605.29498); `None` for no KL.
+        reference_logits (`Callable`, *optional*): the other's head, by default the policy's.
+        trained (`Sequence`): parameters of the policy's head that the KL moves too.
+    """
+    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    reference_logits = reference_logits or (lambda rows: logits_of_hidden(model, rows))
+    dtype = accumulation_dtype(hidden)
+    with_grad = over is not None and torch.is_grad_enabled()
+    found: list[list[torch.Tensor]] = [[], [], []]
+    gradient = torch.empty_like(hidden) if with_grad else None
+    of_head = [torch.zeros_like(p, dtype=accumulation_dtype(p)) for p in trained]
+    size = min(_ROWS, max(1, _LOGITS // causal_lm(model).config.get_text_config().vocab_size))  # type: ignore[union-attr, operator]
+    with without_noise(head), autocast_without_cache(hidden.device.type):
+        for start in range(0, hidden.shape[0], size):
+            here = slice(start, start + size)
+            chunk = hidden[here].requires_grad_(with_grad)
+            with torch.set_grad_enabled(with_grad):
+                logits = logits_of_hidden(model, chunk)
+            with torch.no_grad():
+                reference = reference_logits(wanted[here]).to(logits.device)
+                _check_vocabulary(logits, reference)
+                *figures, error = _compare(logits.detach(), reference, labels[here].to(logits.device), over, dtype)
+            for figure, part in zip(found, figures, strict=True):
+                figure.append(part)
+            if gradient is not None:
+                at_rows, *at_head = torch.autograd.grad(logits, [chunk, *trained], error.to(logits.dtype))
+                gradient[here] = at_rows
+                for whole, part in zip(of_head, at_head, strict=True):
+                    whole += part
+    nothing = torch.zeros(0, dtype=dtype, device=hidden.device)
+    logps, wanted_logps, kl = (torch.cat(parts).to(hidden.device) if parts else nothing for parts in found)
+    of_head = [g.to(p.dtype) for g, p in zip(of_head, trained, strict=True)]
+    return Compared(index, logps, wanted_logps, None if over is None else kl, gradient, of_head)
+
+
+def autocast_without_cache(device: str) -> torch.autocast:
+    """Autocast as it is, but casts made here, some without a graph, are not those that the model goes on with."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
+
+
+def in_whole(index: torch.Tensor, length: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Flat positions in a batch of `length` -> in a hidden state that may have virtual tokens before its own."""
+    index, virtual = index.to(hidden.device), hidden.shape[1] - length
+    return index + (index // length + 1) * virtual if virtual else index
+
+
+def rows_at(hidden: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
+    """`(N, hidden)`, the rows of a hidden state at flat positions in a batch of `length`."""
+    return hidden.flatten(0, 1)[in_whole(index, length, hidden)]
+
+
+def _check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
+    if logits.shape[-1] != reference.shape[-1]:
+        raise ValueError(
+            f"The reference predicts {reference.shape[-1]} tokens and the model {logits.shape[-1]}; a KL needs one "
+            "vocabulary. Give a reference with the model's tokenizer, and its embeddings resized alike."
+        )
+
+
+def _compare(
+    logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, over: str | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per row: log-probabilities of the label, KL(reference || policy), and its gradient at the policy's logits."""
+    at = labels[:, None]
+    logp, wanted = logits.log_softmax(-1, dtype), reference.log_softmax(-1, dtype)
+    own, other = logp.gather(1, at)[:, 0], wanted.gather(1, at)[:, 0]
+    if over is None:
+        return own, other, own, logits
+    if over == "without_label":
+        logp, wanted = (rows.scatter_(1, at, -torch.inf).log_softmax(-1) for rows in (logp, wanted))
+    p = wanted.exp()
+    # A token that the reference rules out (-inf) adds nothing.
+    kl = wanted.sub_(logp).mul_(p).masked_fill_(p == 0, 0).sum(-1)
+    return own, other, kl, logp.exp_().sub_(p)

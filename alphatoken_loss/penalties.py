@@ -1,0 +1,120 @@
+"""The KLs beside the loss of one context after the other: to the reference, and to theta*."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches.batch import Batch
+from .config import AlphaTokenConfig
+from .figures import Figures
+from .losses.kl import Penalty, check_kl_coef, check_kl_options
+from .step import Step
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+UNKNOWN_DROPPED = (
+    'kl_on is "dropped", but which tokens are is known only when the gradient arrives. Give weights, use '
+    'estimator="path", or kl_on="all".'
+)
+
+
+def check_no_path(config: AlphaTokenConfig) -> None:
+    """Raise ValueError where settings ask for a theta* that choosing tokens without their values does not make."""
+    if config.path_kl > 0 or config.path_start:
+        raise ValueError(
+            f"path_kl is {config.path_kl} and path_start {config.path_start}, but tokens are not chosen by their "
+            "values, so there is no theta*. Leave both out, or selection and token_weights."
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a context was asked for.
+
+    Args:
+        coef (`float`): weight of the KL to the reference.
+        on, over (`str`): of either KL, see `Penalty`.
+        num_items (`int` or `torch.Tensor`, *optional*): what their sums are divided by.
+        ref_model (`nn.Module`, *optional*): the reference.
+    """
+
+    coef: float
+    on: str
+    over: str
+    num_items: int | torch.Tensor | None
+    ref_model: nn.Module | None
+
+    def __post_init__(self) -> None:
+        check_kl_coef(self.coef)
+        check_kl_options(self.on, self.over)
+
+
+class Penalties:
+    """The KLs of the last context.
+
+    Args:
+        path_kl (`float`): weight of the KL to theta*.
+    """
+
+    def __init__(self, model: nn.Module, path_kl: float) -> None:
+        self.model, self.path_kl = model, path_kl
+        self._of: dict[str, Penalty] = {}  # by their names in `AlphaToken.metrics`
+        self._step: Step | None = None
+
+    @property
+    def kl(self) -> torch.Tensor | None:
+        """Their sum, a scalar with graph, once the forward has run."""
+        found = [penalty.kl for penalty in self._of.values() if penalty.kl is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    def forget(self) -> None:
+        """Hold no graph of a step that failed."""
+        self._of, self._step = {}, None
+
+    def begin(self, asked: Asked, batch: Batch, step: Step | None) -> None:
+        """Make those of a context; `step` is None where nothing is masked."""
+        options: dict[str, Any] = {"num_items_in_batch": asked.num_items, "on": asked.on, "over": asked.over}
+        options["dropped"] = (lambda: torch.zeros_like(batch.rows)) if step is None else step.dropped
+        self.forget()
+        if asked.coef > 0:
+            self._of["kl"] = Penalty(self.model, batch, kl_coef=asked.coef, ref_model=asked.ref_model, **options)
+        if self.path_kl > 0 and step is not None:
+            weigher, self._step = step.weigher, step
+            options["compared"] = lambda: weigher.compared
+            self._of["path_kl"] = Penalty(self.model, batch, kl_coef=self.path_kl, **options)
+
+    def around(self, gate: Gate) -> Gate:
+        """The same gate, which their gradients go round."""
+        for penalty in self._of.values():
+            gate = penalty.around(gate)
+        return gate
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Make them in the forward that runs inside; enter it after the gate's own hooks."""
+        with contextlib.ExitStack() as stack:
+            for penalty in self._of.values():
+                stack.enter_context(penalty.watching())
+            yield
+
+    def count(self, figures: Figures) -> None:
+        for name, penalty in self._of.items():
+            figures.add_kl(name, penalty)
+
+    def check_counted(self) -> None:
+        """See that the KL to theta*, which the settings ask for, was part of what went backward last.
+
+        Raises:
+            RuntimeError: it was not.
+        """
+        step, self._step = self._step, None
+        if step is not None and step.masked and not self._of["path_kl"].counted:
+            raise RuntimeError(
+                f"path_kl is {self.path_kl}, but the last context's KL was not part of what went backward. Add it to "
+                "the loss: `with alphatoken(batch) as step: loss = ...; (loss + step.kl).backward()`; or set path_kl=0."
+            )

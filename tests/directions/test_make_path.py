@@ -1,0 +1,319 @@
+"""theta*: against torch's Adam on a copy of the model, and what is left of the model that it was made beside."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import reference
+import torch
+from batches import pair_batch, sft_batch, stacked
+from checks import TOL64, TOL_NF4, assert_close, error
+from explicit import norms_in_own_dtype
+from models import base_model, lora_model, nf4_lora_model
+from paths import at, explicit_path, given_fisher, names_of, validation_loss
+from state import differences, snapshot
+
+from alphatoken_loss import AlphaTokenConfig, Path, make_path
+
+STEPS, RATE = 5, 2e-2
+
+
+def config_of(**changes):
+    return AlphaTokenConfig(**{"estimator": "path", "path_steps": STEPS, "path_rate": RATE, **changes})
+
+
+def made(model, batches, **changes):
+    given = {"fisher": given_fisher(model, changes.get("num_layers", "all"))}
+    return make_path(model, batches, config=config_of(**changes), progress=False, **given)
+
+
+def farthest(found, expected, model):
+    """The largest error over parameters, relative to the way that was gone."""
+    own = dict(model.named_parameters())
+    assert set(found) == set(expected)
+    return max(error(found[n] - own[n].detach(), expected[n] - own[n].detach()) for n in expected)
+
+
+TARGETS = {
+    "sft": lambda seed: cases.validation(seed),
+    "packed": lambda seed: [sft_batch("packed", seed=seed), sft_batch("left", seed=seed)],
+    "pairs": lambda seed: [pair_batch("stacked", seed=seed), pair_batch("stacked_left", seed=seed + 1)],
+    "separate": lambda seed: [pair_batch("separate", seed=seed)],
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_against_adam_on_a_copy(kind, seed):
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama", seed=seed), TARGETS[kind](seed)
+        found = made(model, batches).parameters
+        expected = explicit_path(model, batches, steps=STEPS, rate=RATE)
+        assert farthest(found, expected, model) < 1e-8
+        for wrong in ("drift", *(["first batch"] if len(batches) > 1 else [])):
+            assert farthest(found, explicit_path(model, batches, steps=STEPS, rate=RATE, wrong=wrong), model) > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{"stability_weight": 0.0}, {"stability_weight": 6.0}, {"num_layers": 2}])
+def test_settings(changes):
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama"), cases.validation()
+        options = {"weight": changes.get("stability_weight", 1.5), "k": changes.get("num_layers", "all")}
+        expected = explicit_path(model, batches, steps=STEPS, rate=RATE, **options)
+        assert farthest(made(model, batches, **changes).parameters, expected, model) < 1e-8
+
+
+def test_pairs_by_their_settings():
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama"), [pair_batch()]
+        expected = explicit_path(model, batches, steps=STEPS, rate=RATE, beta=0.5, likelihood=0.25)
+        found = made(model, batches, path_beta=0.5, path_likelihood=0.25).parameters
+        assert farthest(found, expected, model) < 1e-8
+        assert farthest(found, explicit_path(model, batches, steps=STEPS, rate=RATE), model) > 1e-2
+
+
+def test_the_drift_is_that_from_the_adapter_ref():
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama", others=["ref"]), cases.validation()
+        expected = explicit_path(model, batches, steps=STEPS, rate=RATE)
+        assert farthest(made(model, batches).parameters, expected, model) < 1e-8
+
+
+def test_where_b_is_zero_the_drift_is_zero_at_first():
+    """One step of it is one of the validation loss alone; the second already feels the drift."""
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama"), cases.validation()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        one, two = (made(model, batches, path_steps=steps).parameters for steps in (1, 2))
+        alone = [explicit_path(model, batches, steps=steps, rate=RATE, weight=0.0) for steps in (1, 2)]
+        with_drift = explicit_path(model, batches, steps=2, rate=RATE)
+        b = [name for name in one if "lora_B" in name]  # the gradient at A is zero
+        assert all(error(one[n], alone[0][n]) < 1e-8 for n in b)
+        assert all(error(two[n], with_drift[n]) < 1e-8 for n in b)
+        assert max(error(two[n], alone[1][n]) for n in b) > 1e-3
+
+
+def test_defaults():
+    model = lora_model("llama", layers=1)
+    for batch, steps, rate in ((sft_batch("none"), 16, 3e-3), (pair_batch(), 24, 1e-3)):
+        path = made(model, [batch], path_steps=None, path_rate=None)
+        assert path.steps == steps
+        expected = made(model, [batch], path_steps=steps, path_rate=rate)
+        assert all(torch.equal(path.parameters[n], tensor) for n, tensor in expected.parameters.items())
+
+
+def test_by_arguments():
+    model, batches = lora_model("llama", layers=1), cases.validation()
+    path = make_path(model, batches, fisher=given_fisher(model), steps=STEPS, rate=RATE, progress=False)
+    expected = made(model, batches).parameters
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in path.parameters.items())
+    (one,) = batches[:1]
+    alone = make_path(model, one, fisher=given_fisher(model), steps=2, progress=False)  # a batch by itself
+    assert alone.steps == 2
+
+
+@pytest.mark.parametrize("how", ["non_reentrant", "reentrant"])
+def test_checkpointing(how):
+    model, batches = lora_model("llama"), cases.validation()
+    expected = made(model, batches).parameters
+    model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    model.enable_input_require_grads()
+    assert farthest(made(model, batches).parameters, expected, model) < TOL64
+
+
+def test_nf4():
+    model, batches = nf4_lora_model("llama"), cases.validation()
+    before = snapshot(model)
+    found = made(model, batches).parameters
+    assert differences(before, snapshot(model)) == []
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert farthest(found, explicit_path(model, batches, steps=STEPS, rate=RATE), model) < 10 * TOL_NF4
+
+
+def test_bf16_steps_are_taken_in_float32():
+    """Steps of a 3000th would be lost on parameters of 8 bits."""
+    model, batches = lora_model("llama", dtype=torch.bfloat16), cases.validation()
+    path = made(model, batches, path_rate=1e-5)
+    own = dict(model.named_parameters())
+    for name, tensor in path.parameters.items():
+        moved = (tensor - own[name].detach().float()).abs()
+        assert tensor.dtype == torch.float32
+        assert 0 < float(moved.max()) < 1.5e-5 * STEPS, name
+
+
+def test_dropout_and_the_random_state_take_no_part():
+    model, batches = lora_model("llama", lora_dropout=0.5), cases.validation()
+    torch.manual_seed(3)
+    first = made(model, batches).parameters
+    torch.manual_seed(4)
+    second = made(model, batches).parameters
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_trained_parameters_take_part():
+    """What the path estimator scores besides LoRA: here a norm, with its Fisher and its drift."""
+    model, batches = lora_model("llama", layers=1), cases.validation()
+    norms = [name for name, p in model.named_parameters() if "input_layernorm" in name]
+    for name, parameter in model.named_parameters():
+        if name in norms:
+            parameter.requires_grad_()
+    with_drift, without = (
+        make_path(model, batches, config=config_of(stability_weight=weight), progress=False) for weight in (50.0, 0.0)
+    )
+    own = dict(model.named_parameters())
+    (name,) = norms
+    there = [float((path.parameters[name] - own[name].detach()).norm()) for path in (with_drift, without)]
+    assert 0 < there[0] < there[1]
+
+
+# ------------------------------------------------------------------------------------------ early stop
+
+
+def test_held_out_rows_choose_the_step():
+    """No step is taken on the last rows of each batch, and theta* is where their loss was lowest."""
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama"), [sft_batch("none", seed=1), sft_batch("none", seed=2)]
+        trained = [{name: t[:2] for name, t in batch.items()} for batch in batches]
+        held = [{name: t[2:] for name, t in batch.items()} for batch in batches]
+        steps = 12
+        there = [explicit_path(model, trained, steps=n, rate=0.1) for n in range(1, steps + 1)]
+        losses = []
+        for parameters in there:
+            with torch.no_grad():
+                losses.append(float(sum(validation_loss(at(model, parameters), None, batch) for batch in held)))
+        best = losses.index(min(losses))
+        assert 0 < best < steps - 1, "the case must have its best step within"
+        found = made(model, batches, path_holdout=0.3, path_steps=steps, path_rate=0.1).parameters
+        assert farthest(found, there[best], model) < 1e-8
+
+
+def test_held_out_pairs():
+    with norms_in_own_dtype():
+        model, batch = lora_model("llama"), pair_batch("stacked_ref")
+        rows = torch.tensor([0, 1, 3, 4])
+        part = {name: t[rows] if len(t) == 6 else t[:2] for name, t in batch.items()}
+        found = made(model, [batch], path_holdout=0.2, path_steps=1).parameters
+        assert farthest(found, explicit_path(model, [part], steps=1, rate=RATE), model) < 1e-8
+
+
+def test_nothing_to_hold_out():
+    model = lora_model("llama", layers=1)
+    one = {name: t[:1] for name, t in sft_batch("none").items()}
+    with pytest.raises(ValueError, match=r"path_holdout is 0.5.*one row each.*path_holdout=0"):
+        made(model, [one], path_holdout=0.5)
+
+
+# ------------------------------------------------------------------------------------------ state and files
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["off", "non_reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", ["sft", "pairs"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(kind, how, fails):
+    model = lora_model("llama", lora_dropout=0.1)
+    if how != "off":
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()
+    for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        if i % 3 == 0:
+            parameter.grad = torch.randn_like(parameter)
+    calls = []
+
+    def boom(module, args, output):
+        calls.append(0)
+        if len(calls) > 3:
+            raise Boom
+
+    hook = list(model.modules())[-1].register_forward_hook(boom) if fails else None
+    before = snapshot(model)
+    if fails:
+        with pytest.raises(Boom):
+            made(model, TARGETS[kind](0))
+    else:
+        made(model, TARGETS[kind](0))
+    assert differences(before, snapshot(model)) == []
+    if hook is not None:
+        hook.remove()
+
+
+def test_files(tmp_path):
+    model = lora_model("llama")
+    path = made(model, cases.validation())
+    path.save(tmp_path / "there" / "path.safetensors")
+    again = Path.load(tmp_path / "there" / "path.safetensors")
+    assert (again.steps, again.base) == (path.steps, path.base)
+    assert set(again.parameters) == set(path.parameters) == set(names_of(model))
+    assert all(torch.equal(tensor, again.parameters[name]) for name, tensor in path.parameters.items())
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["path.safetensors"]
+    with pytest.raises(FileNotFoundError, match=r"No path at .*make_path"):
+        Path.load(tmp_path / "none")
+    (tmp_path / "cut").write_bytes((tmp_path / "there" / "path.safetensors").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        Path.load(tmp_path / "cut")
+    given_fisher(model).save(tmp_path / "fisher")
+    with pytest.raises(ValueError, match=r"is not a saved path: its format is 'alphatoken_loss.fisher"):
+        Path.load(tmp_path / "fisher")
+
+
+def test_apply_and_logps():
+    model, batch = lora_model("llama"), sft_batch("ragged")
+    path = made(model, cases.validation())
+    with torch.no_grad():
+        expected = -reference.token_nll(at(model, path.parameters), batch)
+    before = snapshot(model)
+    logps = path.logps(model, batch)
+    assert differences(before, snapshot(model)) == []
+    assert_close(logps, expected, TOL64)
+    pairs = pair_batch("separate")
+    with torch.no_grad():
+        expected = -reference.token_nll(at(model, path.parameters), stacked(pairs))
+    assert_close(path.logps(model, pairs), expected, TOL64)
+    path.apply(model)
+    for name, tensor in path.parameters.items():
+        assert torch.equal(dict(model.named_parameters())[name], tensor), name
+        assert dict(model.named_parameters())[name].grad is None
+    with pytest.raises(ValueError, match=r"no parameter base_model.* of shape .*make_path"):
+        path.apply(base_model("llama"))
+
+
+def test_of_another_adapter():
+    model = lora_model("llama")
+    model.add_adapter("star", model.peft_config["default"])
+    own = dict(model.named_parameters())
+    found = Path.of_adapter(model, "star").parameters
+    assert set(found) == set(names_of(model))
+    for name, tensor in found.items():
+        assert torch.equal(tensor, own[name.replace(".default.", ".star.")]), name
+    for name in ("default", "moon"):
+        with pytest.raises(
+            ValueError, match=rf"path is the adapter '{name}'; the model's adapters are .*default.*star"
+        ):
+            Path.of_adapter(model, name)
+    ranked = lora_model("llama", others=["other"])  # of another rank
+    with pytest.raises(ValueError, match=r"The path has a tensor of shape .* for the scored parameter"):
+        Path.of_adapter(ranked, "other")
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_cannot_be():
+    model = lora_model("llama", layers=1)
+    none = sft_batch("none")
+    none = {**none, "labels": torch.full_like(none["labels"], -100)}
+    for batches in ([], [none]):
+        with pytest.raises(ValueError, match="no response token"):
+            made(model, batches)
+    with pytest.raises(ValueError, match=r"SFT batches and preference pairs.*one kind"):
+        made(model, [sft_batch("none"), pair_batch()])
+    with pytest.raises(FloatingPointError, match=r"theta\* is not finite after 5 steps at a rate of .*path_rate"):
+        made(model, cases.validation(), path_rate=1e300)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        made(model, cases.validation())

@@ -1,0 +1,522 @@
+"""Values along the path, against two explicit forwards; what is trained by them; the KL to theta*."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import reference
+import torch
+from batches import is_pairs, pair_batch, response, sft_batch, stacked
+from checks import TOL64, TOL_NF4, assert_close, assert_same_grads, error, grads_of
+from explicit import norms_in_own_dtype
+from gates import CHECKPOINTING, checkpointed
+from models import base_model, lora_model, nf4_lora_model
+from paths import at, explicit_path, explicit_values, given_fisher
+from peft import PrefixTuningConfig, get_peft_model
+from penalties import kl_sum
+from state import differences, snapshot
+
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    Path,
+    alphatoken_weights,
+    dpo_loss,
+    make_path,
+    sft_loss,
+    target_gradient,
+)
+
+KINDS = ("none", "right", "left", "ragged", "full", "packed")
+PAIRS = ("stacked", "stacked_left", "stacked_ref", "separate", "separate_mask")
+KL = 0.6
+
+
+def config_of(**changes):
+    return AlphaTokenConfig(**{"estimator": "path", **changes})
+
+
+def some_path(model, seed=0):
+    """Somewhere else than where the adapter is, but not far."""
+    generator = torch.Generator().manual_seed(400 + seed)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            found[name] = parameter.detach().double() + 0.1 * noise
+    return Path(found)
+
+
+def gate_of(model, path=None, **changes):
+    return AlphaToken(model, path=path or some_path(model), config=config_of(**changes))
+
+
+def batch_of(kind, seed=0):
+    return pair_batch(kind, seed=seed) if kind in PAIRS else sft_batch(kind, seed=seed)
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", [*KINDS, *PAIRS])
+def test_against_two_forwards(kind, seed, monkeypatch):
+    monkeypatch.setattr("alphatoken_loss.losses.compare._ROWS", 5)
+    model, batch = lora_model("llama", seed=seed), batch_of(kind, seed)
+    path, config = some_path(model, seed), config_of()
+    weights, values = alphatoken_weights(model, None, batch, path=path, config=config, return_values=True)
+    expected = explicit_values(model, path.parameters, batch)
+    assert_close(values.total, expected, TOL64)
+    assert float(values.total[~response(batch)].abs().sum()) == 0
+    assert values.adaptation is None and values.stability is None and values.direct_target is None
+    assert torch.equal(weights, reference.keep(expected, batch, 0.5).float())
+    for wrong in ("sign", "shift", *(["branch"] if is_pairs(batch) else [])):
+        assert error(values.total, explicit_values(model, path.parameters, batch, wrong=wrong)) > 1e-2, wrong
+
+
+@pytest.mark.parametrize("kind", ["right", "packed", "stacked"])
+@pytest.mark.parametrize("how", CHECKPOINTING)
+def test_the_gate_has_the_same(kind, how):
+    """The values in its own forward, and the gradient of the loss masked by them, to the bit."""
+    model, batch = lora_model("llama"), batch_of(kind)
+    path = some_path(model)
+    weights, values = alphatoken_weights(model, None, batch, path=path, config=config_of(), return_values=True)
+    checkpointed(model, how)
+    before = snapshot(model)
+    alphatoken = gate_of(model, path)
+    loss_of = dpo_loss if is_pairs(batch) else sft_loss
+    arguments = (model, None, batch) if is_pairs(batch) else (model, batch)
+    loss_of(*arguments, alphatoken).backward()
+    assert differences(before, snapshot(model), ignore=(": grad",)) == []
+    assert torch.equal(alphatoken.weights, weights)
+    assert_close(alphatoken.values.total, values.total, TOL64)
+    found = grads_of(model)
+    model.zero_grad()
+    known = AlphaToken(model, config=AlphaTokenConfig(estimator="difference", stability_weight=0))
+    with known(batch, weights=weights, mean_over_kept=not is_pairs(batch)):
+        loss_of(*arguments).backward()
+    for name, gradient in grads_of(model).items():
+        assert torch.equal(found[name], gradient), name
+    model.zero_grad()
+    if is_pairs(batch):
+        expected = reference.masked_dpo(model, batch, weights.bool(), beta=0.1)[-1]
+    else:
+        expected = reference.masked_sft(model, batch, weights.bool(), float(weights.sum()))[-1]
+    assert_same_grads(found, expected, TOL64)
+
+
+def test_thresholds_and_scopes():
+    model, batch = lora_model("llama"), sft_batch("right")
+    path = some_path(model)
+    expected = explicit_values(model, path.parameters, batch)
+    for changes, wanted in (
+        ({"threshold": "zero"}, response(batch) & (expected > 0)),
+        ({"rho": 0.3, "threshold_scope": "sequence"}, reference.keep(expected, batch, 0.3, "sequence")),
+    ):
+        found = alphatoken_weights(model, None, batch, path=path, config=config_of(**changes))
+        assert torch.equal(found, wanted.float()), changes
+        assert 0 < float(found.sum()) < float(response(batch).sum())
+
+
+def test_theta_star_is_made_when_it_is_needed():
+    """From the target and the Fisher, once; it is the explicit one, and later steps do not move it."""
+    with norms_in_own_dtype():
+        model, fisher, batch = lora_model("llama"), given_fisher(lora_model("llama")), sft_batch("right")
+        config = config_of(path_steps=4, path_rate=1e-2)
+        alphatoken = AlphaToken(model, target=cases.validation(), fisher=fisher, config=config)
+        assert alphatoken.path is None
+        expected = explicit_path(model, cases.validation(), steps=4, rate=1e-2)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for step in range(3):
+            wanted = explicit_values(model, expected, batch)
+            sft_loss(model, batch, alphatoken).backward()
+            assert_close(alphatoken.values.total, wanted, 1e-7)
+            assert alphatoken.metrics()["target_age"] == step
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, tensor in expected.items():
+            assert_close(alphatoken.path.parameters[name], tensor, 1e-8, name)
+        options = {"target": cases.validation(), "fisher": fisher, "config": config, "return_values": True}
+        fresh = lora_model("llama")
+        assert_close(
+            alphatoken_weights(fresh, None, batch, **options)[1].total, explicit_values(fresh, expected, batch), 1e-7
+        )
+
+
+def test_it_is_made_anew():
+    """After `path_every` optimizer steps, from where the adapter then is, by the settings of a renewal."""
+    with norms_in_own_dtype():
+        model, batch = lora_model("llama"), sft_batch("right")
+        settings = {"path_every": 2, "path_steps": 4, "path_rate": 1e-2, "path_renewal_steps": 2}
+        config = config_of(**settings, path_renewal_rate=5e-3)
+        alphatoken = AlphaToken(model, target=cases.validation(), fisher=given_fisher(model), config=config)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        expected = explicit_path(model, cases.validation(), steps=4, rate=1e-2)
+        for step in range(4):
+            if step == 2:
+                expected = explicit_path(model, cases.validation(), steps=2, rate=5e-3)
+            wanted = explicit_values(model, expected, batch)
+            for _ in range(2):  # accumulation is no step
+                sft_loss(model, batch, alphatoken).backward()
+                assert_close(alphatoken.values.total, wanted, 1e-7)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_given_as_an_adapter():
+    model, batch = lora_model("llama"), sft_batch("right")
+    model.add_adapter("star", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".star." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    values = alphatoken_weights(model, None, batch, path="star", config=config_of(), return_values=True)[1]
+    with torch.no_grad():
+        here, there = (reference.token_nll(reference.frozen_copy(model, name), batch) for name in ("default", "star"))
+    assert_close(values.total, here - there, TOL64)
+
+
+def test_nf4():
+    model, batch = nf4_lora_model("llama"), sft_batch("left")
+    path = some_path(model)
+    before = snapshot(model)
+    values = alphatoken_weights(model, None, batch, path=path, config=config_of(), return_values=True)[1]
+    assert differences(before, snapshot(model)) == []
+    assert_close(values.total, explicit_values(model, path.parameters, batch), TOL_NF4)
+
+
+def test_virtual_tokens():
+    prefix = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = get_peft_model(base_model("llama"), prefix).train()
+    batch = sft_batch("right")
+    path = some_path(model)
+    with torch.no_grad():
+        here = -path_free_logps(model, batch)
+        own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        path.apply(model)
+        there = -path_free_logps(model, batch)
+        Path(own).apply(model)
+    alphatoken = gate_of(model, path)
+    sft_loss(model, batch, alphatoken).backward()
+    assert_close(alphatoken.values.total, here - there, TOL64)
+
+
+def path_free_logps(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    logps = logits[:, -batch["labels"].shape[1] :].log_softmax(-1)
+    picked = logps[:, :-1].gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    return torch.nn.functional.pad(picked.masked_fill(batch["labels"][:, 1:] == -100, 0), (1, 0))
+
+
+# ------------------------------------------------------------------------------------------ precomputed
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "packed", "stacked_left", "separate"])
+def test_precomputed(kind):
+    """With theta*'s log-probabilities in the batch: the same values, one forward, and no theta* needed."""
+    model, batch = lora_model("llama"), batch_of(kind)
+    path = some_path(model)
+    expected = explicit_values(model, path.parameters, batch)
+    logps = path.logps(model, batch)
+    if kind == "separate":
+        widths = [batch[f"{branch}_input_ids"].shape[1] for branch in ("chosen", "rejected")]
+        halves = logps.chunk(2)
+        more = {f"{b}_path_logps": h[:, :w] for b, h, w in zip(("chosen", "rejected"), halves, widths, strict=True)}
+    else:
+        more = {"path_logps": logps}
+    forwards = []
+    decoder = model.get_base_model().get_decoder()
+    hook = decoder.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    with_column = {**batch, **more}
+    found = alphatoken_weights(model, None, with_column, config=config_of(), return_values=True)[1]
+    assert_close(found.total, expected, TOL64)
+    assert forwards == [False]
+    alphatoken = AlphaToken(model, config=config_of())
+    forwards.clear()
+    with alphatoken(with_column):
+        logits = model(**{k: stacked(batch)[k] for k in ("input_ids",)}, **_mask(batch), use_cache=False).logits
+    hook.remove()
+    assert forwards == [True]
+    logits.sum().backward()
+    assert_close(alphatoken.values.total, expected, TOL64)
+
+
+def _mask(batch):
+    rows = stacked(batch)
+    return {k: rows[k] for k in ("attention_mask", "position_ids") if k in rows}
+
+
+# ------------------------------------------------------------------------------------------ KL to theta*
+
+
+def _expected_kl(model, path, batch, weights, on, over):
+    """Loss and gradients of the masked mean and KL * the mean KL to theta*, through whole logits."""
+    work, rows = reference.frozen_copy(model), stacked(batch)
+    mask = response(batch)
+    taken = mask if on == "all" else mask & (weights == 0)
+    total = explicit_kl(work, at(model, path.parameters), rows, taken, over)
+    return work, KL * total / mask.sum()
+
+
+def explicit_kl(work, other, rows, mask, over):
+    """sum over tokens of KL(other || work), the label's column left out and the rest normalised where asked."""
+    with torch.no_grad():
+        wanted = reference.logits_of(other, rows)
+    logits = reference.logits_of(work, rows)
+    total = torch.zeros((), dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        p, q = wanted[b, t - 1].softmax(-1), logits[b, t - 1].softmax(-1)
+        if over == "without_label":
+            rest = torch.arange(len(p)) != rows["labels"][b, t]
+            p, q = p[rest] / p[rest].sum(), q[rest] / q[rest].sum()
+        total = total + (p * (p.log() - q.log())).sum()
+    return total
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "without_label"])
+@pytest.mark.parametrize("on", ["all", "dropped"])
+@pytest.mark.parametrize("kind", ["right", "packed"])
+def test_kl_to_theta_star(kind, on, over, monkeypatch):
+    monkeypatch.setattr("alphatoken_loss.losses.compare._ROWS", 5)
+    model, batch = lora_model("llama"), sft_batch(kind)
+    path = some_path(model)
+    alphatoken = gate_of(model, path, path_kl=KL)
+    with alphatoken(batch, mean_over_kept=True, kl_on=on, kl_over=over) as step:
+        loss = model(**batch, use_cache=False).loss
+    (loss + step.kl).backward()
+    work, kl = _expected_kl(model, path, batch, alphatoken.weights, on, over)
+    assert_close(step.kl.detach(), kl.detach(), TOL64)
+    nll = (alphatoken.weights * reference.token_nll(work, batch)).sum() / alphatoken.weights.sum()
+    assert_same_grads(grads_of(model), reference.gradients(work, nll + kl), TOL64)
+    assert alphatoken.metrics()["path_kl"] == pytest.approx(float(kl.detach()) / KL, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", CHECKPOINTING)
+@pytest.mark.parametrize("kind", ["left", "stacked"])
+def test_losses_add_it(kind, how):
+    model, batch = lora_model("llama"), batch_of(kind)
+    path = some_path(model)
+    checkpointed(model, how)
+    alphatoken = gate_of(model, path, path_kl=KL)
+    if is_pairs(batch):
+        loss = dpo_loss(model, None, batch, alphatoken)
+    else:
+        loss = sft_loss(model, batch, alphatoken)
+    loss.backward()
+    work, kl = _expected_kl(model, path, batch, alphatoken.weights, "all", "vocabulary")
+    if is_pairs(batch):
+        value, grads = reference.masked_dpo(model, batch, alphatoken.weights.bool(), beta=0.1)[-2:]
+    else:
+        kept = float(alphatoken.weights.sum())
+        _, grads = reference.masked_sft(model, batch, alphatoken.weights.bool(), kept)
+        value = reference.token_nll(work, batch).sum() / response(batch).sum()
+    assert_close(loss.detach(), value.detach() + kl.detach(), TOL64)
+    more = reference.gradients(work, kl)
+    assert_same_grads(grads_of(model), {name: g + more[name] for name, g in grads.items()}, TOL64)
+
+
+def test_both_kls():
+    """That to theta* and that to the reference add up; weights that are given need the first all the same."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    path = some_path(model)
+    weights = response(batch).float()
+    weights[0] = 0
+    alphatoken = gate_of(model, path, path_kl=KL)
+    with alphatoken(batch, weights=weights, kl_coef=0.2) as step:
+        model(**batch)
+    work = reference.frozen_copy(model)
+    to_star = explicit_kl(work, at(model, path.parameters), batch, response(batch), "vocabulary")
+    expected = (KL * to_star + 0.2 * kl_sum(work, batch)) / response(batch).sum()
+    assert_close(step.kl.detach(), expected.detach(), TOL64)
+    assert set(alphatoken.metrics()) >= {"kl", "path_kl"}
+
+
+def test_one_forward_without_grad_is_all_that_it_takes():
+    model, batch = lora_model("llama"), sft_batch("right")
+    alphatoken = gate_of(model, path_kl=KL)
+    forwards, heads = [], []
+    base = model.get_base_model()
+    hooks = [
+        base.get_decoder().register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled())),
+        base.lm_head.register_forward_hook(lambda m, args, out: heads.append(tuple(out.shape[:-1]))),
+    ]
+    with alphatoken(batch) as step:
+        loss = model(**batch).loss
+    for hook in hooks:
+        hook.remove()
+    (loss + step.kl).backward()
+    tokens = int(response(batch).sum())
+    assert sorted(forwards) == [False, True]
+    assert sorted(heads) == sorted([(tokens,), (tokens,), tuple(batch["labels"].shape)])  # theta, theta*, the loss
+
+
+def test_a_kl_that_was_left_out_is_an_error():
+    model, batch = lora_model("llama"), sft_batch("right")
+    alphatoken = gate_of(model, path_kl=KL)
+    with alphatoken(batch):
+        model(**batch)  # nothing goes backward: no error
+    with alphatoken(batch) as step:
+        loss = model(**batch).loss
+    (loss + step.kl).backward()
+    with alphatoken(batch):
+        model(**batch).loss.backward()
+    with pytest.raises(RuntimeError, match=r"path_kl is 0.6, but .*loss \+ step.kl.*path_kl=0"), alphatoken(batch):
+        pass
+
+
+# ------------------------------------------------------------------------------------------ starting there
+
+
+def test_training_starts_at_theta_star():
+    model, batch = lora_model("llama"), sft_batch("right")
+    path = some_path(model)
+    alphatoken = gate_of(model, path, path_start=True)
+    alphatoken_weights(model, None, batch, path=path, config=config_of(path_start=True))
+    assert not torch.equal(_own(model, path), _flat(path))  # valuing writes nothing
+    with torch.no_grad(), alphatoken(batch):
+        model(**batch)
+    assert not torch.equal(_own(model, path), _flat(path))  # nor does what is no training
+    sft_loss(model, batch, alphatoken).backward()
+    assert torch.equal(_own(model, path), _flat(path))
+    assert float(alphatoken.values.total.abs().max()) == 0 and torch.equal(alphatoken.weights.bool(), response(batch))
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    sft_loss(model, batch, alphatoken).backward()
+    assert not torch.equal(_own(model, path), _flat(path))  # once
+    assert alphatoken.metrics()["target_age"] == 1
+
+
+def _own(model, path):
+    own = dict(model.named_parameters())
+    return torch.cat([own[name].detach().flatten() for name in path.parameters])
+
+
+def _flat(path):
+    return torch.cat([tensor.flatten() for tensor in path.parameters.values()])
+
+
+def test_resumed():
+    """From the state of a run, another goes on with the same theta*, weights and age, and does not start anew."""
+    config = config_of(path_steps=2, path_every=3, path_start=True)
+    batches = [sft_batch("right", seed=seed) for seed in range(6)]
+
+    def run(model, alphatoken, some):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        found = []
+        for batch in some:
+            sft_loss(model, batch, alphatoken).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append((alphatoken.weights, alphatoken.values.total))
+        return found
+
+    def made(model):
+        return AlphaToken(model, target=cases.validation(), fisher=given_fisher(model), config=config)
+
+    model = lora_model("llama")
+    whole = run(model, made(model), batches)
+    model = lora_model("llama")
+    first = made(model)
+    run(model, first, batches[:2])
+    state = first.state_dict()
+    again = made(model)
+    again.load_state_dict(state)
+    rest = run(model, again, batches[2:])
+    for (weights, values), (wanted_weights, wanted_values) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(weights, wanted_weights) and torch.equal(values, wanted_values)
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_cannot_be():
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    target = target_gradient(model, cases.validation(), config=config_of())
+    path = some_path(model)
+    with pytest.raises(ValueError, match=r"target is a Target, one gradient.*make_path"):
+        AlphaToken(model, target=target, config=config_of())
+    with pytest.raises(ValueError, match=r"target is a Target, one gradient"):
+        alphatoken_weights(model, None, batch, target=target, config=config_of())
+    optimizer = torch.optim.Adam(path.parameters.values())
+    with pytest.raises(ValueError, match=r"An optimizer was given, but.*precondition=False"):
+        AlphaToken(model, target=cases.validation(), optimizer=optimizer, config=config_of())
+    with pytest.raises(ValueError, match=r"path_every is 3.*no target batches"):
+        AlphaToken(model, path=path, config=config_of(path_every=3))
+    with pytest.raises(ValueError, match=r'path was given, but estimator="ghost".*estimator="path"'):
+        AlphaToken(model, path=path)
+    with pytest.raises(ValueError, match=r"neither a target nor a path.*no path_logps"):
+        alphatoken_weights(model, None, batch, config=config_of())
+    alphatoken = AlphaToken(model, config=config_of())
+    with pytest.raises(ValueError, match=r"neither a target nor a path"), alphatoken(batch):
+        pass
+    other = some_path(lora_model("llama", layers=2))
+    with pytest.raises(ValueError, match=r"The path moves .*which is not scored.*make_path"):
+        alphatoken_weights(model, None, batch, path=other, config=config_of())
+    wrong = Path({name: torch.full_like(t, torch.nan) for name, t in path.parameters.items()})
+    with pytest.raises(ValueError, match=r"The path's .* is not finite.*path_rate"):
+        alphatoken_weights(model, None, batch, path=wrong, config=config_of())
+    elsewhere = make_path(lora_model("llama", layers=1, seed=5), cases.validation(), steps=1, progress=False)
+    with pytest.raises(ValueError, match=r"The path was made for another base model"):
+        alphatoken_weights(model, None, batch, path=elsewhere, config=config_of())
+    ghost = AlphaToken(model, target=target, config=AlphaTokenConfig(num_layers=1, stability_weight=0))
+    with pytest.raises(ValueError, match=r'kl_on is "dropped", but which .*estimator="path"'):
+        sft_loss(model, batch, ghost, kl_coef=0.1, kl_on="dropped")
+    with pytest.raises(ValueError, match=r"path_kl is 0.1 and path_start False, but tokens are not chosen by their"):
+        AlphaToken(model, selection="eaft", config=config_of(path_kl=0.1))
+    off = AlphaToken(model, config=config_of(rho=1.0))
+    with pytest.raises(ValueError, match=r'kl_on is "dropped", but rho=1.0'), off(batch, kl_coef=0.1, kl_on="dropped"):
+        pass
+
+
+def test_columns_that_cannot_be():
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    path = some_path(model)
+    logps = path.logps(model, batch)
+    for changes in ({"path_kl": 0.1}, {"path_start": True}):
+        alphatoken = AlphaToken(model, config=config_of(**changes))
+        with pytest.raises(ValueError, match=rf"brings path_logps, but {next(iter(changes))}=.*"):
+            sft_loss(model, {**batch, "path_logps": logps}, alphatoken)
+    with pytest.raises(ValueError, match=r"path_logps have shape \(3, 10\) and the labels \(3, 11\)"):
+        alphatoken_weights(model, None, {**batch, "path_logps": logps[:, 1:]}, config=config_of())
+    logps[:, -3:] = torch.nan
+    with pytest.raises(FloatingPointError, match="path_logps is not finite at a response token"):
+        alphatoken_weights(model, None, {**batch, "path_logps": logps}, config=config_of())
+
+
+def test_values_that_are_not_finite():
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    path = some_path(model)
+    with torch.no_grad():
+        dict(model.named_parameters())[next(iter(path.parameters))][:] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"adapter weight .*lora_A.* is not finite"):
+        alphatoken_weights(model, None, batch, path=path, config=config_of())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path_steps": 0}, r"path_steps is 0; .*at least 1"),
+        ({"path_every": 2.5}, r"path_every is 2.5; .*Use None"),
+        ({"path_renewal_steps": True}, r"path_renewal_steps is True"),
+        ({"path_rate": 0.0}, r"path_rate is 0.0; .*above 0"),
+        ({"path_renewal_rate": None}, r"path_renewal_rate is None"),
+        ({"path_beta": float("inf")}, r"path_beta is inf"),
+        ({"path_likelihood": -1}, r"path_likelihood is -1; .*at least 0"),
+        ({"path_kl": float("nan")}, r"path_kl is nan"),
+        ({"path_holdout": 1.0}, r"path_holdout is 1.0; .*\[0, 1\)"),
+        ({"path_start": 1}, r"path_start is 1; .*True or False"),
+        ({"path_kl": 0.3, "estimator": "ghost"}, r'path_kl is 0.3, but estimator="ghost" has no theta\*'),
+        ({"path_start": True, "estimator": "exact"}, r"path_start is True, but"),
+        ({"path_every": 2, "estimator": "difference"}, r"path_every is 2, but"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**changes)
+
+
+def test_with_rho_1_nothing_is_done():
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    alphatoken = AlphaToken(model, config=config_of(rho=1.0, path_kl=KL, path_start=True))
+    with alphatoken(batch) as step:
+        model(**batch).loss.backward()
+    assert step.kl is None and alphatoken.path is None
