@@ -53,6 +53,7 @@ class AlphaTokenConfig:
         threshold_scope (`str`, *optional*, defaults to `"batch"`):
             Over what the (1 - rho) quantile, or the spread of a soft threshold, is taken: `"batch"`, the response
             tokens of the micro-batch (of each branch, for pairs), or `"sequence"`, those of each sequence.
+            `"pair"`, for preferences: each pair counts by the sum of its values, and is kept or dropped whole.
         target_every (`int`, *optional*, defaults to 1):
             Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
         target_parts (`int`, *optional*, defaults to 4):
@@ -85,6 +86,10 @@ class AlphaTokenConfig:
             Adam steps of each such renewal.
         path_renewal_rate (`float`, *optional*, defaults to 1e-3):
             Adam's learning rate in them.
+        path_from (`str`, *optional*, defaults to `"present"`):
+            Where the path that values are taken along begins: `"present"`, where the adapter is; or `"reference"`, for
+            values that do not change as training goes, at the cost of a forward of the reference (none for pairs that
+            bring `ref_chosen_logps` and `ref_rejected_logps`, with `threshold_scope="pair"`).
         path_kl (`float`, *optional*, defaults to 0.0):
             Weight of KL(theta* || model), the mean over response tokens, from the same extra forward. Losses of this
             library and its trainers add it; in a loop of your own add `kl` of the context to the loss.
@@ -100,7 +105,7 @@ class AlphaTokenConfig:
     difference_rms: float | None = None
     threshold: Literal["quantile", "zero", "soft"] = "quantile"
     soft_temperature: float = 1.0
-    threshold_scope: Literal["batch", "sequence"] = "batch"
+    threshold_scope: Literal["batch", "sequence", "pair"] = "batch"
     target_every: int = 1
     target_parts: int = 4
     target_decay: float | None = 0.5
@@ -113,6 +118,7 @@ class AlphaTokenConfig:
     path_every: int | None = None
     path_renewal_steps: int = 8
     path_renewal_rate: float = 1e-3
+    path_from: Literal["present", "reference"] = "present"
     path_kl: float = 0.0
     path_start: bool = False
 
@@ -149,7 +155,7 @@ class AlphaTokenConfig:
                 f"soft_temperature is {self.soft_temperature!r}; it must be a finite number above 0. Use "
                 'threshold="zero" for its limit, a weight of 0 or 1 by the sign of the value.'
             )
-        _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence"))
+        _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence", "pair"))
         _check_choice("fisher", self.fisher, ("factored", "dense"))
         _check_path(self)
 
@@ -177,15 +183,23 @@ class AlphaTokenConfig:
         return cls(**{**settings, **changes})
 
     @classmethod
-    def best(cls, **changes: Any) -> AlphaTokenConfig:
-        """What trained best in benchmarks/tradeoff.py, for where quality counts more than a step's time: the difference
-        estimator, with a target of all validation examples before every step. Give the optimizer besides
-        (`AlphaToken(..., optimizer=optimizer)`, `precondition=True`).
+    def best(cls, *, pairs: bool = False, **changes: Any) -> AlphaTokenConfig:
+        """What trained best in trials on the toy of benchmarks/tradeoff.py: the path estimator, with training that
+        begins at theta* and a KL to it, which a loop of one's own adds to its loss (`step.kl`).
+
+        Before there was a path, `best()` was `AlphaTokenConfig(estimator="difference", target_parts=1,
+        target_decay=None)` with the optimizer given (`AlphaToken(..., optimizer=optimizer)`, `precondition=True`).
 
         Args:
-            changes: other values for some of the fields.
+            pairs (`bool`): for preferences: pairs whose labels theta* agrees with are kept, whole.
+            changes: other values for some of the fields; with another `estimator`, only what that one has is set.
         """
-        return cls(**{"estimator": "difference", "target_parts": 1, "target_decay": None, **changes})
+        settings: dict[str, Any] = {"estimator": "path", "path_start": True, "path_kl": 0.6}
+        if pairs:
+            settings |= {"threshold": "zero", "threshold_scope": "pair", "path_from": "reference"}
+        if changes.get("estimator", "path") != "path":
+            settings = {"target_parts": 1, "target_decay": None}
+        return cls(**{**settings, **changes})
 
     @property
     def scored_layers(self) -> int | Literal["all"]:
@@ -237,10 +251,11 @@ def _check_path(config: AlphaTokenConfig) -> None:
             f"path_holdout is {config.path_holdout!r}; it is the share of each target batch that is held out and "
             "must be in [0, 1). Use 0 to hold out nothing."
         )
+    _check_choice("path_from", config.path_from, ("present", "reference"))
     if not isinstance(config.path_start, bool):
         raise ValueError(f"path_start is {config.path_start!r}; it must be True or False.")
-    for name in ("path_kl", "path_start", "path_every"):
-        if getattr(config, name) and config.estimator != "path":
+    for name in ("path_kl", "path_start", "path_every", "path_from"):
+        if getattr(config, name) not in (None, 0, "present") and config.estimator != "path":
             raise ValueError(
                 f'{name} is {getattr(config, name)!r}, but estimator="{config.estimator}" has no theta*. Set '
                 f'estimator="path", or leave {name} out.'

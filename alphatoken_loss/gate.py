@@ -295,7 +295,7 @@ class AlphaToken:
         if not self.selection.valued or (known and not compares):
             return Weighed(self.model, batch, None if known else self.selection.after)
         task = Task(self.model, self._scored(), batch, self.config, {}, self._memory, apart=False, training=True)
-        task.valued, task.kl_over = not known, asked.over if compares else None
+        task.valued, task.kl_over, task.ref_model = not known, asked.over if compares else None, self.ref_model
         task.parts = self._memory.prepare(self.source, task.scored, batch)
         self._memory.enter(self.source, task.scored)
         valued = Valued(self._estimator, task, self.source)

@@ -144,7 +144,7 @@ def alphatoken_weights(
     elif source.drifts and not estimator.in_forward:  # of this batch, not of the target's
         source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
     parts = memory.prepare(source, scored, read)
-    task = Task(model, scored, read, config, parts, memory, apart=return_values)
+    task = Task(model, scored, read, config, parts, memory, apart=return_values, ref_model=ref_model)
     if estimator.in_forward:
         values = _value_in_forward(estimator, task)
         weights = select(values, read, config).float()

@@ -36,7 +36,7 @@ TITLES = {
     "validation only*": "the same, stopped at its best test loss",
     "oracle": "an oracle that drops the noise",
     "RHO-1, clean reference": "RHO-1, reference tuned on the validation examples",
-    "RHO-1 + KL 0.3": "RHO-1 with KL 0.3",
+    "RHO-1 + KL 0.3 to its reference": "RHO-1 with KL 0.3 to its own reference",
     "KL 0.3": "all tokens with KL 0.3",
     "L2 0.001": "all tokens with L2 on the adapter's delta",
     "ghost K=3": "**ghost, K = 3** (default)",
@@ -45,8 +45,8 @@ TITLES = {
     "difference": "**difference**",
     "KL 0.3 + difference": "**difference with KL 0.3**",
     "difference, Adam's step": "**difference, Adam's step**",
-    "difference, Adam's step, all 32": "**`best()`**: the same, target of all 32 at every step",
-    "difference, Adam's step, all 32, KL 0.3": "**`best()` with KL 0.3**",
+    "difference, Adam's step, all 32": "the same, target of all 32 at every step (in full)",
+    "difference, Adam's step, all 32, KL 0.3": "difference in full, with KL 0.3",
 }
 SHORT = (
     "before tuning",
@@ -70,10 +70,13 @@ GAPS = {  # what is compared: what, with what
     "target of all 32 a step minus a quarter of them": ("difference, Adam's step, all 32", "difference, Adam's step"),
     "KL 0.3 beside difference minus without": ("KL 0.3 + difference", "difference"),
     "difference minus RHO-1": ("difference", "RHO-1, clean reference"),
-    "`best()` minus RHO-1": ("difference, Adam's step, all 32", "RHO-1, clean reference"),
-    "`best()` with KL minus RHO-1 with KL": ("difference, Adam's step, all 32, KL 0.3", "RHO-1 + KL 0.3"),
+    "difference in full minus RHO-1": ("difference, Adam's step, all 32", "RHO-1, clean reference"),
+    "difference in full, with KL minus RHO-1 with KL": (
+        "difference, Adam's step, all 32, KL 0.3",
+        "RHO-1 + KL 0.3 to its reference",
+    ),
     "difference minus the 32 examples alone": ("difference", "validation only"),
-    "`best()` minus the 32 examples alone": ("difference, Adam's step, all 32", "validation only"),
+    "difference in full minus the 32 examples alone": ("difference, Adam's step, all 32", "validation only"),
 }
 EQUAL_TIME = ("ghost K=3", "difference", "difference, Adam's step", "difference, Adam's step, all 32",
               "RHO-1, clean reference", "KL 0.3")  # fmt: skip

@@ -83,6 +83,7 @@ class Task:
         training (`bool`): the forward to watch is the one with grad; else the one without.
         valued (`bool`): False where the forward is only to be masked, by weights that are known.
         others (`Others`, *optional*): for estimators that set `values_others`, where there is no target.
+        ref_model (`nn.Module`, *optional*): the reference.
         kl_over (`str`, *optional*): what a KL to the estimator's own second forward is taken over, where one is wanted.
     """
 
@@ -96,6 +97,7 @@ class Task:
     training: bool = False
     valued: bool = True
     others: Others | None = None
+    ref_model: nn.Module | None = None
     kl_over: str | None = None
 
 

@@ -27,7 +27,9 @@ from ..directions.path import Path
 from ..directions.source import Source
 from ..losses.compare import Compared, compare, rows_at
 from ..losses.logps import logps_of_rows
-from ..models.decoder import Call, DecoderForward
+from ..models.decoder import Call, DecoderForward, last_hidden
+from ..models.modes import without_noise
+from ..models.reference import reference_mode
 from ..models.sites import Scored
 from ..values import TokenValues
 from .base import Estimator, Memory, Task
@@ -135,6 +137,7 @@ class AlongPath(Estimator):
         self.batch, self.there = task.batch, task.parts.get(_PART)
         self.forward = DecoderForward(task.model, task.batch, task.scored.parameters, training=task.training)
         self.found: Compared | None = None
+        self.start: torch.Tensor | None = None  # (N,) the labels' log-probabilities where the path begins elsewhere
 
     @property
     def seen(self) -> bool:
@@ -176,6 +179,8 @@ class AlongPath(Estimator):
         index = self.batch.rows.flatten().nonzero().flatten()  # a wait for the device; else prompts would cost a head
         labels = self.batch.labels.roll(-1, 1).flatten()[index]
         own = rows_at(hidden, index, length)
+        if self.task.config.path_from == "reference" and self.task.valued:
+            self.start = self._reference_logps(index, labels)
         if ahead is None:
             there = self.batch.columns[_COLUMN].roll(-1, 1).flatten()[index]
             logps = logps_of_rows(self.task.model, own, labels)
@@ -183,9 +188,22 @@ class AlongPath(Estimator):
         over = self.task.kl_over if self.task.training else None
         return compare(self.task.model, own, rows_at(ahead, index, length), index, labels, over=over)
 
+    def _reference_logps(self, index: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`(N,)` log-probabilities of the labels under the reference. Of whole pairs only sums count: those that the
+        batch brings are spread evenly over their tokens."""
+        batch, ref_model = self.batch, self.task.ref_model
+        if batch.ref_logps is not None and self.task.config.threshold_scope == "pair":
+            row = index // batch.shape[1]
+            return (torch.cat(batch.ref_logps).to(index.device) / batch.rows.sum(1).clamp(min=1))[row]
+        model = self.task.model
+        with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(reference):
+            with self.forward.aside():
+                rows = rows_at(last_hidden(reference, batch), index, batch.shape[1])
+            return logps_of_rows(reference, rows, labels)
+
     def forward_values(self) -> TokenValues:
         assert self.found is not None
-        gained = (self.found.wanted_logps - self.found.logps).detach()
+        gained = self.found.wanted_logps - (self.found.logps if self.start is None else self.start)
         if not gained.isfinite().all():
             self._blame()
         rows = torch.zeros(self.batch.labels.numel(), dtype=gained.dtype, device=gained.device)

@@ -104,6 +104,15 @@ class DecoderForward:
             changes.hook(self.decoder, after)
             yield
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Another model's forward, or this one's in another mode, runs inside and is not watched."""
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running, self._hidden = False, None
+
     def again(self, call: Call, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The last hidden state `(B, T, hidden)` of the same call without grad, from the same random state, with
         `moved` in the place of parameters of these names; theirs are never written to."""

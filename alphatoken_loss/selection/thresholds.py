@@ -54,6 +54,8 @@ def keep_share(values: torch.Tensor, batch: Batch, rho: float, scope: str) -> to
 
 def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
     """`(B, T)` at the labels: bool, the tokens that are kept; or float weights in (0, 1), for a soft threshold."""
+    if config.threshold_scope == "pair":
+        return _whole_pairs(values.total, batch, config)
     groups = _groups(batch, config.threshold_scope)
     if config.threshold == "zero":
         return (groups >= 0) & (values.total > 0)
@@ -87,5 +89,22 @@ def soft_weights(values: torch.Tensor, groups: torch.Tensor, *, temperature: flo
     return scaled.sigmoid().masked_fill(~taken, 0)
 
 
+def _whole_pairs(values: torch.Tensor, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
+    """`(B, T)`, each pair by the sum of its values, one weight for all of its tokens."""
+    if not batch.pairs:
+        raise ValueError(
+            'threshold_scope is "pair", but the batch holds no preference pairs. Use "batch" or "sequence" for SFT.'
+        )
+    totals = values.sum(1).view(2, -1).sum(0, keepdim=True)
+    groups = torch.where(batch.rows.any(1).view(2, -1).any(0, keepdim=True), 0, -1)
+    if config.threshold == "soft":
+        kept = soft_weights(totals, groups, temperature=config.soft_temperature)
+    else:
+        kept = (groups >= 0) & (totals > 0) if config.threshold == "zero" else keep_mask(totals, groups, rho=config.rho)
+    return batch.rows.roll(1, 1) * kept[0].repeat(2)[:, None]
+
+
 def _groups(batch: Batch, scope: str) -> torch.Tensor:
+    if scope == "pair":
+        raise ValueError('threshold_scope is "pair", which only values have. Use "batch" or "sequence".')
     return batch.groups(scope).roll(1, 1)  # no row stands in the last column

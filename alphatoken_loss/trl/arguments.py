@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from trl import DPOConfig, SFTConfig
 
 from ..config import AlphaTokenConfig
-from ..losses.kl import check_kl_coef
+from ..losses.kl import check_kl_coef, check_kl_options
 from ..selection import SELECTIONS, make_selection
 from ..selection.base import Selection
 
@@ -58,6 +58,10 @@ class AlphaTokenArguments(_Settings):
         kl_coef (`float`, *optional*, defaults to 0.0):
             Weight of a KL to the reference over all response tokens, kept or not, beside the loss of SFT training
             steps, divided by what that loss is divided by. Also with `rho=1.0`. Other trainers have no such penalty.
+        kl_on (`str`, *optional*, defaults to `"all"`):
+            Take that KL, and the one to theta*, on `"all"` response tokens or on the `"dropped"` alone.
+        kl_over (`str`, *optional*, defaults to `"vocabulary"`):
+            Over the whole `"vocabulary"`, or `"without_label"`, each token's label left out.
         precondition (`bool`, *optional*, defaults to `False`):
             Value tokens by the step that the trainer's Adam will take rather than by one along the gradient.
         target_size (`int`, *optional*, defaults to 32):
@@ -92,6 +96,10 @@ class AlphaTokenArguments(_Settings):
     kl_coef: float = field(
         default=0.0, metadata={"help": "Weight of a KL to the reference over all response tokens; SFT only."}
     )
+    kl_on: str = field(default="all", metadata={"help": "Tokens that a KL is taken on: all or dropped."})
+    kl_over: str = field(
+        default="vocabulary", metadata={"help": "What a KL is taken over: vocabulary or without_label."}
+    )
     precondition: bool = field(
         default=False, metadata={"help": "Value tokens by the step that Adam will take, not by one along the gradient."}
     )
@@ -120,6 +128,12 @@ class AlphaTokenArguments(_Settings):
         if isinstance(self.selection_options, str):
             self.selection_options = json.loads(self.selection_options)
         check_kl_coef(self.kl_coef)
+        check_kl_options(self.kl_on, self.kl_over)
+        if self.precondition and self.estimator == "path":
+            raise ValueError(
+                'precondition is True, but estimator="path" values tokens by where the path ends, not by a step. Set '
+                "precondition=False."
+            )
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")

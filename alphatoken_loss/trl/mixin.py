@@ -160,7 +160,9 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
         if self.args.auto_find_batch_size:
             self.alphatoken.source.limit_rows(self._train_batch_size)
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        kl: dict[str, Any] = {"kl_coef": self.alphatoken_args.kl_coef, "num_items_in_batch": count}
+        asked = self.alphatoken_args
+        kl: dict[str, Any] = {"kl_coef": asked.kl_coef, "kl_on": asked.kl_on, "kl_over": asked.kl_over}
+        kl["num_items_in_batch"] = count
         with self.alphatoken(batch, seed=self._draw(), **kl) as step:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         if step.kl is None:

@@ -26,7 +26,7 @@ SFT = {
 }
 DPO = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", **{k: SFT[k] for k in list(SFT)[2:]}}
 BASE = "all tokens"
-RIVALS = ("RHO-1, clean reference", "RHO-1 + KL 0.3", "KL 0.3", "DPO: robust 0.3")
+RIVALS = ("RHO-1, clean reference", "RHO-1 + KL 0.3 to the base", "KL 0.3", "DPO: robust 0.3")
 
 HEAD = """# SmolLM2-135M-Instruct on public data
 

@@ -29,6 +29,7 @@ class Setting:
         loss_type (`str`): of `dpo_loss`.
         smoothing (`float`): share of flipped preferences that the loss reckons with.
         likelihood (`float`): coefficient of the chosen answers' loss beside DPO's.
+        flipped (`float`): share of training pairs whose labels are exchanged.
     """
 
     name: str
@@ -44,10 +45,16 @@ class Setting:
     loss_type: str = "sigmoid"
     smoothing: float = 0.0
     likelihood: float = 0.0
+    flipped: float = 0.0
 
 
 RATES = {"sft": (3e-3, 6e-4), "dpo": (1e-3, 3e-4)}  # of the toy world: hot and mild
 SEEDS = 5
+
+
+FULL = AlphaTokenConfig.best(estimator="difference")  # the difference estimator, all of the target before every step
+BEST = AlphaTokenConfig.best()
+BEST_FOR_PAIRS = AlphaTokenConfig.best(pairs=True)
 
 
 def values(name: str, **options: object) -> Setting:
@@ -56,19 +63,28 @@ def values(name: str, **options: object) -> Setting:
     return Setting(name, "values", AlphaTokenConfig(**options), **more)  # type: ignore[arg-type]
 
 
+_PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 0.6}
+
+
 def supervised() -> Iterator[Setting]:
     yield Setting("all tokens")
     yield Setting("random half", "random")
     yield Setting("validation mixed in", "mixed")
     yield Setting("validation only", "only")
     yield Setting("RHO-1, clean reference", "rho1")
-    yield Setting("RHO-1 + KL 0.3", "rho1", kl=0.3)
+    yield Setting("RHO-1 + KL 0.3 to its reference", "rho1", kl=0.3)
     yield Setting("oracle", "oracle")
     yield values("difference", estimator="difference")
     yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
-    best = Setting("difference, Adam's step, all 32", "values", AlphaTokenConfig.best(), precondition=True)
-    yield best
-    yield replace(best, name="difference, Adam's step, all 32, KL 0.3", kl=0.3)
+    yield Setting("RHO-1 + KL 0.3 to the base", "rho1", kl=0.3, kl_to_base=True)
+    yield Setting("path, best()", "values", BEST)
+    yield values("path, no drift, best() else", **{**_PATH, "stability_weight": 0.0})
+    yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
+    yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
+    yield values("path", estimator="path")
+    full = Setting("difference, Adam's step, all 32", "values", FULL, precondition=True)
+    yield full
+    yield replace(full, name="difference, Adam's step, all 32, KL 0.3", kl=0.3)
     options: dict[str, object] = {"estimator": "difference", "threshold": "zero"}
     yield values("difference, Adam's step, above zero", **options, setting={"precondition": True})
     yield values("ghost K=3")
@@ -123,6 +139,20 @@ def preferences() -> Iterator[Setting]:
     yield values("DPO: difference, Adam's step", estimator="difference", setting=both)
     yield Setting("DPO: validation only", "only", task="dpo")
     yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
+    for share in (0.0, 0.3):
+        yield from against_flips(share)
+
+
+def against_flips(share: float) -> Iterator[Setting]:
+    """Preferences of which a share of the training labels is wrong, and what is told to help."""
+    name, task = f"DPO {share:.0%} flipped: ", {"task": "dpo", "flipped": share}
+    if share:
+        yield Setting(f"{name}all tokens", **task)  # type: ignore[arg-type]
+    yield Setting(f"{name}smoothed 0.3", smoothing=0.3, **task)  # type: ignore[arg-type]
+    yield Setting(f"{name}robust 0.3", loss_type="robust", smoothing=0.3, **task)  # type: ignore[arg-type]
+    yield Setting(f"{name}with likelihood", likelihood=1.0, **task)  # type: ignore[arg-type]
+    yield Setting(f"{name}best(pairs=True)", "values", BEST_FOR_PAIRS, **task)  # type: ignore[arg-type]
+    yield values(f"{name}path, above zero", estimator="path", threshold="zero", setting=task)
 
 
 # What the other settings are compared with, first in line and at the mild rate too; of clean answers and pairs MILD is.
@@ -132,7 +162,11 @@ MAIN = (
     "validation mixed in",
     "validation only",
     "RHO-1, clean reference",
-    "RHO-1 + KL 0.3",
+    "RHO-1 + KL 0.3 to its reference",
+    "RHO-1 + KL 0.3 to the base",
+    "path, best()",
+    "path, no drift, best() else",
+    "path",
     "oracle",
     "difference",
     "difference, Adam's step",
@@ -147,7 +181,16 @@ MAIN = (
     "L2 0.001",
     "L2 0.001 + difference",
 )
-MILD = ("all tokens", "validation only", "difference", "difference, Adam's step")
+MILD = (
+    "best(pairs=True)",
+    "smoothed 0.3",
+    "robust 0.3",
+    "with likelihood",
+    "all tokens",
+    "validation only",
+    "difference",
+    "difference, Adam's step",
+)
 QUICK = ("all tokens", "random half", "RHO-1, clean reference", "ghost K=3", "difference")
 
 
@@ -168,16 +211,16 @@ def toy_runs(quick: bool) -> list[tuple[Setting, float, int]]:
 
 REAL_RATES = {"sft": (2e-3, 5e-4, 1.25e-4), "dpo": (5e-4, 1.25e-4, 3e-5)}
 REAL_SEEDS = 3
-BEST = AlphaTokenConfig.best()
 
 
 def real_supervised() -> Iterator[Setting]:
     yield Setting("all tokens")
     yield Setting("RHO-1, clean reference", "rho1")
-    yield Setting("RHO-1 + KL 0.3", "rho1", kl=0.3, kl_to_base=True)
+    yield Setting("RHO-1 + KL 0.3 to the base", "rho1", kl=0.3, kl_to_base=True)
     yield values("difference", estimator="difference")
-    yield Setting("best()", "values", BEST, precondition=True)
-    yield Setting("best() + KL 0.3", "values", BEST, precondition=True, kl=0.3)
+    yield Setting("path, best()", "values", BEST)
+    yield Setting("difference in full", "values", FULL, precondition=True)
+    yield Setting("difference in full + KL 0.3", "values", FULL, precondition=True, kl=0.3)
     yield values("ghost K=3")
     yield Setting("random half", "random")
     for kl in (0.1, 0.3, 1.0):
@@ -200,7 +243,8 @@ def real_preferences() -> Iterator[Setting]:
     yield values("DPO: difference", estimator="difference", setting={"task": "dpo"})
     both = {"task": "dpo", "precondition": True}
     yield values("DPO: difference, above zero", estimator="difference", threshold="zero", setting=both)
-    yield Setting("DPO: best()", "values", BEST, task="dpo", precondition=True)
+    yield Setting("DPO: best(pairs=True)", "values", BEST_FOR_PAIRS, task="dpo")
+    yield Setting("DPO: difference in full", "values", FULL, task="dpo", precondition=True)
     yield Setting("DPO: random half", "random", task="dpo")
 
 

@@ -39,7 +39,7 @@ SHORT = {
     "validation only*": "the same, stopped at its best test loss",
     "oracle": "oracle that drops the noise",
     "RHO-1, clean reference": "RHO-1, reference tuned on the validation examples",
-    "RHO-1 + KL 0.3": "the same with KL 0.3",
+    "RHO-1 + KL 0.3 to its reference": "the same with KL 0.3",
     "KL 0.3": "all tokens with KL 0.3",
     "L2 0.001": "all tokens with L2 on the adapter's delta",
     "ghost K=3": "**ghost, K = 3** (default)",
@@ -48,7 +48,7 @@ SHORT = {
     "difference": "**difference**",
     "KL 0.3 + difference": "**difference with KL 0.3**",
     "difference, Adam's step": "**difference, Adam's step**",
-    "difference, Adam's step, all 32": "**the same, target of all 32 at every step** (`best()`)",
+    "difference, Adam's step, all 32": "the same, target of all 32 at every step",
     "difference, Adam's step, all 32, KL 0.3": "**the same with KL 0.3**",
 }
 
@@ -141,7 +141,7 @@ SHOWN = {
     "difference, Adam's step, all 32": ("#88cc22", "-"),
     "difference, Adam's step, all 32, KL 0.3": ("#88cc22", "--"),
     "KL 0.3": ("#222222", "--"),
-    "RHO-1 + KL 0.3": ("#cc3311", "--"),
+    "RHO-1 + KL 0.3 to its reference": ("#cc3311", "--"),
     "KL 0.3 + difference": ("#117733", "--"),
 }
 

@@ -22,6 +22,7 @@ from alphatoken_loss import (
     sft_loss,
 )
 
+from .real_data import flipped
 from .rivals import RULES, answer_logps, at_labels, base_of, pair_loss, self_weighted_loss, stm
 from .rows import Batch, Pair, Row, chunks, kinds_of
 from .settings import Setting
@@ -212,6 +213,8 @@ class _Preferences(_Run):
     def __init__(self, world: World, setting: Setting, lr: float, seed: int) -> None:
         super().__init__(world, setting, lr, seed)
         size = self.plan.batch
+        if setting.flipped:
+            self.rows = flipped(self.rows, random.Random(seed + 77), setting.flipped)
         self.values = self.weigher([world.pair_batch(pairs) for pairs in chunks(self.clean, size)])
 
     def batch(self, pairs: list[Pair]) -> Batch:

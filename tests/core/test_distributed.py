@@ -13,9 +13,10 @@ from cases import expected_values
 from checks import TOL64, assert_close
 from explicit import per_token
 from models import FAMILIES, lora_model
+from paths import at, explicit_path, explicit_values, given_fisher
 from torch.nn.parallel import DistributedDataParallel
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, estimate_fisher, target_gradient
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, estimate_fisher, make_path, target_gradient
 
 CONFIG = AlphaTokenConfig(num_layers=2, causal_window=cases.WINDOW, fisher="dense")
 PROMPTS = [[3, 17, 5], [9, 22, 8]]
@@ -53,6 +54,15 @@ def work(rank, folder):
                 loss = wrapped(**batch).loss
             loss.backward()
             results[estimator] = gate.values.total * response(batch).sum()
+        along = AlphaTokenConfig(estimator="path", path_steps=4, path_rate=1e-2, path_holdout=0.3)
+        path = make_path(wrapped, validation_of(rank), fisher=given_fisher(model), config=along, progress=False)
+        results["path"] = dict(path.parameters)
+        batch = sft_batch("right", seed=60 + rank)
+        gate = AlphaToken(wrapped, path=path, config=along)
+        with gate(batch):
+            loss = wrapped(**batch).loss
+        loss.backward()
+        results["along"] = gate.values.total
         # Steps after the first: a forward of the library's own must not look like a training step to DDP.
         for estimator in ("ghost", "difference", "exact"):
             every = AlphaTokenConfig(num_layers=2, target_every=1, estimator=estimator)
@@ -123,6 +133,23 @@ def test_every_rank_values_its_batch_by_the_averaged_target(results, estimator, 
         batch = sft_batch("right", seed=60 + rank)
         (wanted,) = per_token(model, batch, {n: target[n] + 1.5 * drift[n] for n in names})
         assert_close(result[estimator], wanted, tol)
+
+
+def test_every_rank_goes_the_same_path(results):
+    """To the theta* of the mean over both ranks' rows; the last row of either is held out."""
+    model = lora_model("llama")
+    both = [validation_of(rank)[0] for rank in range(2)]
+    trained = {name: torch.cat([batch[name][:2] for batch in both]) for name in both[0]}
+    held = {name: torch.cat([batch[name][2:] for batch in both]) for name in both[0]}
+    steps = [explicit_path(model, [trained], steps=n, rate=1e-2) for n in range(1, 5)]
+    with torch.no_grad():
+        losses = [float(reference.token_nll(at(model, there), held).sum()) for there in steps]
+    expected = steps[losses.index(min(losses))]
+    for rank, result in enumerate(results):
+        for name, tensor in expected.items():
+            assert torch.equal(result["path"][name], results[0]["path"][name]), name
+            assert_close(result["path"][name], tensor, TOL64, name)
+        assert_close(result["along"], explicit_values(model, expected, sft_batch("right", seed=60 + rank)), TOL64)
 
 
 def test_several_steps_leave_the_same_parameters_on_every_rank(results):

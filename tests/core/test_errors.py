@@ -502,9 +502,10 @@ def test_presets():
     assert (paper.estimator, paper.threshold, paper.threshold_scope, paper.fisher) == (
         "ghost", "quantile", "batch", "dense"
     )  # fmt: skip
-    for preset in (paper, best):
+    former = AlphaTokenConfig.best(estimator="difference")
+    for preset in (paper, former):
         assert (preset.target_every, preset.target_parts, preset.target_decay) == (1, 1, None)
-    assert (best.estimator, best.scored_layers) == ("difference", "all")
+    assert (best.estimator, best.scored_layers) == ("path", "all")
     assert AlphaTokenConfig.paper(rho=0.3).rho == AlphaTokenConfig.best(rho=0.3).rho == 0.3
     assert AlphaTokenConfig.best(estimator="ghost").scored_layers == 3
     for preset in (AlphaTokenConfig.paper, AlphaTokenConfig.best):

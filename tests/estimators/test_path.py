@@ -23,6 +23,7 @@ from alphatoken_loss import (
     alphatoken_weights,
     dpo_loss,
     make_path,
+    random_weights,
     sft_loss,
     target_gradient,
 )
@@ -520,3 +521,103 @@ def test_with_rho_1_nothing_is_done():
     with alphatoken(batch) as step:
         model(**batch).loss.backward()
     assert step.kl is None and alphatoken.path is None
+
+
+# ------------------------------------------------------------------------------------------ whole pairs, from the start
+
+
+def _from_reference(model, path, batch):
+    """log p* - log p_ref with the branch's sign."""
+    rows = stacked(batch)
+    other = reference.frozen_copy(model, reference.reference_adapter(model))
+    with torch.no_grad():
+        values = reference.token_nll(other, rows) - reference.token_nll(at(model, path.parameters), rows)
+    if is_pairs(batch):
+        values[len(values) // 2 :] *= -1
+    return values
+
+
+@pytest.mark.parametrize("how", CHECKPOINTING)
+@pytest.mark.parametrize("kind", ["left", "packed", "stacked_left", "separate"])
+def test_from_the_reference(kind, how):
+    """Values that do not change as the adapter moves."""
+    model, batch = lora_model("llama"), batch_of(kind)
+    path, config = some_path(model), config_of(path_from="reference")
+    expected = _from_reference(model, path, batch)
+    values = alphatoken_weights(model, None, batch, path=path, config=config, return_values=True)[1]
+    assert_close(values.total, expected, TOL64)
+    checkpointed(model, how)
+    before = snapshot(model)
+    alphatoken = gate_of(model, path, path_from="reference")
+    if is_pairs(batch):
+        dpo_loss(model, None, batch, alphatoken).backward()
+    else:
+        sft_loss(model, batch, alphatoken).backward()
+    assert differences(before, snapshot(model), ignore=(": grad",)) == []
+    assert_close(alphatoken.values.total, expected, TOL64)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_whole_pairs(seed):
+    model, batch = lora_model("llama", seed=seed), pair_batch("stacked", seed=seed)
+    path = some_path(model, seed)
+    half = len(batch["input_ids"]) // 2
+    sums = _from_reference(model, path, batch).sum(1)
+    pairs = sums[:half] + sums[half:]
+    for changes, kept in (
+        ({"threshold": "zero"}, pairs > 0),
+        ({"rho": 0.5}, pairs >= torch.quantile(pairs, 0.5)),
+    ):
+        config = config_of(path_from="reference", threshold_scope="pair", **changes)
+        weights = alphatoken_weights(model, None, batch, path=path, config=config)
+        assert torch.equal(weights.bool(), response(batch) & kept.repeat(2)[:, None]), changes
+    refs = reference.reference_logps(model, batch)
+    brought = {**batch, "ref_chosen_logps": refs[:half], "ref_rejected_logps": refs[half:]}
+    config = config_of(path_from="reference", threshold_scope="pair", threshold="zero")
+    weights, values = alphatoken_weights(model, None, brought, path=path, config=config, return_values=True)
+    found = values.total.sum(1)
+    assert_close(found[:half] + found[half:], pairs, TOL64)
+    assert torch.equal(weights.bool(), response(batch) & (pairs > 0).repeat(2)[:, None])
+
+
+def test_whole_pairs_of_pairs_alone():
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    with pytest.raises(ValueError, match=r'threshold_scope is "pair", but the batch holds no preference pairs'):
+        alphatoken_weights(model, None, batch, path=some_path(model), config=config_of(threshold_scope="pair"))
+    with pytest.raises(ValueError, match=r'threshold_scope is "pair", which only values have'):
+        random_weights(pair_batch(), threshold_scope="pair")
+    with pytest.raises(ValueError, match=r"path_from is 'there'; it must be one of 'present', 'reference'"):
+        config_of(path_from="there")
+
+
+def test_the_presets():
+    best, pairs = AlphaTokenConfig.best(), AlphaTokenConfig.best(pairs=True)
+    assert (best.estimator, best.path_start, best.path_kl) == ("path", True, 0.6)
+    assert (best.rho, best.threshold, best.path_from) == (0.5, "quantile", "present")
+    assert (pairs.threshold, pairs.threshold_scope, pairs.path_from) == ("zero", "pair", "reference")
+    former = AlphaTokenConfig.best(estimator="difference")
+    assert former == AlphaTokenConfig(estimator="difference", target_parts=1, target_decay=None)
+
+
+# ------------------------------------------------------------------------------------------ KL variants
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "without_label"])
+@pytest.mark.parametrize("on", ["all", "dropped"])
+def test_variants_of_the_kl_to_the_reference(on, over):
+    """sft_loss with weights that are given: those of weight 0 are dropped."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    weights = response(batch).float() * (torch.rand(batch["labels"].shape) < 0.5)
+    loss = sft_loss(model, batch, weights, kl_coef=KL, kl_on=on, kl_over=over)
+    loss.backward()
+    work, other = reference.frozen_copy(model), reference.frozen_copy(model, "off")
+    taken = response(batch) if on == "all" else response(batch) & (weights == 0)
+    kl = KL * explicit_kl(work, other, batch, taken, over) / response(batch).sum()
+    nll = (weights * reference.token_nll(work, batch)).sum() / weights.sum()
+    assert_close(loss.detach(), (nll + kl).detach(), TOL64)
+    assert_same_grads(grads_of(model), reference.gradients(work, nll + kl), TOL64)
+    for name, value in (("kl_on", "some"), ("kl_over", "words")):
+        with pytest.raises(ValueError, match=rf"{name} is '{value}'; it must be one of"):
+            sft_loss(model, batch, kl_coef=KL, **{name: value})
+    with pytest.raises(ValueError, match=r'kl_on is "dropped", but without weights nothing is'):
+        sft_loss(model, batch, kl_coef=KL, kl_on="dropped")
