@@ -13,6 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
+import quiet  # noqa: F401  first, before the libraries that it silences
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -161,9 +162,10 @@ def main(argv=None):
     kept = alphatoken.metrics().get("kept", 1.0)
     after = {"answers": mean_loss(model, test), "prose": mean_loss(model, prose)}
     after |= {"kept": kept, "seconds": seconds, "memory": peak_memory(accelerator.device)}
-    print_table({"before": before, "after": after}, ROWS)
     accelerator.unwrap_model(model).save_pretrained(args.output_dir)
     print(f"\nThe adapter is in {args.output_dir}.")
+    print_table({"before": before, "after": after}, ROWS)
+    print("\nRead the loss on answers as what was learned and the loss on prose as what was forgotten.")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ forgotten), before and after either run, and what it cost.
 import math
 from pathlib import Path
 
+import quiet  # noqa: F401  first, before the libraries that it silences
 from peft import PeftModel
 from qlora import batches, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
 from tiny_lm import pieces, print_table, read_corpus, tiny_lm
@@ -34,6 +35,10 @@ ROWS = {
     "seconds": "seconds per step",
     "memory": "peak memory, MiB (CPU: process so far)",
 }
+
+READ = """
+Read the loss on answers as what was learned and the loss on prose as what was forgotten (lower is better in both):
+plain SFT learns the noise around the answers, too."""
 
 
 def evaluate(model, answers, prose):
@@ -76,7 +81,6 @@ def main(argv=None):
             reports["before"] = evaluate(trainer.model, answers, prose)
         cost = train(trainer, name, loss="loss")
         reports[name] = {**evaluate(trainer.model, answers, prose), **cost}
-    print_table(reports, ROWS)
 
     folder = trainer.args.output_dir
     del trainer
@@ -84,6 +88,8 @@ def main(argv=None):
     if not all(math.isclose(again[key], reports[name][key], rel_tol=1e-2, abs_tol=1e-3) for key in again):
         raise SystemExit(f"The adapter in {folder} does not reproduce its metrics: {again}")
     print(f"\nAdapters are in {args.output_dir}; {Path(folder).name}, loaded again with PEFT, gives the same metrics.")
+    print_table(reports, ROWS)
+    print(READ)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -38,7 +39,7 @@ def small_model(recipes, tmp_path_factory):
 def table(printed: str) -> dict[str, list[str]]:
     """Title -> its figures, of the table that is printed last."""
     lines = printed[printed.index(" before ") :].splitlines()[1:]
-    rows = [line for line in lines if line and not line.startswith("Adapters")]
+    rows = itertools.takewhile(bool, lines)  # behind an empty line it says how to read it
     return {line[:48].strip(): line[48:].split() for line in rows}
 
 
