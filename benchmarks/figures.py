@@ -111,8 +111,12 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], source: str |
 def caption(name: str) -> str:
     """Where figures come from: file, date, machine."""
     found = load(name)
+    found = found.get("about", found) if "date" not in found else found
     machine = found["machine"]
-    where = f"{machine['gpu']}" if "gpu" in machine else f"{machine['cores']} CPU cores, no GPU"
+    if isinstance(machine, dict):
+        where = f"{machine['gpu']}" if "gpu" in machine else f"{machine['cores']} CPU cores, no GPU"
+    else:
+        where = machine
     old = ", transcribed from the page of that date" if "transcribed" in found.get("source", "") else ""
     return f"*`benchmarks/results/{name}.json`: {found['date']}, {where}, torch {found['versions']['torch']}{old}.*"
 
@@ -232,6 +236,29 @@ def results_gpu() -> str:
         rows.append([name, *figures])
     header = [f"{what}, lr {float(rate):g}" for rate in (HOT, MILD) for what in ("target", "retention", "tasks")]
     return markdown(["trained on, one seed", *header], rows, "tradeoff_gpu")
+
+
+@table
+def counterfactual() -> str:
+    """Of what masking does after 1, 4 and 16 steps."""
+    found = load("counterfactual-toy")["spearman"]
+    steps = list(next(iter(found.values())))
+    columns = [(step, what) for what in ("objective", "drift") for step in steps]
+    rows = [[name, *(f"{at[step][what]['spearman']:.2f}" for step, what in columns)] for name, at in found.items()]
+    header = [f"{what}, after {step} step{'s' * (step != '1')}" for step, what in columns]
+    return markdown(["rank correlation with what masking did", *header], rows, "counterfactual-toy")
+
+
+@table
+def marks() -> str:
+    found = load("marks")
+    rows = []
+    for name, score in found["types"]["any"]["scores"].items():
+        low, high = score["interval"]
+        others = (f"{found[what]['scores'][name]['auc']:.2f}" for what in ("equal places", "within answers"))
+        rows.append([name, f"{score['auc']:.2f} ({low:.2f} to {high:.2f})", *others])
+    header = ["lower value inside a mark", "all tokens (95 %)", "at equal places", "within answers"]
+    return markdown(header, rows, "marks")
 
 
 @table
