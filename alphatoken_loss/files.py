@@ -1,12 +1,16 @@
-"""Files that appear under their names only when they are whole."""
+"""Files that appear under their names only when they are whole, and say of what kind they are."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -25,3 +29,32 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
         with contextlib.suppress(FileNotFoundError):
             unfinished.unlink()
     return path
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], *, kind: str, about: Mapping[str, str] | None = None
+) -> Path:
+    """Write tensors and words about them as a safetensors file of a kind, whole or not at all."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": kind, **(about or {})}
+    return write_whole(path, lambda file: save_file(held, file, metadata=metadata))
+
+
+def read_tensors(path: str | Path, *, kind: str, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read what `write_tensors` wrote.
+
+    Args:
+        what (`str`): what a file of this kind is, for the error.
+
+    Raises:
+        ValueError: the file is cut short, no safetensors file, or one of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except Exception as error:  # safetensors' own, and whatever a disk makes of it
+        raise ValueError(f"{path} is no {what}: it is not a safetensors file, or cut short ({error}).") from error
+    if about.get("format") != kind:
+        raise ValueError(f"{path} is no {what}: its format is {about.get('format')!r}, not {kind!r}.")
+    return tensors, about

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from ..files import write_whole
+from ..files import read_tensors, write_tensors
 from ..models.sites import Scored
 from ..models.start import NOWHERE_ELSE, Start
 from ..models.structure import causal_lm
@@ -101,19 +99,15 @@ class Fisher:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears under its name only when it is whole."""
         path = Path(path)
-        tensors = {
-            f"{name}|{part}": tensor.detach().cpu().contiguous()
-            for name, factor in self.factors.items()
-            for part, tensor in enumerate(factor)
-        }
+        tensors = {f"{n}|{part}": tensor for n, factor in self.factors.items() for part, tensor in enumerate(factor)}
         for name, pair in self.others.items():
-            tensors |= {f"{name}|other{part}": tensor.detach().cpu().contiguous() for part, tensor in enumerate(pair)}
-        tensors |= {f"{name}|start": tensor.detach().cpu().contiguous() for name, tensor in self.start.tensors.items()}
+            tensors |= {f"{name}|other{part}": tensor for part, tensor in enumerate(pair)}
+        tensors |= {f"{name}|start": tensor for name, tensor in self.start.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         told_by = None if self.start.base is None else self.start.base.tolist()
         start = {"adapters_on": self.start.adapters_on, "base": told_by}
         about = json.dumps({"prompts": self.prompts, "base": self.base, "start": start})
-        write_whole(path, lambda file: save_file(tensors, file, metadata={"format": _FORMAT, "about": about}))
+        write_tensors(path, tensors, kind=_FORMAT, about={"about": about})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
@@ -125,14 +119,7 @@ class Fisher:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"No Fisher at {path}. Make one with estimate_fisher(...).save(path).")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except Exception as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}).") from error
-        if about.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a saved Fisher: its format is {about.get('format')!r}, not {_FORMAT!r}.")
+        tensors, about = read_tensors(Path(path), kind=_FORMAT, what="saved Fisher")
         factors: dict[str, tuple[torch.Tensor, ...]] = {}
         others: dict[str, Any] = {}
         started: dict[str, torch.Tensor] = {}

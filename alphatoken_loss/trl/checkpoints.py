@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..directions.fisher import Fisher
 from ..directions.target import Target
+from ..files import read_tensors, write_tensors
 from ..gate import AlphaToken
 from .arguments import AlphaTokenArguments
 
@@ -20,6 +19,7 @@ _Trainer: Any = object
 
 FISHER_FILE = "fisher.safetensors"
 STATE_FILE = "alphatoken.safetensors"
+_KIND = "alphatoken_loss.state.1"
 _STEPS = "steps|"  # no parameter's name holds a bar
 
 
@@ -42,9 +42,8 @@ class Checkpoints(_Trainer):
         state = self._gate.state_dict()
         target = state["target"] or Target({}, 0)
         about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
-        tensors = {name: gradient.cpu().contiguous() for name, gradient in target.gradients.items()}
-        tensors |= {f"{_STEPS}{name}": tensor.cpu() for name, tensor in state["steps"].items()}
-        save_file(tensors, Path(output_dir) / STATE_FILE, metadata={"about": json.dumps(about)})
+        tensors = {**target.gradients, **{f"{_STEPS}{name}": tensor for name, tensor in state["steps"].items()}}
+        write_tensors(Path(output_dir) / STATE_FILE, tensors, kind=_KIND, about={"about": json.dumps(about)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
@@ -56,9 +55,9 @@ class Checkpoints(_Trainer):
         if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
             return
-        with safe_open(checkpoint / STATE_FILE, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        what = "state of token values (delete it to resume with a target that is estimated anew)"
+        tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what)
+        about = json.loads(words["about"])
         gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
         target = Target(gradients, about["tokens"]) if gradients else None
         steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}

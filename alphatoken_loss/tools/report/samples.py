@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ...batches.batch import IGNORE, Batch
 from ...batches.read import read_batch
-from ...files import write_whole
+from ...files import read_tensors, write_tensors, write_whole
 from ...gate import AlphaToken
 from ...values import TokenValues
 
 FOLDER = "_alphatoken_samples"  # Trainer.push_to_hub leaves out what begins with "_"; samples hold training data
 METRICS_FILE = "metrics.jsonl"
+_KIND = "alphatoken_loss.sample.1"
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,9 @@ class SampleWriter:
             )
         self.last = step
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu() for name, tensor in self._tensors(read, weights, values).items()}
         about = {"step": str(step), "pairs": str(int(read.pairs))}
         path = self.folder / f"step-{step:09d}.safetensors"
-        write_whole(path, lambda file: save_file(tensors, file, metadata=about))
+        write_tensors(path, self._tensors(read, weights, values), kind=_KIND, about=about)
         self._thin()
         return True
 
@@ -138,12 +136,17 @@ class SampleWriter:
 
 
 def read_samples(run_dir: str | Path) -> Iterator[Sample]:
-    """The samples of a run, by step."""
+    """The samples of a run, by step.
+
+    Raises:
+        ValueError: a file of theirs is cut short, or another one.
+    """
     for step, path in _files(Path(run_dir) / FOLDER).items():
-        with safe_open(path, framework="pt") as file:
-            pairs = file.metadata()["pairs"] == "1"
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        batch = {n: tensors[n] for n in ("input_ids", "attention_mask", "position_ids") if n in tensors}
+        tensors, about = read_tensors(path, kind=_KIND, what="sample of a run (delete it to go on without)")
+        pairs = about["pairs"] == "1"
+        batch: dict[str, torch.Tensor] = {
+            n: tensors[n] for n in ("input_ids", "attention_mask", "position_ids") if n in tensors
+        }
         if pairs:
             batch["completion_mask"] = (tensors["labels"] != IGNORE).long()
         else:
@@ -167,4 +170,5 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def _files(folder: Path) -> dict[int, Path]:
     """Step -> file, ascending."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
+    found = {path.stem.removeprefix("step-"): path for path in sorted(folder.glob("step-*.safetensors"))}
+    return {int(number): path for number, path in found.items() if number.isdecimal()}

@@ -16,7 +16,7 @@ import torch
 
 from ...batches.batch import IGNORE
 from ...selection.thresholds import keep_mask
-from ..cli import UserError
+from ..cli import UserError, first_line
 from .rows import Row
 from .train import close_folder, save_folder, write_arrow
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 META, SCORED = "meta.json", "scored"
-
+_AGAIN = "Delete it and run the command that made it again, which makes this part alone."
 
 _COUNTS = ("response_tokens", "kept_tokens", "rows_without_labels", "sequences_cut", "tokens_cut")
 _OTHER_LABELS = (
@@ -36,9 +36,11 @@ _OTHER_LABELS = (
 
 def read_meta(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+        _ = [meta[name] for name in ("state", "inputs", "form", "rows")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: is no output of `alphatoken score`.") from error
+    return meta
 
 
 def write_part(path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, rho: float, form: str) -> None:
@@ -96,7 +98,7 @@ def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for number, part in enumerate(parts):
-        columns = _read_columns(part)
+        columns = _read_columns(part, _schema(meta["form"], scored=True).names)
         counts["rows"] += len(columns["row"])
         _relabel(columns, meta["form"], rho, thresholds, counts)
         _write_table(folder / SCORED / part.name, columns, meta["form"])
@@ -156,10 +158,14 @@ def _schema(form: str, *, scored: bool) -> pa.Schema:
     return pa.schema([("row", pa.int64()), *fields, *cut] if scored else fields)
 
 
-def _read_columns(path: Path, names: list[str] | None = None) -> dict[str, list[Any]]:
+def _read_columns(path: Path, names: list[str]) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, columns=names).to_pydict()
+    try:
+        columns: dict[str, list[Any]] = pq.read_table(path, columns=names).to_pydict()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}). {_AGAIN}") from error
+    return columns
 
 
 def _write_table(path: Path, columns: dict[str, list[Any]], form: str) -> None:
