@@ -25,7 +25,11 @@ _COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake in what was asked for, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="alphatoken", description="Token values for fine-tuning that forgets less.")
+    parser = argparse.ArgumentParser(
+        prog="alphatoken",
+        description="Token values for fine-tuning that forgets less.",
+        epilog="ALPHATOKEN_DEBUG=1 in the environment shows where an error comes from.",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in _COMMANDS:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import logging
+import os
 import re
 import sys
 import warnings
@@ -54,7 +55,7 @@ def as_typed(message: str, args: argparse.Namespace) -> str:
 
 
 def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
-    """Tell a command's errors in a line, without a traceback.
+    """Tell a command's errors in a line, without a traceback; ALPHATOKEN_DEBUG=1 in the environment shows it.
 
     Args:
         memory (`str`): what to do where the memory did not suffice.
@@ -72,6 +73,8 @@ def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
                 with quiet_libraries():
                     return command(args)
             except (UserError, ValueError, OSError) as error:
+                if os.environ.get("ALPHATOKEN_DEBUG"):
+                    raise
                 print(f"error: {as_typed(str(error), args)}", file=sys.stderr)
                 return 2
             except FloatingPointError as error:

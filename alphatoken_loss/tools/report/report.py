@@ -16,6 +16,7 @@ import torch
 
 from ...batches.read import read_batch
 from ...values import TokenValues
+from ..cli import or_exit
 from ..show.charts import CHART_STYLE, Line, chart
 from ..show.page import escape, page, save_text, visible
 from ..show.spans import decode
@@ -56,6 +57,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@or_exit()
 def run(args: argparse.Namespace) -> int:
     """The subcommand: write the report, and print where it is and what it lacks."""
     path, missing = write_report(args.run_dir, out=args.out, tokenizer=args.tokenizer, rows=args.rows)
