@@ -96,7 +96,18 @@ def run(tool: str, python: Path, data: Path) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         env = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "ALPHATOKEN_SCORED": str(data)}
         tests = f"tests/integrations/{about['tests']}"
-        argv = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}", tests]
+        argv = [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--noconftest",
+            "-o",
+            "addopts=",
+            f"--junitxml={report}",
+            tests,
+        ]
         subprocess.run([python, *argv], cwd=ROOT, env=env)
         cases = list(ElementTree.parse(report).iter("testcase"))
     code = f"import importlib.metadata as m; print(m.version({about['name']!r}))"
@@ -134,20 +145,26 @@ def write_page(results: dict[str, Any]) -> None:
     PAGE.write_text(f"{before}{START}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
+def _known() -> dict[str, Any]:
+    """What earlier runs have found, in the order of the table."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return {tool: found[tool] for tool in TOOLS if tool in found}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", help=f"{', '.join(TOOLS)}; by default all")
     parser.add_argument("--folder", type=Path, default=ROOT / ".tools", help="where the environments are")
     parser.add_argument("--table", action="store_true", help="run nothing, write the page from the results")
     args = parser.parse_args(argv)
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if not args.table:
         chosen = args.tools or list(TOOLS)
         with tempfile.TemporaryDirectory() as folder:
             data = scored(Path(folder))
             for tool in chosen:
-                results[tool] = run(tool, environment(tool, args.folder), data)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                found = run(tool, environment(tool, args.folder), data)
+                RESULTS.write_text(json.dumps({**_known(), tool: found}, indent=1) + "\n")
+    results = _known()
     write_page(results)
     failed = [f"{tool}: {test}" for tool in results for test, r in results[tool]["tests"].items() if r == "failed"]
     if failed:
