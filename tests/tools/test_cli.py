@@ -95,8 +95,9 @@ def test_training_takes_trls_arguments_and_yaml(files, tmp_path, kind):
 
 
 def test_mistakes_in_training_arguments(files, capsys):
-    assert main(["sft", "--output_dir", "out"]) == 2 and "--model_name_or_path: needed" in capsys.readouterr().err
-    assert main(["dpo", "--model_name_or_path", "x"]) == 2 and "--dataset_name" in capsys.readouterr().err
+    cpu = ["--use_cpu", "--bf16", "false"]
+    assert main(["sft", *cpu]) == 2 and "--model_name_or_path: needed" in capsys.readouterr().err
+    assert main(["dpo", *cpu, "--model_name_or_path", "x"]) == 2 and "--dataset_name" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sft", "--help"])
     out = capsys.readouterr().out
