@@ -89,6 +89,8 @@ TITLES = {
     "no noise": "Supervised, clean answers",
     "NF4": "Supervised, noisy answers, 4-bit base",
     "DPO": "Preferences, noise in both answers",
+    "DPO 0% flipped": "Preferences, right labels",
+    "DPO 30% flipped": "Preferences, 30 % of the training labels exchanged",
 }
 
 
@@ -115,13 +117,13 @@ def report(results: list[Run], paces: Paces, about: str) -> str:
             base = next((name for name in groups if name.endswith("all tokens")), None)
             if base is None:
                 continue
-            figures = DPO if kind == "DPO" else SFT
+            figures = DPO if kind.startswith("DPO") else SFT
             parts += [f"## {TITLES[kind]}, learning rate {lr:g}\n", quality(groups, base, figures, paces)]
-            pair = ("accuracy", "retention") if kind == "DPO" else ("target", "retention")
+            pair = ("accuracy", "retention") if kind.startswith("DPO") else ("target", "retention")
             for rival in (base, *(name for name in RIVALS if name in groups)):
                 if len(groups) > 1:
                     parts.append(differences(groups, rival, pair, paces))
-            if kind != "DPO":
+            if not kind.startswith("DPO"):
                 parts += [at_best(groups), kept(groups)]
     return "\n".join(parts)
 
@@ -179,6 +181,18 @@ def plot(results: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
+def ends(results: list[Run]) -> list[Run]:
+    """The last measured moment of each run, and the first of one of each kind, for the pages' tables."""
+    shown = ("target", "retention", "tasks", "accuracy", "margin")
+    found = []
+    for run in sorted(results, key=lambda run: (run["name"], -run["lr"], run["seed"])):
+        before, after = run["curve"][0], run["curve"][-1]
+        last = {figure: after[figure] for figure in shown if figure in after}
+        first = {figure: before[figure] for figure in last}
+        found.append({"name": run["name"], "lr": run["lr"], "seed": run["seed"], "before": first, **last})
+    return found
+
+
 def write_report(results: list[Run], paces: Paces, folder: Path, about: str) -> None:
     """Print the tables, and write them as `report.md`, their figures as `tradeoff.json`, and the curves."""
     if not results:
@@ -190,5 +204,6 @@ def write_report(results: list[Run], paces: Paces, folder: Path, about: str) -> 
     figures = tables(text)
     figures.pop("In short", None)  # made of the others
     write(folder / "tradeoff.json", figures, settings={"runs": about})
+    write(folder / "runs.json", ends(results), settings={"runs": about})
     plot(results, folder / "tradeoff.png")
     print(f"Written: {folder / 'report.md'}, {folder / 'tradeoff.png'}")
