@@ -102,7 +102,7 @@ def test_mistakes_in_training_arguments(files, capsys):
         main(["sft", "--help"])
     out = capsys.readouterr().out
     titles = [out.index(f"\n{title}:\n") for title in ("token values", "data", "model and adapter", "training")]
-    assert titles == sorted(titles) and titles[0] < out.index("--rho") < titles[1] < out.index("--dataset_name")
+    assert titles == sorted(titles) and titles[0] < out.index("\n  --rho") < titles[1] < out.index("\n  --dataset_name")
 
 
 @pytest.mark.parametrize("data", ["rows.jsonl", "pairs.jsonl"])
