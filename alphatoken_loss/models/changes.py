@@ -103,7 +103,8 @@ class Changes:
         self.put(hooks, key, hook)
 
     def keep_modes(self) -> None:
-        """Grad mode and autocast as they are now."""
+        """Grad mode and autocast as they are now; casts that were made meanwhile, maybe without a graph, go."""
+        self.note(torch.clear_autocast_cache)  # before torch 2.9 or so, a forward with grad would take them
         self.note(torch._C._set_grad_enabled, torch.is_grad_enabled())
         for device in ("cpu", "cuda"):
             self.note(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))

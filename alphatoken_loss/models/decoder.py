@@ -126,6 +126,7 @@ class DecoderForward:
             fork = torch.random.fork_rng(list(self._devices), device_type=kind)
             with torch.no_grad(), fork, without_checkpointing(self.entry), Changes() as changes:
                 changes.replace(self.entry, placed)
+                changes.keep_modes()
                 self.entry(*call.args, **kwargs)
             assert self._hidden is not None
             return self._hidden

@@ -14,7 +14,7 @@ from state import differences, snapshot
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, alphatoken_weights, dpo_loss, estimate_fisher
 
-TRIES = 60
+TRIES = 40
 
 
 def interrupt(signum, frame):
