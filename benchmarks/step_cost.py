@@ -39,6 +39,7 @@ from alphatoken_loss import (
     AlphaToken,
     AlphaTokenConfig,
     Fisher,
+    Path,
     alphatoken_weights,
     dpo_loss,
     sft_loss,
@@ -124,7 +125,7 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
     examples = batch_of(args, args.batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
-    def loss(weights: torch.Tensor | AlphaToken | None = None) -> torch.Tensor:
+    def loss(weights: torch.Tensor | AlphaToken | None = None, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
         return dpo_loss(model, None, batch, weights) if args.dpo else sft_loss(model, batch, weights)
 
     def stepping(compute: Callable[[], torch.Tensor]) -> Step:
@@ -191,7 +192,26 @@ def steps(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Step]:
             weigh = partial(alphatoken_weights, model, None, batch, target=target, fisher=fisher, config=config)
             found["weights alone"] = weigh
             found["weights + loss"] = stepping(lambda weigh=weigh: loss(weigh()))  # type: ignore[misc]
+    for name, step in along_paths(model, batch, args).items():
+        if args.only is None or any(word in name for word in args.only):
+            found[name] = stepping(partial(loss, step[0], step[1]))
     return found
+
+
+def along_paths(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], args: argparse.Namespace
+) -> dict[str, tuple[AlphaToken, dict[str, torch.Tensor]]]:
+    """The path estimator: with its forward at theta*, with a KL to it, and with theta*'s log-probabilities brought."""
+    generator = torch.Generator().manual_seed(1)
+    trained = {name: p.detach().cpu().float() for name, p in model.named_parameters() if p.requires_grad}
+    path = Path({name: p + 1e-3 * torch.randn(p.shape, generator=generator) for name, p in trained.items()})
+    with_column = {**batch, "path_logps": path.logps(model, batch)}
+    plain, with_kl = (AlphaTokenConfig(estimator="path", path_kl=kl) for kl in (0.0, 0.6))
+    return {
+        "path": (AlphaToken(model, path=path, config=plain), batch),
+        "path, KL to theta*": (AlphaToken(model, path=path, config=with_kl), batch),
+        "path, precomputed": (AlphaToken(model, config=plain), with_column),
+    }
 
 
 def uniform_fisher(model: torch.nn.Module, gradients: dict[str, torch.Tensor]) -> Fisher:

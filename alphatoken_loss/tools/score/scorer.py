@@ -16,7 +16,9 @@ from torch import nn
 from ...config import AlphaTokenConfig
 from ...directions.estimate import estimate_fisher
 from ...directions.fisher import Fisher
-from ...directions.target import Target, target_gradient
+from ...directions.follow import make_path
+from ...directions.target import target_gradient
+from ...estimators import estimator_class
 from ...models.structure import causal_lm
 from ...weights import alphatoken_weights
 from ..cli import UserError, first_line
@@ -54,8 +56,12 @@ class Scorer:
         self.model = load_model(args, self.device)
         self.vocabulary = causal_lm(self.model).get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._check_ids(target, range(len(target)), "--target")
-        self.target: Target = target_gradient(self.model, self._batches(target), config=config)
         self.fisher = self._fisher(folder) if config.stability_weight > 0 else None
+        self.given: dict[str, Any] = {"fisher": self.fisher, "config": config}
+        if estimator_class(config.estimator).in_forward:  # an interrupted run makes the same again
+            self.given["path"] = make_path(self.model, self._batches(target), **self.given)
+        else:
+            self.given["target"] = target_gradient(self.model, self._batches(target), config=config)
 
     def tokenised(self, rows: Any, places: Any, option: str) -> list[Row]:
         found = tokenised(rows, places, self.tokenizer, option=option, **self.options)
@@ -91,8 +97,7 @@ class Scorer:
 
     def _values(self, rows: list[Row]) -> list[list[torch.Tensor]]:
         batch = collate(rows, self.pad, self.device)
-        given: dict[str, Any] = {"target": self.target, "fisher": self.fisher, "config": self.config}
-        _, values = alphatoken_weights(self.model, None, batch, beta=self.args.beta, return_values=True, **given)
+        _, values = alphatoken_weights(self.model, None, batch, beta=self.args.beta, return_values=True, **self.given)
         total = values.total.float().cpu()
         branches = total.split(len(rows))  # pairs are stacked, chosen first
         return [
