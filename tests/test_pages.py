@@ -17,6 +17,7 @@ import figures
 import pytest
 import torch
 import tuning
+from datasets import Dataset
 
 import alphatoken_loss
 from alphatoken_loss import __main__ as command
@@ -69,8 +70,8 @@ def names_of(page: Path) -> types.ModuleType:
         validation_batches=validation_batches,
         target=alphatoken_loss.target_gradient(model, validation_batches),
         fisher=alphatoken_loss.estimate_fisher(model, [[5, 6], [7]], max_new_tokens=4, progress=False),
-        train=tuning.Dataset.from_list(tuning.rows(4)),
-        clean=tuning.Dataset.from_list(tuning.rows(6)[4:]),
+        train=Dataset.from_list(tuning.rows(4)),
+        clean=Dataset.from_list(tuning.rows(6)[4:]),
     )
     return module
 
