@@ -140,8 +140,9 @@ def train(trainer, name, **figures):
     trainer.train()
     trainer.save_model()
     kept = [log["alphatoken/kept"] for log in trainer.state.log_history if "alphatoken/kept" in log]
+    kept = [1.0] if trainer.args.rho == 1 else kept  # nothing is said of a run too short to be logged
     return {
-        "kept": sum(kept) / len(kept) if kept else 1.0,
+        **({"kept": sum(kept) / len(kept)} if kept else {}),
         "seconds": clock.seconds_per_step(),
         "memory": peak_memory(trainer.accelerator.device),
     }
