@@ -138,9 +138,8 @@ class AlphaToken:
                 refuse_trained_reference(model.modules())
             if self.selection.valued:
                 self._memory.check(self.source)
-                scored = self._scored()
                 check_nothing_behind(model, self._estimator.gate)
-                self.source.check(scored)
+                self.source.check(self._scored())
             else:
                 check_no_path(self.config)
                 check_nothing_behind(model, "decoder")

@@ -193,6 +193,7 @@ PATHS = {
     "path": '`estimator="path"`, nothing else',
     "path, theta* renewed": "path, begun at theta*, KL 0.3 to it, renewed every 20 steps",
     "path, no drift, best() else": "`best()` with lambda 0",
+    "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
     "path, best()": "**`best()`**: path, begun at theta*, KL 0.6 to it",
 }
 PAIRED = {

@@ -49,7 +49,7 @@ def checked_weights(
 
     Args:
         weights (`torch.Tensor`): `(B, T)` of any real dtype, one per label, unshifted. Where there is no label they are
-            not read, but must be finite.
+            not read.
         negative (`bool`): whether weights below 0, which push a token's probability down, are meant.
         zeros (`bool`): whether a batch with labels may have weights that are all 0.
         what (`str`): what to call them in an error.
@@ -71,7 +71,7 @@ def checked_weights(
         raise ValueError(f"{what} are complex; they must be real numbers.")
     weights = weights.detach().to(batch.labels.device)
     counted = batch.at_labels(weights.roll(-1, 1))
-    flags = [weights.isfinite().all(), (counted >= 0).all(), (counted != 0).any(), batch.rows.any()]
+    flags = [counted.isfinite().all(), (counted >= 0).all(), (counted != 0).any(), batch.rows.any()]
     finite, positive, some, labelled = torch.stack(flags).tolist()
     if not finite:
         raise ValueError(f"{what} are not all finite. A token to be left out has weight 0, not nan.")

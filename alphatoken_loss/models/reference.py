@@ -57,11 +57,12 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
         return
     beside_adapters = {} if start.adapters_on else start.tensors
     with Changes() as changes, replaced(model, beside_adapters):
-        for module in wrappers:
+        for module in wrappers:  # all before the first is switched: one may hold another
             for key in _SWITCHES:  # some are the class' own until they are first set
                 changes.keep(vars(module), key)
             for parameter in module.parameters():
                 changes.note(torch.Tensor.requires_grad_, parameter, parameter.requires_grad)
+        for module in wrappers:
             beside = isinstance(module, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in module._adapters
             if has_reference and not beside:
                 module.set_adapter(REFERENCE_ADAPTER, inference_mode=True)

@@ -78,6 +78,7 @@ def supervised() -> Iterator[Setting]:
     yield values("difference, Adam's step", estimator="difference", setting={"precondition": True})
     yield Setting("RHO-1 + KL 0.3 to the base", "rho1", kl=0.3, kl_to_base=True)
     yield Setting("path, best()", "values", BEST)
+    yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield values("path, no drift, best() else", **{**_PATH, "stability_weight": 0.0})
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
@@ -165,6 +166,7 @@ MAIN = (
     "RHO-1 + KL 0.3 to its reference",
     "RHO-1 + KL 0.3 to the base",
     "path, best()",
+    "path, best(), KL 0.3 to the base",
     "path, no drift, best() else",
     "path",
     "oracle",

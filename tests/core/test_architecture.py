@@ -22,6 +22,7 @@ ALLOWED = {
 LONGEST_MODULE, LONGEST_CLASS = 350, 200
 # What is longer, each with its reason.
 LONG = {
+    "config.py:AlphaTokenConfig": "half of it says what each setting does",
     "gate.py:AlphaToken": "the user's surface: a third of it is docstrings",
 }
 

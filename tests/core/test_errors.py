@@ -90,9 +90,13 @@ def test_more_layers_than_blocks(use):
         use(lora_model("llama"), config=AlphaTokenConfig(num_layers=7))
 
 
-def test_the_default_of_three_in_a_model_of_two_blocks():
+def test_the_default_of_three_is_all_of_a_model_of_two_blocks():
+    """It is a default, not a wish; three that were asked for are refused."""
+    model = lora_model("llama", layers=2)
+    two, three = (AlphaTokenConfig(num_layers=layers, stability_weight=0.0) for layers in (2, None))
+    assert torch.equal(weigh(model, config=three), weigh(model, config=two))
     with pytest.raises(ValueError, match=r"(?s)num_layers.*3.*2"):
-        weigh(lora_model("llama", layers=2), config=None)
+        weigh(model, config=AlphaTokenConfig(num_layers=3))
 
 
 # ---------------------------------------------------------------------------------------------- adapters

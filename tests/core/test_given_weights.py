@@ -262,7 +262,7 @@ def test_negative_weights_of_pairs():
 WRONG = {
     "shape": (lambda w: w[:, 1:], ValueError, "they must agree"),
     "flat": (lambda w: w.flatten(), ValueError, "they must agree"),
-    "nan": (lambda w: w.index_fill(1, torch.tensor([0]), torch.nan), ValueError, "not all finite"),
+    "nan": (lambda w: w.index_fill(1, torch.tensor([5]), torch.nan), ValueError, "not all finite"),
     "inf": (lambda w: w.index_fill(1, torch.tensor([5]), torch.inf), ValueError, "not all finite"),
     "complex": (lambda w: w.to(torch.complex64), ValueError, "complex"),
     "list": (lambda w: w.tolist(), TypeError, "is a list; it must be a tensor"),

@@ -46,8 +46,8 @@ SIZES = {
 }
 # What each size tells from its inventory, and since when it is held: the head's peak hides what comes after it.
 PLANTED = {
-    "long": ("_value", ("tokens x tokens", "heads x time x time", "activations")),
-    "wide": ("_value", ("d_out x d_in", "activations")),
+    "long": ("mask", ("tokens x tokens", "heads x time x time", "activations")),
+    "wide": ("mask", ("d_out x d_in", "activations")),
     "wordy": ("gate", ("vocabulary",)),
 }
 

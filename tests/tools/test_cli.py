@@ -10,6 +10,7 @@ import tuning
 
 import alphatoken_loss
 from alphatoken_loss.__main__ import main
+from alphatoken_loss.estimators import ESTIMATORS
 from alphatoken_loss.tools import cli, doctor
 from alphatoken_loss.tools.show.command import show_scored
 from alphatoken_loss.trl.command import build
@@ -47,9 +48,9 @@ def test_doctor_says_what_fits_and_what_it_costs(files, capsys):
     assert main(["doctor", str(files / "model"), "--length", "16", "--steps", "1", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "LlamaForCausalLM, 3 layers" in out
-    for name in ("ghost", "difference", "exact"):
+    for name in ESTIMATORS:
         assert re.search(rf"{name} +[\d.]+ s +[\d.]+ x +\d+ MiB", out), name
-    assert out.count("scores the last 3 of 3 blocks: q_proj (3)") == 3
+    assert out.count("scores the last 3 of 3 blocks: q_proj (3)") == len(ESTIMATORS)
 
 
 def test_doctor_says_why_an_estimator_refuses(files, tmp_path, capsys):
