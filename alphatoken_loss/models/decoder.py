@@ -15,7 +15,7 @@ from ..batches.batch import Batch
 from .changes import Changes
 from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call
 from .modes import without_checkpointing
-from .structure import causal_lm, find_decoder, learns_prompts, unwrap
+from .structure import causal_lm, find_decoder, learns_prompts, runs_apart, unwrap
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
     decoder = find_decoder(model)
     device = causal_lm(model).get_input_embeddings().weight.device  # type: ignore[operator]
     inputs = {**batch.to(device).inputs, "use_cache": False, "return_dict": True}
-    if not learns_prompts(model):
+    if not learns_prompts(model) and runs_apart(model):
         return decoder(**inputs).last_hidden_state
     kept: list[torch.Tensor] = []
     with Changes() as changes:

@@ -106,8 +106,8 @@ def learns_prompts(model: nn.Module) -> bool:
 
 
 def runs_apart(model: nn.Module) -> bool:
-    """Whether a block computes the same outside the model's forward: not where PEFT hands a forward's own arguments to
-    its layers by hooks (aLoRA, which is on from an invocation sequence in the input)."""
+    """Whether the decoder and its blocks compute the same outside the model's forward: not where PEFT hands a forward's
+    own arguments to its layers by hooks (aLoRA, which is on from an invocation sequence in the input)."""
     config = getattr(unwrap(model), "peft_config", {})
     return not any(getattr(adapter, "alora_invocation_tokens", None) for adapter in config.values())
 

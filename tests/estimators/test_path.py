@@ -106,6 +106,19 @@ def test_the_gate_has_the_same(kind, how):
     assert_same_grads(found, expected, TOL64)
 
 
+def test_an_adapter_that_an_invocation_in_the_input_switches_on():
+    """PEFT hands the place of the invocation to its layers in the model's own forward (aLoRA)."""
+    model, batch = lora_model("llama", alora_invocation_tokens=[7]), sft_batch("none")
+    batch["input_ids"][:, 1] = 7
+    batch["labels"][:, 1] = -100
+    path = some_path(model)
+    _, values = alphatoken_weights(model, None, batch, path=path, config=config_of(), return_values=True)
+    assert_close(values.total, explicit_values(model, path.parameters, batch), TOL64)
+    gate = gate_of(model, path)
+    sft_loss(model, batch, gate).backward()
+    assert_close(gate.values.total, values.total, TOL64)
+
+
 def test_thresholds_and_scopes():
     model, batch = lora_model("llama"), sft_batch("right")
     path = some_path(model)
