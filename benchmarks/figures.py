@@ -219,7 +219,7 @@ def ends(rates: tuple[str, str], titles: dict[str, str], figures: dict[str, str]
     have = [by_setting(titles, rate) for rate in rates]
     header = ["trained on", *(f"{figure}, lr {rate}" for rate in rates for figure in figures.values()), "seeds"]
     first = next(iter(next(iter(have[0].values())).values()))["before"]
-    rows = [["before tuning", *(f"{first[figure]:.3f}" for figure in figures) * len(rates), ""]]
+    rows = [["before tuning", *[f"{first[figure]:.3f}" for figure in figures] * len(rates), ""]]
     for name, title in titles.items():
         some = [groups.get(name, {}) for groups in have]
         if any(some):

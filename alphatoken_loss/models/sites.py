@@ -21,6 +21,7 @@ from .structure import (
     learns_prompts,
     refuse_compiled,
     refuse_encoder_decoder,
+    refuse_x_lora,
     trained_behind,
     unwrap,
 )
@@ -158,6 +159,7 @@ def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") 
             `"lora"` also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
     """
     model = unwrap(model)
+    refuse_x_lora(model)
     refuse_compiled(model)
     refuse_encoder_decoder(model)
     anywhere = scope == "anywhere" and num_layers == "all"

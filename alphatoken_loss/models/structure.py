@@ -40,6 +40,16 @@ def refuse_compiled(model: nn.Module) -> None:
             raise ValueError(f"{name or 'The model'} ({type(module).__name__}) is compiled: {COMPILED}")
 
 
+def refuse_x_lora(model: nn.Module) -> None:
+    """Raise ValueError for an adapter whose forward runs the model twice."""
+    adapters: Any = getattr(model, "peft_config", {})
+    if any(str(config.peft_type).endswith("XLORA") for config in adapters.values()):
+        raise ValueError(
+            "The adapter is X-LoRA, which runs the model twice in a forward, the first time for its scalings: no token "
+            "values can be taken of that. Use LoRA, or train without token values (rho=1.0)."
+        )
+
+
 def refuse_encoder_decoder(model: nn.Module) -> None:
     """Raise ValueError for a model whose labels are not its own input, shifted."""
     base = causal_lm(model)

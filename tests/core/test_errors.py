@@ -11,7 +11,7 @@ import torch
 from batches import pair_batch, response, sft_batch
 from checks import grads_of
 from models import VOCAB, add_lora, base_model, lora_model
-from peft import IA3Config, LoHaConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, XLoraConfig, get_peft_model
 
 from alphatoken_loss import (
     AlphaToken,
@@ -160,6 +160,18 @@ def test_other_adapter_types(kind, use):
 def test_dora(use):
     with pytest.raises(ValueError, match=r"(?is)dora"):
         use(lora_model("llama", use_dora=True))
+
+
+@pytest.mark.parametrize("use", [weigh, gate])
+@pytest.mark.parametrize("estimator", ["ghost", "difference", "exact", "path"])
+def test_x_lora(use, estimator, tmp_path):
+    add_lora(base_model("llama")).save_pretrained(tmp_path)
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, xlora_depth=1, adapters={"one": str(tmp_path)})
+    base = base_model("llama")
+    base.config.use_cache = False  # as PEFT asks
+    model = get_peft_model(base, config)
+    with pytest.raises(ValueError, match=r"X-LoRA.*Use LoRA"):
+        use(model, config=AlphaTokenConfig(estimator=estimator))
 
 
 @pytest.mark.parametrize("module", ["lm_head", "norm"])
