@@ -104,6 +104,13 @@ class Changes:
 
     def keep_modes(self) -> None:
         """Grad mode and autocast as they are now; casts that were made meanwhile, maybe without a graph, go."""
+        # Autocast lets its casts go when the outermost context ends, which it knows by their depth: one that an
+        # interrupt left would keep casts of parameters over optimizer steps. Back to this depth, from one above it.
+        depth = torch.autocast_increment_nesting() - 1
+        torch.autocast_decrement_nesting()
+        self.note(deque, iter(torch.autocast_decrement_nesting, depth), 0)
+        self.note(torch.autocast_increment_nesting)
+        self.note(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         self.note(torch.clear_autocast_cache)  # before torch 2.9 or so, a forward with grad would take them
         self.note(torch._C._set_grad_enabled, torch.is_grad_enabled())
         for device in ("cpu", "cuda"):
