@@ -30,6 +30,16 @@ class NonFiniteRows(FloatingPointError):
     """The gradient at the gate is itself not finite: the loss overflowed, not the valuation."""
 
 
+def check_weights_finite(scored: Scored) -> None:
+    """Raise FloatingPointError for a scored parameter that is not finite, so that nothing can be valued."""
+    for name, parameter in scored.parameters.items():
+        if not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
+                "gradients, or go back to a checkpoint."
+            )
+
+
 class Memory:
     """What an estimator carries from batch to batch. The default carries nothing."""
 

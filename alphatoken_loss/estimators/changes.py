@@ -11,7 +11,7 @@ import torch
 from ..directions.parts import merged
 from ..models.tensors import accumulation_dtype
 from ..values import TokenValues
-from .base import Estimator, NonFiniteRows, Task
+from .base import Estimator, NonFiniteRows, Task, check_weights_finite
 
 
 class ByChange(Estimator):
@@ -61,12 +61,7 @@ class ByChange(Estimator):
 
     def _blame(self, rows: torch.Tensor) -> None:
         """Raise for what makes values not finite."""
-        for name, parameter in self.task.scored.parameters.items():
-            if not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
-                    "gradients, or go back to a checkpoint."
-                )
+        check_weights_finite(self.task.scored)
         for part, (_, step) in self.changes.items():
             if not 0 < step < float("inf"):
                 raise FloatingPointError(not_finite(part))

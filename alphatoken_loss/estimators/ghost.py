@@ -19,7 +19,7 @@ from ..models.replay import Capture, capturing
 from ..models.taps import Taps
 from ..models.tensors import accumulation_dtype
 from ..values import TokenValues
-from .base import Estimator, NonFiniteRows, Task
+from .base import Estimator, NonFiniteRows, Task, check_weights_finite
 from .contractions import Contractor
 from .others import Others
 
@@ -137,12 +137,7 @@ def ghost_values(
 
 def _blame(capture: Capture, rows: torch.Tensor, parts: Parts) -> None:
     """Raise for what makes values not finite, where it lies before the walk."""
-    for name, parameter in capture.scored.parameters.items():
-        if not parameter.isfinite().all():
-            raise FloatingPointError(
-                f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
-                "gradients, or go back to a checkpoint."
-            )
+    check_weights_finite(capture.scored)
     for name in capture.scored.parameters:
         if not all(part[name].isfinite().all() for part in parts.values()):
             raise FloatingPointError(

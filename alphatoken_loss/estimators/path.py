@@ -32,7 +32,7 @@ from ..models.modes import without_noise
 from ..models.reference import reference_mode
 from ..models.sites import Scored
 from ..values import TokenValues
-from .base import Estimator, Memory, Task
+from .base import Estimator, Memory, Task, check_weights_finite
 
 _PART = "path"
 _COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B, T)
@@ -219,12 +219,7 @@ class AlongPath(Estimator):
     def _blame(self) -> None:
         """Raise for what makes values not finite."""
         assert self.found is not None
-        for name, parameter in self.task.scored.parameters.items():
-            if not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
-                    "gradients, or go back to a checkpoint."
-                )
+        check_weights_finite(self.task.scored)
         if not self.found.wanted_logps.isfinite().all():
             if _COLUMN in self.batch.columns:
                 raise FloatingPointError("path_logps is not finite at a response token. Make the column again.")
