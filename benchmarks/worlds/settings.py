@@ -48,7 +48,7 @@ class Setting:
     flipped: float = 0.0
 
 
-RATES = {"sft": (3e-3, 6e-4), "dpo": (1e-3, 3e-4)}  # of the toy world: hot and mild
+RATES = {"sft": (3e-3, 6e-4), "dpo": (1e-3, 3e-4, 1e-4)}  # of the toy world, the hottest first
 SEEDS = 5
 
 
@@ -80,9 +80,12 @@ def supervised() -> Iterator[Setting]:
     yield Setting("path, best()", "values", BEST)
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield values("path, no drift, best() else", **{**_PATH, "stability_weight": 0.0})
+    yield values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 0.999})  # what is left without a mask
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
+    for name in ("EAFT", "STM", "DFT"):
+        yield Setting(name, name.lower())
     full = Setting("difference, Adam's step, all 32", "values", FULL, precondition=True)
     yield full
     yield replace(full, name="difference, Adam's step, all 32, KL 0.3", kl=0.3)
@@ -113,6 +116,11 @@ def supervised() -> Iterator[Setting]:
 def without_noise() -> Iterator[Setting]:
     yield Setting("no noise: all tokens", noise=False)
     yield Setting("no noise: random half", "random", noise=False)
+    yield Setting("no noise: RHO-1, clean reference", "rho1", noise=False)
+    yield Setting("no noise: RHO-1 + KL 0.3 to the base", "rho1", kl=0.3, kl_to_base=True, noise=False)
+    yield Setting("no noise: KL 0.3", kl=0.3, noise=False)
+    yield Setting("no noise: path, best()", "values", BEST, noise=False)
+    yield Setting("no noise: path, best(), KL 0.3 to the base", "values", BEST, kl=0.3, noise=False)
     yield values("no noise: ghost K=3", setting={"noise": False})
     yield values("no noise: difference", estimator="difference", setting={"noise": False})
     yield values("no noise: difference, rho 0.8", estimator="difference", rho=0.8, setting={"noise": False})
@@ -139,6 +147,7 @@ def preferences() -> Iterator[Setting]:
     both = {"task": "dpo", "precondition": True}
     yield values("DPO: difference, Adam's step", estimator="difference", setting=both)
     yield Setting("DPO: validation only", "only", task="dpo")
+    yield Setting("DPO: validation only, with likelihood", "only", task="dpo", likelihood=1.0)
     yield values("DPO: difference, no drift", estimator="difference", stability_weight=0, setting={"task": "dpo"})
     for share in (0.0, 0.3):
         yield from against_flips(share)
@@ -168,7 +177,13 @@ MAIN = (
     "path, best()",
     "path, best(), KL 0.3 to the base",
     "path, no drift, best() else",
+    "all tokens, from theta*, KL to it",
     "path",
+    "EAFT",
+    "STM",
+    "DFT",
+    "KL 0.1",
+    "KL 1.0",
     "oracle",
     "difference",
     "difference, Adam's step",
@@ -190,6 +205,12 @@ MILD = (
     "with likelihood",
     "all tokens",
     "validation only",
+    "validation only, with likelihood",
+    "RHO-1, clean reference",
+    "RHO-1 + KL 0.3 to the base",
+    "KL 0.3",
+    "path, best()",
+    "path, best(), KL 0.3 to the base",
     "difference",
     "difference, Adam's step",
 )

@@ -275,7 +275,7 @@ class Toy(World):
         return self.tasks.clean("test", self.plan.test, seed=10**6)
 
     def test_pairs(self) -> list[Pair]:
-        return self.tasks.pairs("test", self.plan.test, 10**6, noise=False)
+        return self.tasks.pairs("test", self.plan.last_pairs, 10**6, noise=False)
 
     def exam(self, setting: Setting) -> Exam:
         """Loss, tokens right and rows right of the target task, of what is retained and of the little tasks."""

@@ -26,7 +26,7 @@ from .real_data import flipped
 from .rivals import RULES, answer_logps, at_labels, base_of, pair_loss, self_weighted_loss, stm
 from .rows import Batch, Pair, Row, chunks, kinds_of
 from .settings import Setting
-from .world import World
+from .world import Exam, World
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,12 @@ class _Run:
         fisher = self.world.fisher(config) if config.stability_weight > 0 else None
         return AlphaToken(self.model, target=target, fisher=fisher, config=config, optimizer=given)
 
+    def last_exam(self) -> Exam | None:
+        return self.world.last_exam(self.setting)
+
     def train(self, steps: Iterable[Callable[[], torch.Tensor]], exam: Callable[[Any], dict[str, float]], count: int):
         """Take a step by each of the losses, and the exam on the way; `pace` is the median of the steps' seconds."""
-        last = self.world.last_exam(self.setting)
+        last = self.last_exam()
 
         def whole(model: Any) -> dict[str, float]:
             with self.world.autocast():
@@ -244,21 +247,26 @@ class _Preferences(_Run):
         options = {"loss_type": setting.loss_type, "label_smoothing": setting.smoothing}
         return dpo_loss(self.model, None, batch, weights, beta=self.plan.beta, **options)
 
-    def exam(self) -> Callable[[Any], dict[str, float]]:
+    def exam(self) -> Exam:
         retained = self.world.exam(self.setting)  # "target" is the loss on clean answers that would be chosen
-        sets = {"": self.world.test_pairs(), "dev ": self.world.dev_pairs()}
+        sets = {"": self.world.test_pairs()[: self.plan.test], "dev ": self.world.dev_pairs()}
+        return lambda model: {**self.judged(sets), **retained(model)}
 
-        def take(model: Any) -> dict[str, float]:
-            found = {}
-            for name, pairs in sets.items():
-                margins = torch.cat([self.margins(some) for some in chunks(pairs, 2 * self.plan.batch)] or [_NONE])
-                if len(margins):
-                    found[f"{name}accuracy"] = (margins > 0).float().mean().item()
-                    found[f"{name}margin"] = margins.mean().item()
-                    found[f"{name}pair loss"] = -F.logsigmoid(margins).mean().item()
-            return {**found, **retained(model)}
+    def last_exam(self) -> Exam:
+        """Of all test pairs: what a run ends with."""
+        more, sets = super().last_exam(), {"": self.world.test_pairs()[: self.plan.last_pairs]}
+        return lambda model: {**self.judged(sets), **(more(model) if more else {})}
 
-        return take
+    def judged(self, sets: dict[str, list[Pair]]) -> dict[str, float]:
+        """Accuracy, margin and DPO loss by the labels of these pairs."""
+        found = {}
+        for name, pairs in sets.items():
+            margins = torch.cat([self.margins(some) for some in chunks(pairs, 2 * self.plan.batch)] or [_NONE])
+            if len(margins):
+                found[f"{name}accuracy"] = (margins > 0).float().mean().item()
+                found[f"{name}margin"] = margins.mean().item()
+                found[f"{name}pair loss"] = -F.logsigmoid(margins).mean().item()
+        return found
 
     def margins(self, pairs: list[Pair]) -> torch.Tensor:
         """beta * (log-ratio of chosen - log-ratio of rejected), `(P,)`."""
@@ -287,5 +295,5 @@ def run(world: World, setting: Setting, lr: float, seed: int) -> dict[str, Any]:
 
 def pace_of(world: World, setting: Setting, steps: int = 15) -> float:
     """Median seconds of a step, of some steps that nothing else is measured of."""
-    plan = replace(world.plan, steps=steps, pair_steps=steps, measured_at=(1.0,), test=2)
+    plan = replace(world.plan, steps=steps, pair_steps=steps, measured_at=(1.0,), test=2, last_pairs=2)
     return run(replace(world, plan=plan), setting, 1e-4, 0)["curve"][-1]["pace"]

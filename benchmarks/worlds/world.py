@@ -30,6 +30,7 @@ class Plan:
     measured_at: tuple[float, ...] = (0.2, 0.4, 0.7, 1.0)  # shares of the steps
     validation: int = 32  # clean examples of the target task
     test: int = 48
+    last_pairs: int = 512  # test pairs before the first step and after the last; along the way the first `test` of them
     pair_steps: int = 50
     mixed: int = 2  # validation rows in a batch of the selection "mixed"
     reference_steps: int = 16  # that RHO-1's reference is tuned for on the validation examples
