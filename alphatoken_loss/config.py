@@ -69,10 +69,12 @@ class AlphaTokenConfig:
             Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
             d_out + d_in floats a layer; its totals rank at 0.999 beside the dense one's) or `"dense"` (d_out x d_in).
         path_steps (`int`, *optional*):
-            Adam steps to theta*, each on the next of the target's batches. By default 16, for pairs 24: many more learn
-            the validation examples by heart.
+            Adam steps to theta*, each on the next of the target's batches; too many learn the validation examples by
+            heart. By default as many, up to 16 (for pairs 24), as lower the loss of a held-out quarter of the target's
+            rows most; theta* is then made with all rows.
         path_rate (`float`, *optional*):
-            Adam's learning rate there. By default 3e-3, for pairs 1e-3.
+            Adam's learning rate there. By default, and in the same way, one of 3e-3, 1e-3 and 3e-4, for pairs of 1e-3,
+            3e-4 and 1e-4. Where nothing can be held out, the first and all steps.
         path_beta (`float`, *optional*, defaults to 0.1):
             Beta of the DPO loss that leads to theta* where the target holds pairs, in 1 / nats.
         path_likelihood (`float`, *optional*, defaults to 1.0):

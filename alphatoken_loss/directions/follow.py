@@ -7,8 +7,9 @@ model's own while it runs; these are never written to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,10 +47,11 @@ def make_path(
     """Go from where the adapter is to theta*: Adam steps along the validation loss and the drift.
 
     Each step takes the next batch, in turn; dropout is off and nothing is drawn at random, so the same batches give the
-    same theta*. For SFT batches the loss is the mean over response tokens of -log p; for preference pairs it is the
-    DPO loss and, `path_likelihood` times, the mean of -log p over the tokens of their chosen answers. Parameters, their
-    gradients, modes and the random state are left as they were, also when an error is raised. In distributed runs each
-    process gives its share of the batches and gets the same theta*.
+    same theta*. Rate and number of steps, where they are not given, are those that lower the loss of a held-out quarter
+    of the rows most; theta* is then made with all rows. For SFT batches the loss is the mean over response tokens of
+    -log p; for preference pairs it is the DPO loss and, `path_likelihood` times, the mean of -log p over the tokens of
+    their chosen answers. Parameters, their gradients, modes and the random state are left as they were, also when an
+    error is raised. In distributed runs each process gives its share of the batches and gets the same theta*.
 
     Args:
         model (`nn.Module`): the model in training; the path begins at its present values.
@@ -99,33 +101,62 @@ def follow(
     """`make_path` of what was found and read already; `hide` the bar, by default where there is no terminal."""
     refuse_inference_mode()
     inner = unwrap(model)
-    goal = _Goal(inner, ref_model, scored, batches, config)
-    steps = steps or config.path_steps or (24 if goal.pairs else 16)
-    rate = rate or config.path_rate or (1e-3 if goal.pairs else 3e-3)
-    weight = config.stability_weight if fisher is not None else 0.0
-    there = {name: tensor.clone() for name, tensor in accumulated(scored.parameters).items()}
-    optimizer = torch.optim.Adam(list(there.values()), lr=rate)
-    best, least = None, float("inf")
-    for step in tqdm(range(steps), desc="Path", unit="step", disable=hide):
-        gradients = goal.gradients(step, there)
-        if weight:
-            assert fisher is not None
-            pull = _drift_at(inner, scored, there, fisher.to(scored.device), ref_model)
-            gradients = tensors.added(gradients, pull, weight)
-        for name, tensor in there.items():
-            tensor.grad = gradients[name]
-        optimizer.step()
-        if config.path_holdout > 0 and (loss := goal.held_out_loss(there)) < least:
-            best, least = {name: tensor.clone() for name, tensor in there.items()}, loss
-    found = {name: tensor.detach() for name, tensor in (best or there).items()}
-    for tensor in found.values():
-        tensor.grad = None
+    drifting = fisher if config.stability_weight > 0 else None
+    goal = _Goal(inner, ref_model, scored, batches, config, drifting, config.path_holdout)
+    if config.path_holdout > 0 and not goal.judges:
+        raise ValueError(
+            f"path_holdout is {config.path_holdout}, but the target's batches hold one row each, or no response "
+            "token in their last rows: nothing can be held out. Give larger batches, or set path_holdout=0."
+        )
+    steps, rate = steps or config.path_steps, rate or config.path_rate
+    most, known = (24, _PAIR_RATES) if goal.pairs else (16, _RATES)
+    rates = (rate,) if rate else known
+    searched = goal
+    if config.path_holdout == 0 and not (steps and rate):
+        searched = _Goal(inner, ref_model, scored, batches, config, drifting, _HELD_OUT)
+    tries = len(rates) if searched.judges else 0
+    again = searched is not goal or not tries  # on all rows
+    with tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide) as bar:
+        walks = [searched.walk(steps or most, each, bar) for each in rates[:tries]]
+        best = min(walks, key=lambda walk: walk.losses[-1] if steps else walk.least, default=_Walk(rates[0]))
+        if again:
+            best = goal.walk(steps or best.turn or most, best.rate, bar)
+    found = best.end if again else best.lowest
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise FloatingPointError(
-            f"theta* is not finite after {steps} steps at a rate of {rate}. Lower path_rate, and look at the "
-            "validation batches and the Fisher."
+            f"theta* is not finite after {len(best.losses)} steps at a rate of {best.rate}. Lower path_rate, and look "
+            "at the validation batches and the Fisher."
         )
-    return Path(found, steps, base_of(inner))
+    return Path(found, len(best.losses), base_of(inner))
+
+
+@dataclass
+class _Walk:
+    """Steps at one rate.
+
+    Attributes:
+        end: parameters behind the last step.
+        losses: of the held-out rows behind each step; infinite where none are held out, or where it is not finite.
+        lowest: parameters where it was lowest.
+    """
+
+    rate: float
+    end: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    lowest: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def least(self) -> float:
+        return min(self.losses)
+
+    @property
+    def turn(self) -> int:
+        """The step behind which the loss was lowest, from 1; 0 where nothing is known of it."""
+        return self.losses.index(self.least) + 1 if self.losses and math.isfinite(self.least) else 0
+
+
+_HELD_OUT = 0.25  # share of the rows by which rate and number of steps are told
+_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # the first where nothing tells
 
 
 class _Goal:
@@ -133,7 +164,8 @@ class _Goal:
 
     Attributes:
         pairs (`bool`): whether its batches are preference pairs.
-        held_out (`list`): batches that no step is taken on, by which the best step is told.
+        held_out (`list`): the last `share` of each batch's rows, on which no step is taken.
+        judges (`bool`): whether any process has such.
     """
 
     def __init__(
@@ -143,8 +175,11 @@ class _Goal:
         scored: Scored,
         batches: Sequence[Batch],
         config: AlphaTokenConfig,
+        fisher: Fisher | None,
+        share: float,
     ) -> None:
-        self.model, self.scored, self.config = model, scored, config
+        self.model, self.ref_model, self.scored, self.config = model, ref_model, scored, config
+        self.fisher = None if fisher is None else fisher.to(scored.device)
         with_rows = [batch for batch in batches if bool(batch.rows.any())]
         kinds = torch.tensor([sum(b.pairs for b in with_rows), sum(not b.pairs for b in with_rows)]).to(scored.device)
         all_sum([kinds], 0)
@@ -154,15 +189,31 @@ class _Goal:
         if pairs and plain:
             raise ValueError("The target holds SFT batches and preference pairs. Give batches of one kind.")
         self.pairs = pairs > 0
-        apart = [_split(batch, config.path_holdout) for batch in with_rows]
+        apart = [_split(batch, share) for batch in with_rows]
         self.batches = [_with_reference(batch, model, ref_model) for batch, _ in apart]
         self.held_out = [_with_reference(batch, model, ref_model) for _, batch in apart if batch is not None]
         self._held = _counts_of(self.held_out, scored.device)
-        if config.path_holdout > 0 and not self._held[0]:
-            raise ValueError(
-                f"path_holdout is {config.path_holdout}, but the target's batches hold one row each, or no response "
-                "token in their last rows: nothing can be held out. Give larger batches, or set path_holdout=0."
-            )
+        self.judges = self._held[0] > 0
+
+    def walk(self, steps: int, rate: float, bar: tqdm[Any]) -> _Walk:
+        """Adam steps along the loss of the batches in turn and the drift, from where the adapter is."""
+        there = accumulated({name: tensor.clone() for name, tensor in self.scored.parameters.items()})
+        optimizer, walk = torch.optim.Adam(list(there.values()), lr=rate), _Walk(rate)
+        for step in range(steps):
+            gradients = self.gradients(step, there)
+            if self.fisher is not None:
+                pull = _drift_at(self.model, self.scored, there, self.fisher, self.ref_model)
+                gradients = tensors.added(gradients, pull, self.config.stability_weight)
+            for name, tensor in there.items():
+                tensor.grad = gradients[name]
+            optimizer.step()
+            loss = self.held_out_loss(there) if self.judges else math.inf
+            walk.losses.append(loss if math.isfinite(loss) else math.inf)
+            if self.judges and loss == walk.least and walk.turn == step + 1:
+                walk.lowest = {name: tensor.detach().clone() for name, tensor in there.items()}
+            bar.update()
+        walk.end = {name: tensor.detach() for name, tensor in there.items()}
+        return walk
 
     def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of the mean loss of the step's batch, over all processes, at `there`."""

@@ -98,7 +98,9 @@ def test_where_b_is_zero_the_drift_is_zero_at_first():
 
 def test_defaults():
     model = lora_model("llama", layers=1)
-    for batch, steps, rate in ((sft_batch("none"), 16, 3e-3), (pair_batch(), 24, 1e-3)):
+    one_row = {name: tensor[:1] for name, tensor in sft_batch("none").items()}
+    one_pair = {name: tensor[torch.tensor([0, 3])] for name, tensor in pair_batch().items()}
+    for batch, steps, rate in ((one_row, 16, 3e-3), (one_pair, 24, 1e-3)):  # nothing can be held out
         path = made(model, [batch], path_steps=None, path_rate=None)
         assert path.steps == steps
         expected = made(model, [batch], path_steps=steps, path_rate=rate)
@@ -188,6 +190,49 @@ def test_held_out_rows_choose_the_step():
         assert 0 < best < steps - 1, "the case must have its best step within"
         found = made(model, batches, path_holdout=0.3, path_steps=steps, path_rate=0.1).parameters
         assert farthest(found, there[best], model) < 1e-8
+
+
+def _parts_of(batches, size=2):
+    """Rows that steps are taken on, and the last quarter."""
+    parts = slice(size), slice(size, 3)
+    return [[{name: t[part] for name, t in batch.items()} for batch in batches] for part in parts]
+
+
+def _held_out_losses(model, batches, rate, steps):
+    trained, held = _parts_of(batches)
+    losses = []
+    for count in range(1, steps + 1):
+        there = at(model, explicit_path(model, trained, steps=count, rate=rate))
+        with torch.no_grad():
+            losses.append(float(sum(validation_loss(there, None, batch) for batch in held)))
+    return losses
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rate_and_steps_are_told_by_a_held_out_quarter_and_taken_on_all_rows(seed):
+    with norms_in_own_dtype():
+        model, batches = lora_model("llama", seed=seed), [sft_batch("none", seed=seed + i) for i in range(2)]
+        most = 6
+        by_rate = {rate: _held_out_losses(model, batches, rate, most) for rate in (3e-3, 1e-3, 3e-4)}
+        rate = min(by_rate, key=lambda rate: by_rate[rate][-1])
+        found = made(model, batches, path_steps=most, path_rate=None)
+        assert found.steps == most
+        assert farthest(found.parameters, explicit_path(model, batches, steps=most, rate=rate), model) < 1e-8
+        losses = _held_out_losses(model, batches, RATE, 16)
+        found = made(model, batches, path_steps=None)
+        assert found.steps == losses.index(min(losses)) + 1
+        assert farthest(found.parameters, explicit_path(model, batches, steps=found.steps, rate=RATE), model) < 1e-8
+
+
+def test_a_rate_at_which_nothing_is_finite_is_not_taken():
+    model, batches = lora_model("llama", layers=1), [sft_batch("none", seed=seed) for seed in (1, 2)]
+    walks = iter([float("nan")] * 16 + [3.0] * 16 + [2.0] * 8 + [1.0] + [2.0] * 7)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("alphatoken_loss.directions.follow._Goal.held_out_loss", lambda self, there: next(walks))
+        found = made(model, batches, path_steps=None, path_rate=None)
+    assert found.steps == 9
+    expected = made(model, batches, path_steps=9, path_rate=3e-4).parameters
+    assert all(torch.equal(found.parameters[name], expected[name]) for name in expected)
 
 
 def test_held_out_pairs():
