@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ from worlds.toy import BASES, Toy, ToyPlan, cached, make_base, read_texts
 from worlds.training import make_optimizer, measure, tune_reference
 from worlds.world import World
 
+import alphatoken_loss
 from alphatoken_loss import AlphaTokenConfig, Fisher, sft_loss
 
 ALL = Setting("all tokens")
@@ -127,6 +129,7 @@ class Check:
         self.state = State(self.model, self.optimizer)
         self.before = self.figures()
         self.tuned: Any = None
+        self.there: alphatoken_loss.Path | None = None
         self.targets: dict[Any, Any] = {}
 
     def figures(self) -> dict[str, float]:
@@ -153,6 +156,13 @@ class Check:
         self.state.restore()
         return {"kept": mask[counted].int().tolist(), "lower by": found}
 
+    def path(self, config: AlphaTokenConfig) -> alphatoken_loss.Path:
+        """From where training started, as theta* is made in training."""
+        if self.there is None:
+            model, fisher = self.world.model(seed=self.plan.seed), self.world.fisher(config)
+            self.there = alphatoken_loss.make_path(model, self.validation, fisher=fisher, config=config)
+        return self.there
+
     def scores(self, number: int, name: str) -> dict[str, list[float]]:
         """Parts of a score, one number for each response token of the batch."""
         batch = self.batch(number)
@@ -170,6 +180,7 @@ class Check:
                 self.validation,
                 reference,
                 fisher=self.world.fisher,
+                path=self.path,
                 stability_weight=self.plan.stability_weight,
                 generator=torch.Generator().manual_seed(number),
                 optimizer=self.optimizer,
@@ -180,7 +191,7 @@ class Check:
 
 
 def correlations(
-    scores: dict[str, dict[int, dict[str, list[float]]]], changes: dict[int, list[dict[str, Any]]], boots: int = 1000
+    scores: dict[str, dict[Any, dict[str, list[float]]]], changes: dict[Any, list[dict[str, Any]]], boots: int = 1000
 ) -> dict[str, Any]:
     """Score -> steps -> figure -> mean Spearman over batches, with a bootstrap interval over masks.
 
@@ -273,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=48, help="rows of the test loss (default 48)")
     parser.add_argument("--rows", type=int, default=8, help="of a batch, in the real world (default 8)")
     parser.add_argument("--batches", type=int, default=4, help="that are masked (default 4)")
+    parser.add_argument("--seeds", type=int, default=1, help="of the tuned state, with batches of its own (default 1)")
     parser.add_argument("--masks", type=int, default=32, help="of each batch (default 32)")
     parser.add_argument("--scores", nargs="+", choices=list(SCORES), help="only these (default all)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -285,18 +297,24 @@ def main(argv: list[str] | None = None) -> None:
     lr = args.lr or (3e-3 if args.world == "toy" else 5e-4)
     plan = CounterPlan(warm=args.warm, steps=tuple(args.steps), test=args.test, lr=lr)
     world, names = make_world(args), args.scores or list(SCORES)
-    what = [asdict(plan), asdict(world.plan), world.identity(), args.device]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
     args.cache.mkdir(parents=True, exist_ok=True)
     file = args.cache / f"counterfactual-{args.world}.jsonl"
-    if not args.report:
-        fill(lambda: Check(world, plan), file, digest, args.batches, args.masks, names)
-    scores, changes = gathered(runner.read_results(file), digest, names)
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    changes: dict[str, list[dict[str, Any]]] = {}
+    for one in (replace(plan, seed=seed) for seed in range(args.seeds)):
+        what = [asdict(one), asdict(world.plan), world.identity(), args.device]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+        if not args.report:
+            fill(functools.partial(Check, world, one), file, digest, args.batches, args.masks, names)
+        own, measured = gathered(runner.read_results(file), digest, names)
+        changes |= {f"{one.seed}:{number}": found for number, found in measured.items()}
+        for name, of_batches in own.items():
+            scores.setdefault(name, {}).update({f"{one.seed}:{number}": found for number, found in of_batches.items()})
     if not scores:
         print("Fewer than four masks of any batch have been measured yet.")
         return
     found = correlations(scores, changes)
-    told = {"masks": {str(n): len(m) for n, m in changes.items()}, "spearman": found}
+    told = {"masks": {number: len(masks) for number, masks in changes.items()}, "spearman": found}
     head = {"about": runner.about(args.device), "world": world.name, "plan": asdict(plan)}
     runner.write_json(args.output / f"counterfactual-{args.world}.json", {**head, **told})
     print(f"{args.world}: Spearman of summed values and improvement; masks by batch: {told['masks']}\n")

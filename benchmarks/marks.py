@@ -16,6 +16,7 @@ into their answers, since people mark ends more often than beginnings.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -39,6 +40,8 @@ from worlds.scores import SCORES, Scored
 from worlds.tables import table
 from worlds.toy import cached
 from worlds.training import tune_reference
+
+from alphatoken_loss import AlphaTokenConfig, make_path
 
 SYSTEM = "Answer the question."
 BASE = "excess loss (RHO-1)"  # that others are compared with
@@ -113,13 +116,18 @@ def value_half(
     tuned = world.model(seed=plan.seed)
     tune_reference(world, tuned, validation)
     tuned.set_adapter("ref")
+
+    @functools.cache
+    def path(config: AlphaTokenConfig) -> Any:
+        return make_path(model, validation, config=config)
+
     for some, wanted in tqdm(missing, desc="batches", dynamic_ncols=True):
         batch = world.batch([answer.row for answer in some])
         generator = torch.Generator().manual_seed(some[0].question)
         with world.autocast():
             with torch.no_grad():
                 reference = at_labels(tuned, batch)[1]
-            scored = Scored(model, batch, validation, reference, generator=generator, targets=targets)
+            scored = Scored(model, batch, validation, reference, path=path, generator=generator, targets=targets)
             for name in wanted:
                 started = time.perf_counter()
                 values = SCORES[name](scored)["total"].float().cpu()

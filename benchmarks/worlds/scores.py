@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from alphatoken_loss import AlphaTokenConfig, Fisher, Target, alphatoken_weights, target_gradient
+from alphatoken_loss import AlphaTokenConfig, Fisher, Path, Target, alphatoken_weights, target_gradient
 
 from .rivals import at_labels, base_of, eaft, entropy
 from .rows import Batch
@@ -24,6 +24,7 @@ class Scored:
         reference (`torch.Tensor` or `None`): `(B, T)` log-probabilities of the labels under RHO-1's reference.
         fisher: gives the Fisher that a config wants.
         stability_weight (`float`): lambda of the estimators; 0 without a Fisher.
+        path: gives theta* for a config, made where training started.
         targets (`dict`): target gradients by what they cover, kept between batches of one state of the model.
     """
 
@@ -32,6 +33,7 @@ class Scored:
     validation: list[Batch]
     reference: torch.Tensor | None = None
     fisher: Callable[[AlphaTokenConfig], Fisher] | None = None
+    path: Callable[[AlphaTokenConfig], Path] | None = None
     stability_weight: float = 0.0
     generator: torch.Generator | None = None
     optimizer: torch.optim.Optimizer | None = None  # for values of the step that it will take
@@ -72,9 +74,15 @@ def valued(*, precondition: bool = False, **options: Any) -> Score:
 
     def score(at: Scored) -> Parts:
         config = AlphaTokenConfig(stability_weight=at.stability_weight, **options)
-        given: dict[str, Any] = {"target": at.target(config), "config": config}
-        if at.fisher is not None and at.stability_weight > 0:
-            given["fisher"] = at.fisher(config)
+        given: dict[str, Any] = {"config": config}
+        if config.estimator == "path":
+            if at.path is None:
+                raise ValueError("Values along the path were asked for without a path.")
+            given["path"] = at.path(config)
+        else:
+            given["target"] = at.target(config)
+            if at.fisher is not None and at.stability_weight > 0:
+                given["fisher"] = at.fisher(config)
         if precondition:
             given["optimizer"] = at.optimizer
         _, values = alphatoken_weights(at.model, None, at.batch, return_values=True, **given)
@@ -105,6 +113,7 @@ ESTIMATORS: dict[str, Score] = {
     "difference": valued(estimator="difference"),
     "difference, Adam's step": valued(estimator="difference", precondition=True),
     "exact": valued(estimator="exact"),
+    "path": valued(estimator="path"),
 }
 # Of a rival the total alone: what it keeps is high.
 RIVALS: dict[str, Score] = {

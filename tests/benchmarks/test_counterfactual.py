@@ -107,7 +107,7 @@ def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(counterfactual, "RealPlan", lambda: PLAN)
     folders = ["--data", str(data), "--model", str(model), "--output", str(tmp_path), "--cache", str(tmp_path)]
     sizes = ["--rows", "4", "--warm", "1", "--steps", "1", "2", "--test", "4", "--batches", "2"]
-    scores = ["--scores", "difference", "ghost K=3", "excess loss (RHO-1)", "difference, Adam's step"]
+    scores = ["--scores", "difference", "ghost K=3", "excess loss (RHO-1)", "difference, Adam's step", "path"]
     arguments = ["--world", "real", *folders, *sizes, *scores]
     counterfactual.main([*arguments, "--masks", "2"])
     assert "Fewer than four masks" in capsys.readouterr().out
@@ -116,6 +116,6 @@ def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys
     counterfactual.main([*arguments, "--masks", "5"])
     assert file.read_text().startswith(before), "nothing is measured twice"
     written = json.loads((tmp_path / "counterfactual-real.json").read_text())
-    assert written["masks"] == {"0": 5, "1": 5}
+    assert written["masks"] == {"0:0": 5, "0:1": 5}
     assert set(written["spearman"]["difference"]) == {"1", "2"}
     assert "| difference |" in capsys.readouterr().out
