@@ -16,7 +16,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+PATHS = ("--data", "--output", "--cache", "--model")  # options whose values say something of a machine, not of a run
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _SPREAD = re.compile(r"([+-]?\d+\.\d+) ±(\d+\.\d+)")
 
@@ -53,12 +54,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def command() -> str:
-    """The command line of this process, with its script from the repository's root."""
-    script = Path(sys.argv[0]).resolve()
+def command(argv: Sequence[str] | None = None) -> str:
+    """The command line of this process, with its script from the repository's root, less what tells of this machine
+    alone."""
+    argv = list(sys.argv if argv is None else argv)
+    script = Path(argv[0]).resolve()
     root = Path(__file__).resolve().parents[1]
     name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
-    return shlex.join(["python", name, *sys.argv[1:]])
+    told, skip = [], False
+    for argument in argv[1:]:
+        if not skip and not argument.startswith(tuple(f"{option}=" for option in PATHS)) and argument not in PATHS:
+            told.append(argument)
+        skip = argument in PATHS
+    return shlex.join(["python", name, *told])
 
 
 def write(

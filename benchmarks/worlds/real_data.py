@@ -45,16 +45,16 @@ AFTER = ("\nLet me know if you need anything else!", "\nI hope this helps.", "\n
 
 @dataclass(frozen=True)
 class RealPlan(Plan):
-    steps: int = 80
+    steps: int = 60
     pair_steps: int = 60
-    measured_at: tuple[float, ...] = (0.25, 0.5, 1.0)
-    test: int = 128  # rows; of pairs half as many, here and below
+    measured_at: tuple[float, ...] = (0.5, 1.0)
+    test: int = 96  # rows; of pairs half as many, here and below
     dev: int = 48
     pool: int = 256  # rows that validation examples are drawn from
-    answers: int = 100  # greedy ones that are compared
+    answers: int = 60  # greedy ones that are compared
     new_tokens: int = 48
     heldout: int = 24  # pieces of WikiText-2, 128 tokens each
-    harness: int = 40  # items of each of the harness's tasks
+    harness: int = 24  # items of each of the harness's tasks
     max_length: int = 160
     reference_lr: float = 5e-4
     fisher_prompts: int = 64

@@ -12,8 +12,6 @@ import multiprocessing
 import os
 import platform
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import command
 from tqdm.auto import tqdm
 
 from .settings import Setting
@@ -30,17 +29,10 @@ from .world import World
 
 Wanted = list[tuple[World, Setting, float, int]]  # learning rate and seed
 PACKAGES = ("alphatoken-loss", "torch", "transformers", "peft", "trl")
-PATHS = ("--data", "--output", "--cache", "--model")  # options whose values say something of a machine, not of a run
 
 
 def about(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Where, when and by which command something was measured; without the paths of this machine."""
-    argv = list(sys.argv if argv is None else argv)
-    told, skip = [], False
-    for argument in argv[1:]:
-        if not skip and not argument.startswith(tuple(f"{option}=" for option in PATHS)) and argument not in PATHS:
-            told.append(argument)
-        skip = argument in PATHS
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -50,7 +42,7 @@ def about(device: str = "cpu", argv: Sequence[str] | None = None) -> dict[str, A
         "date": str(date.today()),
         "machine": f"{where}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **versions, "torch": torch.__version__},
-        "command": shlex.join(["python", f"benchmarks/{Path(argv[0]).name}", *told]),
+        "command": command(argv),
     }
 
 
