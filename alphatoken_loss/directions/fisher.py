@@ -53,6 +53,10 @@ class Fisher:
     others: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     start: Start = NOWHERE_ELSE
 
+    def __repr__(self) -> str:
+        others = f", {len(self.others)} other parameters" if self.others else ""
+        return f"<Fisher, {self.form}: {len(self.factors)} modules{others}, from {self.prompts} prompts>"
+
     @property
     def names(self) -> list[str]:
         """The modules it covers."""

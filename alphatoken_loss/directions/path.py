@@ -43,6 +43,9 @@ class Path:
     steps: int = 0
     base: tuple[float, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Path: {len(self.parameters)} parameters, {self.steps} steps from its start>"
+
     @classmethod
     def of_adapter(cls, model: nn.Module, adapter: str, *, config: AlphaTokenConfig | None = None) -> Path:
         """An adapter that was trained before, as theta* of the one in training.

@@ -34,6 +34,9 @@ class Target:
     gradients: Mapping[str, torch.Tensor]
     tokens: float
 
+    def __repr__(self) -> str:
+        return f"<Target: {len(self.gradients)} parameters, from {self.tokens:g} tokens>"
+
     def averaged(self, newer: Target, decay: float) -> Target:
         """An exponential average of validation sums over one of tokens: as unbiased at its start as later."""
         kept, added = decay * self.tokens, (1 - decay) * newer.tokens

@@ -14,7 +14,7 @@ from checks import TOL64, TOL_NF4, assert_close, error
 from models import FAMILIES, VOCAB, add_lora, base_model, lora_model, nf4_lora_model
 from words import word_tokenizer
 
-from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher
+from alphatoken_loss import AlphaTokenConfig, Fisher, Path, Target, alphatoken_weights, estimate_fisher
 
 K = 2
 DENSE = AlphaTokenConfig(num_layers=K, fisher="dense")
@@ -485,3 +485,13 @@ def test_to_another_device():
     assert all(tensor.is_meta for part in (moved.factors, moved.others) for ts in part.values() for tensor in ts)
     assert (list(moved.factors), list(moved.others)) == (["one", "two"], ["norm"])
     assert (moved.prompts, moved.base) == (7, (1.0,))
+
+
+def test_shown_in_a_line_without_its_tensors():
+    diagonals = {"a": torch.ones(3, 2), "b": torch.ones(2, 2)}
+    dense = Fisher.from_diagonals(diagonals, prompts=7)
+    assert repr(dense) == "<Fisher, dense: 2 modules, from 7 prompts>"
+    others = Fisher(dense.factored().factors, 7, others={"norm.weight": (torch.ones(2), torch.ones(2))})
+    assert repr(others) == "<Fisher, factored: 2 modules, 1 other parameters, from 7 prompts>"
+    assert repr(Target({"a": torch.ones(3, 2)}, 12)) == "<Target: 1 parameters, from 12 tokens>"
+    assert repr(Path({"a": torch.ones(3, 2)}, 16)) == "<Path: 1 parameters, 16 steps from its start>"
