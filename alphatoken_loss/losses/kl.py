@@ -137,7 +137,7 @@ class Penalty:
             if HOOKS_INSIDE_CHECKPOINT and saved_tensors_hooked():
                 raise ValueError(
                     "This version of transformers runs a block's hooks inside its checkpoint, where a KL beside token "
-                    "values cannot be taken. Use transformers 5.21 or newer, no gradient checkpointing, kl_coef=0, or "
+                    "values cannot be taken. Use transformers 5.23 or newer, no gradient checkpointing, kl_coef=0, or "
                     'estimator="difference".'
                 )
             gated = gate(hidden)

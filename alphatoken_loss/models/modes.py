@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .changes import Changes
 
-# Up to transformers 5.20 or so a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
+# Up to transformers 5.22 a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
 
 

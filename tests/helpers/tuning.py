@@ -32,6 +32,7 @@ from alphatoken_loss import (
     alphatoken_weights,
 )
 from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.losses.logps import logps_of_logits
 
 disable_progress_bars()
 logging.disable_progress_bar()
@@ -125,6 +126,8 @@ def masked(trainer_class: type, masks: list[torch.Tensor]) -> type:
             def forward(*a: Any, **k: Any) -> Any:
                 output = original(*a, **k)
                 if torch.is_grad_enabled():
+                    if k.get("labels") is not None and getattr(output, "log_probs", None) is None:
+                        output["loss"] = loss_by_logits(inner, mask, *a, **k)  # made inside, as TRL 1.14 does
                     for name, kept in (("log_probs", mask[:, 1:]), ("logits", mask.roll(-1, 1)[..., None])):
                         value = getattr(output, name, None)
                         if value is not None:
@@ -140,6 +143,16 @@ def masked(trainer_class: type, masks: list[torch.Tensor]) -> type:
         step_count = 0
 
     return Masked
+
+
+def loss_by_logits(
+    inner: Any, mask: torch.Tensor, *args: Any, labels: torch.Tensor, num_items_in_batch: Any = None, **kwargs: Any
+) -> torch.Tensor:
+    """The masked SFT loss from whole logits, by the forward of the model's class."""
+    logits = type(inner).forward(inner, *args, **kwargs).logits[:, -labels.shape[1] :]
+    logps = logps_of_logits(logits, labels)
+    count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return -(mask * logps + (1 - mask) * logps.detach()).sum() / count
 
 
 TRAINERS = {"sft": (AlphaTokenSFTTrainer, SFTTrainer), "dpo": (AlphaTokenDPOTrainer, DPOTrainer)}
