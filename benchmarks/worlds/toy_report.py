@@ -8,7 +8,7 @@ from pathlib import Path
 
 from results import tables, write
 
-from .tables import Paces, Run, Runs, at_best, differences, kept, quality, spread, table, times
+from .tables import Paces, Run, Runs, at_best, differences, kept, quality
 
 SFT = {
     "target": "target loss",
@@ -29,47 +29,6 @@ DPO = {
     "tasks": "tasks loss",
     "tasks rows": "tasks solved",
 }
-
-# Of the short table: setting -> what it is called there; with a star, at its best measured moment.
-SHORT = {
-    "all tokens": "all tokens",
-    "random half": "random half",
-    "validation mixed in": "validation examples mixed into the batches",
-    "validation only": "the 32 validation examples alone",
-    "validation only*": "the same, stopped at its best test loss",
-    "oracle": "oracle that drops the noise",
-    "RHO-1, clean reference": "RHO-1, reference tuned on the validation examples",
-    "RHO-1 + KL 0.3 to its reference": "the same with KL 0.3",
-    "KL 0.3": "all tokens with KL 0.3",
-    "L2 0.001": "all tokens with L2 on the adapter's delta",
-    "ghost K=3": "**ghost, K = 3** (default)",
-    "ghost all, W=0": "**ghost, all blocks, W = 0**",
-    "difference, no drift": "difference, lambda 0",
-    "difference": "**difference**",
-    "KL 0.3 + difference": "**difference with KL 0.3**",
-    "difference, Adam's step": "**difference, Adam's step**",
-    "difference, Adam's step, all 32": "the same, target of all 32 at every step",
-    "difference, Adam's step, all 32, KL 0.3": "**the same with KL 0.3**",
-}
-
-
-def short(rates: dict[float, dict[str, Runs]], paces: Paces) -> str:
-    """The README's table: target, retention and tasks at each learning rate."""
-    header, before = ["trained on"], ["before tuning"]
-    for lr, groups in rates.items():
-        header += [f"target, lr {lr:g}", "retention", "tasks"]
-        first = next(iter(next(iter(groups.values())).values()))["curve"][0]
-        before += [f"{first[figure]:.3f}" for figure in ("target", "retention", "tasks")]
-    rows = [[*before, ""]]
-    for name, title in SHORT.items():
-        line = [title]
-        for groups in rates.values():
-            runs = groups.get(name.rstrip("*"), {}).values()
-            points = [min(r["curve"], key=lambda p: p["target"]) if "*" in name else r["curve"][-1] for r in runs]
-            line += [spread(p[figure] for p in points) if points else "" for figure in ("target", "retention")]
-            line.append(f"{statistics.mean(p['tasks'] for p in points):.3f}" if points else "")
-        rows.append([*line, times(name.rstrip("*"), "all tokens", paces)])
-    return table([*header, "time a step"], rows)
 
 
 def grouped(results: list[Run]) -> dict[str, dict[float, dict[str, Runs]]]:
@@ -110,8 +69,6 @@ two columns together.
 
 def report(results: list[Run], paces: Paces, about: str) -> str:
     parts, found = [HEAD.format(about=about)], grouped(results)
-    if any(run["name"] == "all tokens" for run in results):
-        parts += ["## In short\n", short(found["noise"], paces)]
     for kind, rates in found.items():
         for lr, groups in rates.items():
             base = next((name for name in groups if name.endswith("all tokens")), None)
@@ -201,9 +158,7 @@ def write_report(results: list[Run], paces: Paces, folder: Path, about: str) -> 
     text = report(results, paces, about)
     print("\n" + text)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    figures = tables(text)
-    figures.pop("In short", None)  # made of the others
-    write(folder / "tradeoff.json", figures, settings={"runs": about})
+    write(folder / "tradeoff.json", tables(text), settings={"runs": about})
     write(folder / "runs.json", ends(results), settings={"runs": about})
     plot(results, folder / "tradeoff.png")
     print(f"Written: {folder / 'report.md'}, {folder / 'tradeoff.png'}")

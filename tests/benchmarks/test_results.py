@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import figures
 import results
+from page_tables import base, tradeoff
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 REPORT = """# A report
@@ -76,13 +76,24 @@ def test_every_file_says_when_where_and_how():
 
 
 def test_cells():
-    assert figures.cell([4.416, 0.0321]) == "4.416 ±0.032" and figures.cell([-0.1532, 0.058], 2, "+") == "-0.15 ±0.06"
-    assert figures.cell(None) == "" and figures.cell(1.0, 2) == "1.00"
+    assert base.cell([4.416, 0.0321]) == "4.416 ±0.032" and base.cell([-0.1532, 0.058], 2, "+") == "-0.15 ±0.06"
+    assert base.cell(None) == "" and base.cell(1.0, 2) == "1.00"
 
 
 def test_gaps_are_differences_of_the_table():
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in figures.gaps().splitlines()}
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in tradeoff.gaps().splitlines()}
     found = results.load("tradeoff")["results"]["Supervised, noisy answers, learning rate 0.003"]["at equal steps"]
     gap = found["difference"]["target loss"][0] - found["RHO-1, clean reference"]["target loss"][0]
     assert math.isclose(float(rows["difference minus RHO-1"][0]), gap, abs_tol=0.005)
     assert float(rows["difference minus all tokens"][1]) < 0, "retention is better"
+
+
+def test_a_caption_names_every_file_with_its_machine_and_what_was_transcribed():
+    text = base.caption("straightforward", "path")
+    first, second = text.split("; ")
+    found = results.load("straightforward")
+    assert first.startswith(f"*`benchmarks/results/straightforward.json`: {found['date']}, 2 CPU cores, no GPU, torch ")
+    assert first.endswith(", transcribed from the page of that date") and second.endswith(".*")
+    assert second.startswith("`benchmarks/results/path.json`: ") and "transcribed" not in second
+    gpu = base.caption("gpu_budget")
+    assert "NVIDIA H200" in gpu and "transcribed" in gpu
