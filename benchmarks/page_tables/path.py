@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from results import load
 from worlds.tables import paired, spread
 
 from .base import markdown, table
-from .tradeoff import HOT, MILD
+
+TOY_RATES, PAIR_RATES = (3e-3, 6e-4), (1e-3, 3e-4, 1e-4)
 
 # Setting of runs.json -> what the pages call it.
 PATHS = {
@@ -20,7 +22,11 @@ PATHS = {
     "RHO-1, clean reference": "RHO-1, reference tuned on the validation examples",
     "RHO-1 + KL 0.3 to the base": "RHO-1 with KL 0.3 to the base",
     "RHO-1 + KL 0.3 to its reference": "RHO-1 with KL 0.3 to its own reference",
+    "EAFT": "EAFT",
+    "STM": "STM",
+    "DFT": "DFT",
     "path": '`estimator="path"`, nothing else',
+    "all tokens, from theta*, KL to it": "`best()` without the mask",
     "path, theta* renewed": "path, begun at theta*, KL 0.3 to it, renewed every 20 steps",
     "path, no drift, best() else": "`best()` with lambda 0",
     "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
@@ -32,22 +38,27 @@ PAIRED = {
     "robust 0.3": "robust DPO, 0.3",
     "with likelihood": "DPO with the likelihood of chosen answers",
     "validation only": "DPO of the 32 clean pairs alone",
+    "validation only, with likelihood": "the same, with the likelihood of chosen answers",
     "path, above zero": '`estimator="path"`, tokens above zero',
     "best(pairs=True)": "**`best(pairs=True)`**",
 }
 
 
-def by_setting(names: Iterable[str], rate: str) -> dict[str, dict[int, dict[str, Any]]]:
+def by_setting(
+    names: Iterable[str], rate: float, file: str = "path", world: str = "toy"
+) -> dict[str, dict[int, dict[str, Any]]]:
     """Setting -> seed -> run, of those that there are."""
-    runs = [run for run in load("path")["results"] if run["lr"] == float(rate)]
+    runs = [run for run in load(file)["results"] if run["lr"] == rate and run["world"] == world]
     found = {name: {run["seed"]: run for run in runs if run["name"] == name} for name in names}
     return {name: some for name, some in found.items() if some}
 
 
-def ends(rates: tuple[str, str], titles: dict[str, str], figures: dict[str, str]) -> str:
+def ends(
+    rates: Sequence[float], titles: dict[str, str], figures: dict[str, str], file: str = "path", world: str = "toy"
+) -> str:
     """Mean and standard deviation over seeds at the last step."""
-    have = [by_setting(titles, rate) for rate in rates]
-    header = ["trained on", *(f"{figure}, lr {rate}" for rate in rates for figure in figures.values()), "seeds"]
+    have = [by_setting(titles, rate, file, world) for rate in rates]
+    header = ["trained on", *(f"{figure}, lr {rate:g}" for rate in rates for figure in figures.values()), "seeds"]
     first = next(iter(next(iter(have[0].values())).values()))["before"]
     rows = [["before tuning", *[f"{first[figure]:.3f}" for figure in figures] * len(rates), ""]]
     for name, title in titles.items():
@@ -55,13 +66,20 @@ def ends(rates: tuple[str, str], titles: dict[str, str], figures: dict[str, str]
         if any(some):
             cells = [spread(run[f] for run in runs.values()) if runs else "" for runs in some for f in figures]
             rows.append([title, *cells, " / ".join(str(len(runs)) for runs in some)])
-    return markdown(header, rows, "path")
+    return markdown(header, rows, file)
 
 
-def against(best: str, rates: tuple[str, str], titles: dict[str, str], figures: tuple[str, ...]) -> str:
+def against(
+    best: str,
+    rates: Sequence[float],
+    titles: dict[str, str],
+    figures: tuple[str, ...],
+    file: str = "path",
+    world: str = "toy",
+) -> str:
     """The best minus each rival, paired by seed, with a 95 % interval."""
     rows = []
-    have = [by_setting(titles, rate) for rate in rates]
+    have = [by_setting(titles, rate, file, world) for rate in rates]
     for name, title in titles.items():
         cells = [
             paired(groups[best], groups[name], lambda run, figure=figure: run[figure])
@@ -72,33 +90,82 @@ def against(best: str, rates: tuple[str, str], titles: dict[str, str], figures: 
         ]
         if name != best and any(cells):
             rows.append([title, *cells])
-    header = [f"{titles[best]} minus", *(f"{figure}, lr {rate}" for rate in rates for figure in figures)]
-    return markdown(header, rows, "path")
+    header = [f"{titles[best]} minus", *(f"{figure}, lr {rate:g}" for rate in rates for figure in figures)]
+    return markdown(header, rows, file)
 
 
 @table
 def path_runs() -> str:
-    return ends((HOT, MILD), PATHS, {"target": "target", "retention": "retention"})
+    return ends(TOY_RATES, PATHS, {"target": "target", "retention": "retention"})
 
 
 @table
 def path_gaps() -> str:
-    return against("path, best()", (HOT, MILD), PATHS, ("target", "retention"))
+    return against("path, best()", TOY_RATES, PATHS, ("target", "retention"))
+
+
+PAIR_FIGURES = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", "retention": "retention"}
 
 
 def _pairs(share: str) -> dict[str, str]:
     plain = {"DPO: all tokens": "plain DPO"} if share == "0%" else {}
-    clean = {"DPO: validation only": PAIRED["validation only"]}  # the same pairs, whatever the others' labels are
-    return {**plain, **clean, **{f"DPO {share} flipped: {name}": title for name, title in PAIRED.items()}}
+    clean = ("validation only", "validation only, with likelihood")  # the same pairs, whatever the others' labels are
+    found = {**plain, **{f"DPO: {name}": PAIRED[name] for name in clean}}
+    return {**found, **{f"DPO {share} flipped: {name}": title for name, title in PAIRED.items() if name not in clean}}
+
+
+def _all_rates(share: str) -> str:
+    titles, rows = _pairs(share), []
+    for name, title in titles.items():
+        for rate in PAIR_RATES:
+            runs = by_setting([name], rate).get(name, {})
+            if runs:
+                before = next(iter(runs.values()))["before"]
+                cells = [spread(run[f] for run in runs.values()) for f in PAIR_FIGURES]
+                rows.append([title, f"{rate:g}", *cells, str(len(runs))])
+    first = ["before tuning", "", *(f"{before[f]:.3f}" for f in PAIR_FIGURES), ""]
+    return markdown(["trained on", "lr", *PAIR_FIGURES.values(), "seeds"], [first, *rows], "path")
+
+
+def _at_worst(share: str) -> str:
+    """The preset at its worst rate minus each rival at its best, by accuracy on the test pairs."""
+    titles = _pairs(share)
+    have: dict[str, list[dict[int, dict[str, Any]]]] = {}
+    for name in titles:
+        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate).get(name))]
+
+    def accuracy(runs: dict[int, dict[str, Any]]) -> float:
+        return statistics.mean(run["accuracy"] for run in runs.values())
+
+    ours = f"DPO {share} flipped: best(pairs=True)"
+    worst, rows = min(have.pop(ours), key=accuracy), []
+    for name, groups in have.items():
+        if groups:
+            best = max(groups, key=accuracy)
+            leads = [paired(worst, best, lambda run, f=f: run[f]) for f in PAIR_FIGURES]
+            rows.append([titles[name], f"{next(iter(best.values()))['lr']:g}", *leads])
+    return markdown(
+        ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values()], rows, "path"
+    )
 
 
 @table
 def path_pairs() -> str:
-    figures = {"accuracy": "accuracy", "margin": "margin", "retention": "retention"}
-    return ends(("0.001", "0.0003"), _pairs("30%"), figures)
+    return _all_rates("30%")
+
+
+@table
+def path_pairs_gaps() -> str:
+    return _at_worst("30%")
 
 
 @table
 def path_pairs_clean() -> str:
-    figures = {"accuracy": "accuracy", "margin": "margin", "retention": "retention"}
-    return ends(("0.001", "0.0003"), _pairs("0%"), figures)
+    return _all_rates("0%")
+
+
+@table
+def path_clean() -> str:
+    """Answers without noise."""
+    titles = {f"no noise: {name}": title for name, title in PATHS.items()}
+    return ends(TOY_RATES, titles, {"target": "target", "retention": "retention"})

@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from results import tables, write
+from results import write
 
-from .tables import Paces, Run, Runs, final, kept, paired, spread, table, times
+from .tables import Paces, Run, Runs, ends, final, kept, paired, spread, table, times
 
 SFT = {
     "target": "target loss",
@@ -120,13 +120,13 @@ def plot(results: list[Run], path: Path) -> None:
 
 
 def write_report(results: list[Run], paces: Paces, folder: Path, about: str, plan: Any) -> None:
-    """Print the tables, and write them as `real.md`, their figures as `real.json`, and the curves as `real.png`."""
+    """Print the tables; write them as `real.md`, what the runs ended with as `real.json`, the curves as `real.png`."""
     if not results:
         print("There are no runs to report yet.")
         return
     text = report(results, paces, about, plan)
     print("\n" + text)
     (folder / "real.md").write_text(text, encoding="utf-8")
-    write(folder / "real.json", tables(text), settings={"runs": about})
+    write(folder / "real.json", ends(results), settings={"runs": about})
     plot(results, folder / "real.png")
     print(f"Written: {folder / 'real.md'}, {folder / 'real.png'}")

@@ -108,3 +108,13 @@ def kept(groups: dict[str, Runs]) -> str:
         if any(shares):
             rows.append([name, *(f"{statistics.mean(found):.2f}" if found else "" for found in shares)])
     return table(["share kept", *kinds], rows)
+
+
+def ends(results: Iterable[Run]) -> list[Run]:
+    """Each run's figures before its first step and behind its last, and the share kept of each kind: for the pages."""
+    found = []
+    for run in sorted(results, key=lambda run: (run["world"], run["name"], -run["lr"], run["seed"])):
+        before, after = ({k: v for k, v in run["curve"][at].items() if k not in ("step", "pace")} for at in (0, -1))
+        told = {name: run[name] for name in ("world", "name", "lr", "seed", "kept")}
+        found.append({**told, "before": before, **after})
+    return found

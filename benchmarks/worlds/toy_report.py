@@ -8,7 +8,7 @@ from pathlib import Path
 
 from results import tables, write
 
-from .tables import Paces, Run, Runs, at_best, differences, kept, quality
+from .tables import Paces, Run, Runs, at_best, differences, ends, kept, quality
 
 SFT = {
     "target": "target loss",
@@ -136,18 +136,6 @@ def plot(results: list[Run], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def ends(results: list[Run]) -> list[Run]:
-    """The last measured moment of each run, and the first of one of each kind, for the pages' tables."""
-    shown = ("target", "retention", "tasks", "accuracy", "margin")
-    found = []
-    for run in sorted(results, key=lambda run: (run["name"], -run["lr"], run["seed"])):
-        before, after = run["curve"][0], run["curve"][-1]
-        last = {figure: after[figure] for figure in shown if figure in after}
-        first = {figure: before[figure] for figure in last}
-        found.append({"name": run["name"], "lr": run["lr"], "seed": run["seed"], "before": first, **last})
-    return found
 
 
 def write_report(results: list[Run], paces: Paces, folder: Path, about: str) -> None:
