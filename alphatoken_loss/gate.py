@@ -336,7 +336,8 @@ class AlphaToken:
         """Go on from what `state_dict` gave, once the model's parameters are those it had then."""
         scored = self._scored()
         self.source.load_state_dict(state, scored)
-        self._memory.load_state_dict({name: tensor.to(scored.device) for name, tensor in state["steps"].items()})
+        steps = {name: tensor.to(scored.device) for name, tensor in state["steps"].items()}
+        self._memory.load_state_dict(self.source, steps)
 
     def record(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()

@@ -52,10 +52,11 @@ class Path:
 
         Args:
             model (`nn.Module`): a PEFT model that holds both, the one in training being active.
-            adapter (`str`): its name, of the same kind and shape.
+            adapter (`str`): its name, of the same kind, shape and scaling.
 
         Raises:
-            ValueError: there is no adapter of that name, or it lacks a scored parameter.
+            ValueError: there is no adapter of that name; it lacks a scored parameter, or has what the other has not; or
+                its layers scale what they add otherwise.
         """
         config = config or AlphaTokenConfig(estimator="path")
         scored = find_scored(model, config.scored_layers, config.scope)
@@ -71,6 +72,7 @@ class Path:
         found = {name: own[other].detach().clone() for name, other in names.items() if other in own and other != name}
         path = cls(accumulated(found), base=base_of(inner))
         path.check(scored)
+        _check_alike(inner, own, active, adapter)
         return path
 
     def apply(self, model: nn.Module) -> None:
@@ -170,6 +172,25 @@ class Path:
 _MADE_FOR_ANOTHER = (
     "It was made for another model, adapter or num_layers: make it again with make_path(model, batches, config=config)."
 )
+
+
+def _check_alike(model: nn.Module, own: Mapping[str, nn.Parameter], active: str, adapter: str) -> None:
+    """See that one adapter's parameters, in the place of the other's, are the same function."""
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        both = [scaling[one] for one in (active, adapter) if one in scaling] if isinstance(scaling, dict) else []
+        if len(set(both)) > 1:
+            raise ValueError(
+                f"{name} scales what the adapter {active!r} adds by {both[0]:g} and what {adapter!r} adds by "
+                f"{both[1]:g}, so that these parameters mean another function in each. Train path's adapter with the "
+                "same r, lora_alpha and use_rslora."
+            )
+    beyond = [name for name in own if f".{adapter}." in name and name.replace(f".{adapter}.", f".{active}.") not in own]
+    if beyond:
+        raise ValueError(
+            f"path's adapter {adapter!r} has {beyond[0]}, which {active!r} in training has not. Give one of the same "
+            "configuration."
+        )
 
 
 class _At(nn.Module):

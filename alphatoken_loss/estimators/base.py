@@ -72,7 +72,7 @@ class Memory:
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
         pass
 
     def figures(self) -> dict[str, float]:

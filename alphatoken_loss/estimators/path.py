@@ -35,7 +35,7 @@ from ..values import TokenValues
 from .base import Estimator, Memory, Task, check_weights_finite
 
 _PART = "path"
-_COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B, T)
+COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B, T)
 
 
 class PathMemory(Memory):
@@ -44,7 +44,6 @@ class PathMemory(Memory):
     def __init__(self, config: AlphaTokenConfig) -> None:
         super().__init__(config)
         self._known: Path | None = None  # the one that was checked last
-        self._restored: dict[str, torch.Tensor] = {}
         self._applied = False
 
     def check(self, source: Source) -> None:
@@ -65,12 +64,12 @@ class PathMemory(Memory):
             )
 
     def prepare(self, source: Source, scored: Scored, batch: Batch) -> Parts:
-        if self._restored:
-            source.path, self._restored = Path(self._restored, base=()), {}
-        if _COLUMN in batch.columns:
-            self._check_columns(source)
-            return {}
         source.count(scored)
+        if COLUMN in batch.columns:
+            check_column(self.config, source.path)
+            # Where theta is theta* all values are 0; the column, of another batch's rounding, would make noise of them.
+            if not (self.config.path_start and source.age == 0):
+                return {}
         every = self.config.path_every
         if source.path is None:
             source.path = self._follow(source, scored, batch)
@@ -94,9 +93,10 @@ class PathMemory(Memory):
         """theta*, which a resumed run cannot make again: it began where the adapter was."""
         return {} if source.path is None else {f"{_PART}.{n}": t for n, t in source.path.parameters.items()}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        named = {name.partition(".")[2]: tensor for name, tensor in state.items()}
-        self._restored, self._applied = named, True
+    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
+        if state:
+            source.path = Path({name.partition(".")[2]: tensor for name, tensor in state.items()})
+        self._applied = True
 
     def _follow(
         self, source: Source, scored: Scored, batch: Batch, steps: int | None = None, rate: float | None = None
@@ -114,14 +114,20 @@ class PathMemory(Memory):
             source.model, scored, batches, fisher, ref_model=ref_model, config=self.config, steps=steps, rate=rate
         )
 
-    def _check_columns(self, source: Source) -> None:
-        needing = ["path_kl", "path_every", *(["path_start"] if source.path is None else [])]
-        needs = [f"{name}={getattr(self.config, name)}" for name in needing if getattr(self.config, name)]
-        if needs:
-            raise ValueError(
-                f"The batch brings path_logps, but {needs[0]} needs theta* itself, of which these are only the labels' "
-                "log-probabilities. Leave the column out, or set that to its default."
-            )
+
+def check_column(config: AlphaTokenConfig, path: Path | None) -> None:
+    """See that theta*'s log-probabilities of the labels are all of it that the settings need.
+
+    Raises:
+        ValueError: they are not.
+    """
+    needing = ["path_kl", "path_every", *(["path_start"] if path is None else [])]
+    needs = [f"{name}={getattr(config, name)}" for name in needing if getattr(config, name)]
+    if needs:
+        raise ValueError(
+            f"The data bring path_logps, but {needs[0]} needs theta* itself, of which these are only the labels' "
+            "log-probabilities. Leave the column out, or set that to its default."
+        )
 
 
 class AlongPath(Estimator):
@@ -182,7 +188,7 @@ class AlongPath(Estimator):
         if self.task.config.path_from == "reference" and self.task.valued:
             self.start = self._reference_logps(index, labels)
         if ahead is None:
-            there = self.batch.columns[_COLUMN].roll(-1, 1).flatten()[index]
+            there = self.batch.columns[COLUMN].roll(-1, 1).flatten()[index]
             logps = logps_of_rows(self.task.model, own, labels)
             return Compared(index, logps, there.to(logps), None, None, [])
         over = self.task.kl_over if self.task.training else None
@@ -221,7 +227,7 @@ class AlongPath(Estimator):
         assert self.found is not None
         check_weights_finite(self.task.scored)
         if not self.found.wanted_logps.isfinite().all():
-            if _COLUMN in self.batch.columns:
+            if COLUMN in self.batch.columns:
                 raise FloatingPointError("path_logps is not finite at a response token. Make the column again.")
             raise FloatingPointError(
                 "Log-probabilities at theta* are not finite. Lower path_rate, or use bf16 instead of float16."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cases
 import pytest
 import reference
@@ -341,6 +343,14 @@ def test_of_another_adapter():
             ValueError, match=rf"path is the adapter '{name}'; the model's adapters are .*default.*star"
         ):
             Path.of_adapter(model, name)
+    for changes, message in (
+        ({"lora_alpha": 32}, r"scales what the adapter 'default' adds by .* and what 'star' adds by .*lora_alpha"),
+        ({"use_dora": True}, r"path's adapter 'star' has .*lora_magnitude_vector.*, which 'default' in training has"),
+    ):
+        model = lora_model("llama", layers=1)
+        model.add_adapter("star", dataclasses.replace(model.peft_config["default"], **changes))
+        with pytest.raises(ValueError, match=message):
+            Path.of_adapter(model, "star")
     ranked = lora_model("llama", others=["other"])  # of another rank
     with pytest.raises(ValueError, match=r"The path has a tensor of shape .* for the scored parameter"):
         Path.of_adapter(ranked, "other")

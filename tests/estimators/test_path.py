@@ -487,7 +487,7 @@ def test_columns_that_cannot_be():
     logps = path.logps(model, batch)
     for changes in ({"path_kl": 0.1}, {"path_start": True}):
         alphatoken = AlphaToken(model, config=config_of(**changes))
-        with pytest.raises(ValueError, match=rf"brings path_logps, but {next(iter(changes))}=.*"):
+        with pytest.raises(ValueError, match=rf"bring path_logps, but {next(iter(changes))}=.*"):
             sft_loss(model, {**batch, "path_logps": logps}, alphatoken)
     with pytest.raises(ValueError, match=r"path_logps have shape \(3, 10\) and the labels \(3, 11\)"):
         alphatoken_weights(model, None, {**batch, "path_logps": logps[:, 1:]}, config=config_of())
