@@ -35,7 +35,7 @@ from .path import Path, accumulated, run_at
 
 def make_path(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any] | Batch],
     *,
     ref_model: nn.Module | None = None,
     fisher: Fisher | None = None,

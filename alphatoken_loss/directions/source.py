@@ -86,6 +86,12 @@ class Source:
         return self.target is not None or self.batches is not None
 
     @property
+    def needs_fisher(self) -> bool:
+        """Whether something is still to be made with a Fisher, and there is none."""
+        stays = self.path is not None and self.config.path_every is None
+        return self.fisher is None and self.drifts and self.validates and not stays
+
+    @property
     def drift_fisher(self) -> Fisher | None:
         """The Fisher, where the drift counts."""
         return self.fisher if self.drifts else None

@@ -67,7 +67,8 @@ class AlphaTokenArguments(_Settings):
         target_size (`int`, *optional*, defaults to 32):
             Rows of the training data that are held out as the target where no `target_dataset` is given.
         target_batch_size (`int`, *optional*):
-            Target rows run together. By default `per_device_train_batch_size`.
+            Target rows run together; for `estimator="path"`, what one step to theta* is taken on in each process. By
+            default `per_device_train_batch_size`.
         fisher_path (`str`, *optional*):
             A saved Fisher. By default it is estimated when training starts, and saved in `output_dir`.
         fisher_prompts (`int`, *optional*, defaults to 1000):
@@ -78,6 +79,10 @@ class AlphaTokenArguments(_Settings):
             Tokens sampled after each of them.
         fisher_batch_size (`int`, *optional*, defaults to 8):
             Prompts sampled together.
+        precompute_path_log_probs (`bool`, *optional*, defaults to `False`):
+            For `estimator="path"` with a theta* that stays: compute its log-probabilities of the training data once,
+            when training starts, so that a step takes no second forward. The data must be a `Dataset`. Not with
+            `path_kl` or `path_every`.
         sample_every (`int`, *optional*, defaults to 50):
             Optimizer steps between two valued batches that are recorded in `output_dir`, for
             `python -m alphatoken_loss report`; 0 records nothing.
@@ -116,6 +121,9 @@ class AlphaTokenArguments(_Settings):
     fisher_prompt_length: int = field(default=256, metadata={"help": "Tokens that these prompts are cut to."})
     fisher_new_tokens: int = field(default=128, metadata={"help": "Tokens sampled after each of these prompts."})
     fisher_batch_size: int = field(default=8, metadata={"help": "Prompts sampled together."})
+    precompute_path_log_probs: bool = field(
+        default=False, metadata={"help": "Compute log-probabilities at theta* once, rather than at each step."}
+    )
     sample_every: int = field(
         default=50, metadata={"help": "Optimizer steps between two batches recorded for the report; 0 records none."}
     )
@@ -134,6 +142,8 @@ class AlphaTokenArguments(_Settings):
                 'precondition is True, but estimator="path" values tokens by where the path ends, not by a step. Set '
                 "precondition=False."
             )
+        if self.precompute_path_log_probs:
+            self._check_precomputed()
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
@@ -142,6 +152,19 @@ class AlphaTokenArguments(_Settings):
         _ = self.alphatoken_selection  # errors now, not at the first step
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
+
+    def _check_precomputed(self) -> None:
+        if self.estimator != "path":
+            raise ValueError(
+                f'precompute_path_log_probs is True, but estimator="{self.estimator}" has no theta*. Set '
+                'estimator="path", or leave it out.'
+            )
+        for name in ("path_kl", "path_every"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"precompute_path_log_probs is True, but {name}={getattr(self, name)} needs theta* itself at later "
+                    f"steps. Set {name} to its default, or precompute_path_log_probs=False."
+                )
 
     @property
     def alphatoken_config(self) -> AlphaTokenConfig:

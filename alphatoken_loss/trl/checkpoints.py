@@ -54,6 +54,7 @@ class Checkpoints(_Trainer):
             gate.source.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
         if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
+            gate.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": {}})  # but training has started
             return
         what = "state of token values (delete it to resume with a target that is estimated anew)"
         tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what)

@@ -22,8 +22,9 @@ from ..batches.read import COLUMNS
 
 _Trainer: Any = object
 
-# What a row has of ids -> which ids come before, and the prefix of its columns: SFT; preference pairs; KTO.
-_BRANCHES = {"chosen_ids": "chosen_", "rejected_ids": "rejected_", "completion_ids": ""}
+# What a row has of ids that a column goes along with -> the prefix of that column: preference pairs; KTO; SFT.
+_COMPLETIONS = {"chosen_ids": "chosen_", "rejected_ids": "rejected_", "completion_ids": ""}
+BRANCHES = {"input_ids": "", **_COMPLETIONS}
 _FIRST = 2**40  # above every token id
 
 
@@ -45,7 +46,7 @@ class TokenColumns(_Trainer):
             if names:
                 return self._prepare_sft(dataset, names, tokenizer, args, *rest)
             return super()._prepare_dataset(dataset, tokenizer, args, *rest)
-        if _tokenised_pairs(dataset):
+        if tokenised_pairs(dataset):
             dataset = dataset.map(_ids_of_pair, fn_kwargs={"column": self.token_columns[:1]})
             if args.max_length is not None and args.truncation_mode == "keep_start":  # as TRL's
                 dataset = dataset.filter(_completed, fn_kwargs={"length": args.max_length})
@@ -83,7 +84,8 @@ class TokenColumns(_Trainer):
 
     def _collate_columns(self) -> None:
         """Once the trainer is made: let its collator lay out the columns that its rows have."""
-        if columns_in(self.train_dataset, self.token_columns):
+        known = isinstance(self.data_collator, ColumnCollator)
+        if columns_in(self.train_dataset, self.token_columns) and not known:
             self.data_collator = ColumnCollator(self.data_collator, self.token_columns)
 
     def _without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _align(row: dict[str, Any], index: int, names: list[str]) -> dict[str, Any]:
 
 def _along(row: dict[str, Any], index: int, name: str) -> list[float]:
     numbers = row[name]
-    branch = next((ids for ids, prefix in _BRANCHES.items() if ids in row and name.startswith(prefix)), None)
+    branch = next((ids for ids, prefix in _COMPLETIONS.items() if ids in row and name.startswith(prefix)), None)
     if branch is not None:
         prompt, completion = len(row["prompt_ids"]), len(row[branch])
         length, labelled = prompt + completion, [False] * prompt + [True] * completion
@@ -172,7 +174,7 @@ def _whole_labels(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": [token if inside else IGNORE for token, inside in ids]}
 
 
-def _tokenised_pairs(dataset: Any) -> bool:
+def tokenised_pairs(dataset: Any) -> bool:
     columns = set(get_dataset_column_names(dataset))
     return {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns or {"chosen_input_ids", "chosen_labels"} <= columns
 
@@ -212,6 +214,29 @@ def _cut(row: dict[str, Any], names: list[str], from_start: bool) -> dict[str, A
     return {name: row[name][:length] if from_start else row[name][len(row[name]) - length :] for name in names}
 
 
+def numbered(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, range]], int]:
+    """Rows with the numbers of their tokens in the place of ids; each row's numbers, by the name of ids that they stand
+    for; and how many there are."""
+    count, renumbered, ranges = 0, [], []
+    for row in rows:
+        row, where = dict(row), {}
+        for ids in ("prompt_ids", *BRANCHES):
+            if ids in row:
+                where[ids] = range(count, count + len(row[ids]))
+                row[ids] = [_FIRST + number for number in where[ids]]
+                count += len(row[ids])
+        if "KL_completion_ids" in row:  # KTO's other completions, which are not weighed
+            row["KL_completion_ids"] = [_FIRST] * len(row["KL_completion_ids"])
+        renumbered.append(row)
+        ranges.append(where)
+    return renumbered, ranges, count
+
+
+def places_of(batch: dict[str, Any]) -> torch.Tensor:
+    """Which token stands where in a batch of such rows, below 0 where none does."""
+    return batch["input_ids"] - _FIRST
+
+
 class ColumnCollator:
     """A collator that lays columns out as it lays out token ids, whatever it does with these.
 
@@ -236,35 +261,17 @@ class ColumnCollator:
         beside = {f"{prefix}{name}" for name in carried for prefix in prefixes}
         plain = [{key: value for key, value in row.items() if key not in beside} for row in examples]
         batch = self.collator(plain, *args, **kwargs)
-        numbered, flat = self._numbered(plain, examples, carried)
-        places = self.collator(numbered, *args, **kwargs)["input_ids"] - _FIRST
-        taken = places >= 0
+        renumbered, ranges, _ = numbered(plain)
+        places = places_of(self.collator(renumbered, *args, **kwargs))
         for name in carried:
-            numbers = torch.tensor(flat[name], dtype=torch.float32)
-            batch[name] = numbers[places.clamp(min=0)].masked_fill(~taken, 0)
+            numbers: list[float] = []
+            for example, where in zip(examples, ranges, strict=True):
+                for ids, span in where.items():
+                    column = example.get(f"{BRANCHES[ids]}{name}") if ids in BRANCHES else None
+                    numbers += self._behind(name, len(span), column)
+            flat = torch.tensor(numbers, dtype=torch.float32)
+            batch[name] = flat[places.clamp(min=0)].masked_fill(places < 0, 0)
         return batch
-
-    def _numbered(
-        self, plain: list[dict[str, Any]], examples: list[dict[str, Any]], names: list[str]
-    ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-        """Rows with the numbers of their tokens in the place of ids, and each column's numbers in that order."""
-        flat: dict[str, list[float]] = {name: [] for name in names}
-        first = names[0]
-        numbered = []
-        for row, example in zip(plain, examples, strict=True):
-            row = dict(row)
-            for ids in ("prompt_ids", "input_ids", *_BRANCHES):
-                if ids not in row:
-                    continue
-                start = _FIRST + len(flat[first])
-                row[ids] = list(range(start, start + len(row[ids])))
-                for name in names:
-                    column = example.get(f"{_BRANCHES.get(ids, '')}{name}")
-                    flat[name] += self._behind(name, len(row[ids]), None if ids == "prompt_ids" else column)
-            if "KL_completion_ids" in row:  # KTO's other completions, which are not weighed
-                row["KL_completion_ids"] = [_FIRST] * len(row["KL_completion_ids"])
-            numbered.append(row)
-        return numbered, flat
 
     @staticmethod
     def _behind(name: str, length: int, column: Sequence[float] | None) -> list[float]:

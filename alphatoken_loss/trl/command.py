@@ -26,7 +26,7 @@ class TargetArguments:
         default=None,
         metadata={
             "help": "Examples of the target task in SFT form: .jsonl, .json or .parquet file, folder of `datasets`, or "
-            "hub id. By default rows of the training data are held out."
+            "hub id; for dpo with --estimator path also preference pairs. By default training rows are held out."
         },
     )
     target_split: str = field(default="train", metadata={"help": "Split of the target."})

@@ -29,6 +29,7 @@ from .arguments import AlphaTokenArguments
 from .checkpoints import Checkpoints
 from .columns import TokenColumns
 from .fisher import FisherOfPrompts
+from .path import PathColumn
 from .selecting import Selecting
 from .target import TargetRows
 
@@ -36,7 +37,7 @@ logger = get_logger(__name__)
 _Trainer: Any = object  # what the mixin is put in front of
 
 
-class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, TokenColumns, _Trainer):
+class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Selecting, TokenColumns, _Trainer):
     """Token values for a trainer of Transformers' kind: put it in front of the trainer, and [`AlphaTokenArguments`] in
     front of its arguments.
 
@@ -48,7 +49,8 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
     Args:
         target_dataset ([`~datasets.Dataset`], *optional*):
             Clean examples of the target task in SFT form (prompt-completion, conversational, text, or tokenised); all
-            of them define the target. By default `args.target_size` rows of the training data are held out.
+            of them define the target. With `estimator="path"`, a DPO trainer also takes preference pairs, in the form
+            of its training data. By default `args.target_size` rows of the training data are held out.
         fisher ([`Fisher`] or `str`, *optional*):
             The reference's Fisher, or where it was saved. By default `args.fisher_path`, or estimated from prompts of
             the training data when training starts.
@@ -135,9 +137,12 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
             "token_weights": token_weights,
             "negative_weights": self.alphatoken_args.negative_weights,
         }
-        if token_weights is None and self._checked_selection().valued:
+        valued = token_weights is None and self._checked_selection().valued
+        self._check_path_column(target_dataset, valued)
+        if valued:
             fisher = fisher if fisher is not None else self.alphatoken_args.fisher_path
-            options["target"] = list(self._target_batches(target_dataset))
+            brought = config.estimator == "path" and self._has_path_column
+            options["target"] = None if brought else list(self._target_batches(target_dataset))
             options["fisher"] = Fisher.load(fisher) if isinstance(fisher, (str, Path)) else fisher
         self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, **options)
 
@@ -151,14 +156,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
         if self.alphatoken is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, *args, **kwargs)
         batch = {**self.alphatoken_batch(inputs), **columns}
-        gate = self._gate
-        if gate is not None and gate.selection.valued:
-            if gate.fisher is None and gate.config.stability_weight > 0:
-                gate.source.fisher = self._estimate_fisher()
-            if self.alphatoken_args.precondition:
-                gate.source.optimizer = self.optimizer
-        if self.args.auto_find_batch_size:
-            self.alphatoken.source.limit_rows(self._train_batch_size)
+        self._make_ready(self.alphatoken)
         count = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         asked = self.alphatoken_args
         kl: dict[str, Any] = {"kl_coef": asked.kl_coef, "kl_on": asked.kl_on, "kl_over": asked.kl_over}
@@ -170,6 +168,16 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
         shared = self.args.average_tokens_across_devices and count is not None  # then gradients are averaged over ranks
         penalty = step.kl * (self.accelerator.num_processes if shared else 1)
         return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
+
+    def _make_ready(self, alphatoken: AlphaToken) -> None:
+        """Give it what is known or made only when training starts."""
+        if self._gate is not None and alphatoken.selection.valued:
+            if alphatoken.source.needs_fisher:
+                alphatoken.source.fisher = self._estimate_fisher()
+            if self.alphatoken_args.precondition:
+                alphatoken.source.optimizer = self.optimizer
+        if self.args.auto_find_batch_size:
+            alphatoken.source.limit_rows(self._train_batch_size)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         every = self.alphatoken_args.sample_every
@@ -215,6 +223,11 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, Checkpoints, Selecting, Token
             raise ValueError(
                 "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in its own shards. Set "
                 "precondition=False, or train without DeepSpeed."
+            )
+        if self.is_deepspeed_enabled and self.alphatoken_args.path_start and self.alphatoken_args.rho < 1.0:
+            raise ValueError(
+                "path_start is True, but under DeepSpeed the optimizer has copies of the parameters of its own, which "
+                "would overwrite theta*. Set path_start=False, or train without DeepSpeed."
             )
         for what in (what for what, used in refused.items() if used):
             raise ValueError(

@@ -32,7 +32,7 @@ class Selecting:
 
     def _found_weights(self, token_weights: Any) -> Any:
         """`token_weights`, or the name of the column that the training data has without being asked for it."""
-        args, columns = self.alphatoken_args, columns_in(self.train_dataset, COLUMNS)
+        args, columns = self.alphatoken_args, columns_in(self.train_dataset, COLUMNS[:1])
         if args.rho >= 1.0:
             if token_weights is not None:
                 raise ValueError("token_weights were given, but rho=1.0 trains on every token alike. Set rho below 1.")

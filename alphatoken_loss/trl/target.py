@@ -10,10 +10,11 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.utils.data import Subset
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .arguments import AlphaTokenArguments
+from .columns import tokenised_pairs
 
 logger = get_logger(__name__)
 
@@ -29,14 +30,18 @@ class TargetRows:
     processing_class: Any
     train_dataset: Any
     _raw_columns: set[str] | None  # of the training data, before the trainer prepared it
+    _prepare_dataset: Any
     _remove_unused_columns: Any
 
     def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
         """The target, as this process' share of collated batches."""
-        if dataset is not None:
-            rows, collate = self._sft_rows(dataset)
-        else:
+        collate: Any
+        if dataset is None:
             rows, collate = self._held_out_rows(), self.data_collator
+        elif isinstance(dataset, Dataset) and len(dataset) and _holds_pairs(dataset):
+            rows, collate = self._pair_rows(dataset), self.data_collator
+        else:
+            rows, collate = self._sft_rows(dataset)
         share = range(len(rows))
         if len(rows) >= self.accelerator.num_processes:
             share = share[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -74,16 +79,11 @@ class TargetRows:
         """The training data's formatting function, where the target has its columns, and the column that holds text.
 
         Raises:
-            ValueError: the target is empty, holds pairs, or has no columns that could be read.
+            ValueError: the target is empty, or has no columns that could be read.
         """
         columns = set(dataset.column_names)
         if not len(dataset):
             raise ValueError("target_dataset has no rows. Pass some, or None to hold training rows out.")
-        if {"chosen", "rejected"} <= columns:
-            raise ValueError(
-                "target_dataset holds preference pairs (chosen, rejected); a target is in SFT form, for every trainer. "
-                "Pass the answers that are to be learned, as prompt and completion, or as messages."
-            )
         formatting = getattr(self, "_formatting_func", None)
         if formatting is not None and self._raw_columns is not None and self._raw_columns <= columns:
             return formatting, "text"
@@ -98,6 +98,44 @@ class TargetRows:
             "messages; text (or dataset_text_field); input_ids and labels; or, with a formatting_func, all columns of "
             "the training data."
         )
+
+    def _pair_rows(self, dataset: Dataset) -> Dataset:
+        """Preference pairs, prepared by TRL as it would to train on them.
+
+        Raises:
+            ValueError: the trainer or its estimator has no use for pairs, or none is left within `max_length`.
+        """
+        pairs, answers = "target_dataset holds preference pairs", "the answers that are to be learned, as prompt and "
+        if not isinstance(self, DPOTrainer):
+            raise ValueError(
+                f"{pairs}, and {type(self).__name__} has no loss for them. Pass {answers}completion or as messages, or "
+                'use AlphaTokenDPOTrainer with estimator="path".'
+            )
+        estimator = self.alphatoken_args.estimator
+        if estimator != "path":
+            raise ValueError(
+                f'{pairs}, of which estimator="{estimator}" would see the chosen answers alone. Pass {answers}'
+                'completion or as messages, or set estimator="path".'
+            )
+        rows = self._prepare_dataset(dataset, self.processing_class, self.args, "target")
+        if len(rows) < len(dataset):
+            self._tell_cut(dataset, rows, self.args, "pairs")
+        return self._remove_unused_columns(rows, "target") if self.args.remove_unused_columns else rows
+
+    @staticmethod
+    def _tell_cut(dataset: Dataset, rows: Dataset, args: Any, what: str) -> None:
+        """Warn of rows that truncation leaves nothing of.
+
+        Raises:
+            ValueError: those are all.
+        """
+        cut = (
+            f"{len(dataset) - len(rows)} of {len(dataset)} target {what} have no response token within "
+            f"max_length={args.max_length} (truncation_mode={args.truncation_mode!r}) and are left out"
+        )
+        if not len(rows):
+            raise ValueError(f"{cut}, so there is no target. Raise max_length, or pass rows of shorter prompts.")
+        logger.warning(f"{cut}.")
 
     def _sft_rows(self, dataset: Any) -> tuple[Dataset, DataCollatorForLanguageModeling]:
         """Rows in SFT form, tokenised by TRL as it would to train on them: unpacked, and each for itself."""
@@ -122,11 +160,9 @@ class TargetRows:
         args = SimpleNamespace(**options, shuffle_dataset=False, use_liger_kernel=False)
         rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
         if len(rows) < len(dataset):
-            cut = (
-                f"{len(dataset) - len(rows)} of {len(dataset)} target rows have no response token within "
-                f"max_length={args.max_length} (truncation_mode={args.truncation_mode!r}) and are left out"
-            )
-            if not len(rows):
-                raise ValueError(f"{cut}, so there is no target. Raise max_length, or pass rows of shorter prompts.")
-            logger.warning(f"{cut}.")
+            self._tell_cut(dataset, rows, args, "rows")
         return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)
+
+
+def _holds_pairs(dataset: Dataset) -> bool:
+    return {"chosen", "rejected"} <= set(dataset.column_names) or tokenised_pairs(dataset)

@@ -28,7 +28,8 @@ class AlphaTokenSFTTrainer(AlphaTokenMixin, SFTTrainer):
 class AlphaTokenDPOTrainer(AlphaTokenMixin, DPOTrainer):
     """[`~trl.DPOTrainer`] that trains on the tokens of value; its arguments, and those of [`AlphaTokenMixin`].
 
-    The reference of token values is that of the loss. A target held out of the training data is its chosen answers.
+    The reference of token values is that of the loss. Of a target held out of the training data the chosen answers
+    count; with `estimator="path"` that target, and a `target_dataset` that holds pairs, leads to theta* by pairs.
 
     Example:
         >>> args = AlphaTokenDPOConfig(output_dir="out", rho=0.5)
