@@ -103,6 +103,7 @@ def test_without_the_key_axolotl_trains_as_ever(files, tmp_path):
         ({"lora_qkv_kernel": True}, "lora_qkv_kernel: Axolotl's LoRA kernels pass by"),
         ({"rl": "kto"}, "token values train SFT, rl: dpo and rl: ipo"),
     ],
+    ids=["a key that is none", "a share over 1", "LoRA kernels", "KTO"],
 )
 def test_what_does_not_fit_is_refused(files, tmp_path, changes, message):
     with pytest.raises(Exception, match=message):
@@ -115,29 +116,96 @@ def test_what_does_not_fit_is_refused(files, tmp_path, changes, message):
         run(configuration(files, tmp_path / "out", **changes))
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_labels_of_a_scored_folder_arrive_whole(files, tmp_path, monkeypatch, packing):
-    """Plain Axolotl on the output of `alphatoken score`, as any of its users trains on it."""
-    from transformers import Trainer
-
+@pytest.fixture(scope="module")
+def scored(files):
+    """An output of `alphatoken score`."""
     from alphatoken_loss.__main__ import main
 
-    tiny.sft_data(count=24).to_json(tmp_path / "rows.jsonl")
-    argv = ["score", "--model", files / "model", "--dataset", tmp_path / "rows.jsonl", "--target",
-            files / "target.jsonl", "--output", tmp_path / "scored", "--num-layers", "2"]  # fmt: skip
+    tiny.sft_data(count=24).to_json(files / "rows.jsonl")
+    argv = ["score", "--model", files / "model", "--dataset", files / "rows.jsonl", "--target",
+            files / "target.jsonl", "--output", files / "scored", "--num-layers", "2"]  # fmt: skip
     assert main([str(word) for word in argv]) == 0
-    labels, step = [], Trainer.training_step
+    return files / "scored"
+
+
+def train_on(scored, files, output, monkeypatch, **changes):
+    """One epoch of plain Axolotl on a scored folder, as any of its users trains on it.
+
+    Returns:
+        The trainer, and the rows that its steps were given, in their order.
+    """
+    from transformers import Trainer
+
+    fed, step = [], Trainer.training_step
 
     def recording(self, model, inputs, *args, **kwargs):
-        labels.extend(inputs["labels"][inputs["labels"] != -100].tolist())
+        fed.extend(rows_of(inputs))
         return step(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", recording)
-    changes = {"datasets": [{"path": str(tmp_path / "scored" / "train"), "ds_type": "arrow", "type": None}],
-               **PLAIN, "max_steps": None, "sample_packing": packing,
-               "sdp_attention": packing, "gradient_accumulation_steps": 1}  # fmt: skip
-    run(configuration(files, tmp_path / "out", **changes))
+    changes = {"datasets": [{"path": str(scored / "train"), "ds_type": "arrow", "type": None}], **PLAIN,
+               "max_steps": None, "gradient_accumulation_steps": 1, **changes}  # fmt: skip
+    return run(configuration(files, output, **changes)), fed
+
+
+def rows_of(batch):
+    """The rows that a batch was made of, as tokens and labels: a packed one begins where positions begin anew."""
+    found = []
+    for number, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        starts = (batch["position_ids"][number] == 0).nonzero().flatten().tolist() if "position_ids" in batch else [0]
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            real = ids[start:stop] != 0  # <pad>
+            assert (labels[start:stop][~real] == -100).all()
+            if real.any():
+                found.append((ids[start:stop][real].tolist(), labels[start:stop][real].tolist()))
+    return found
+
+
+def written(scored):
     from datasets import load_from_disk
 
-    rows = load_from_disk(tmp_path / "scored")["train"]["labels"]
-    assert sorted(labels) == sorted(label for row in rows for label in row if label != -100)
+    rows = load_from_disk(scored)["train"]
+    return list(zip(rows["input_ids"], rows["labels"], strict=True))
+
+
+@pytest.mark.parametrize("sequence_len", [128, 16], ids=["all rows fit", "some are too long"])
+def test_labels_of_a_scored_folder_arrive_whole(scored, files, tmp_path, monkeypatch, sequence_len):
+    """Of rows that fit: Axolotl drops longer ones whole, and says so, unless `excess_length_strategy` is another."""
+    _, fed = train_on(scored, files, tmp_path / "out", monkeypatch, sequence_len=sequence_len)
+    expected = [row for row in written(scored) if len(row[0]) <= sequence_len]
+    assert len(expected) == 24 if sequence_len == 128 else 0 < len(expected) < 24
+    assert sorted(fed) == sorted(expected)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2], ids=["none with one pack a batch", "one with two"])
+def test_packs_that_fill_no_micro_batch_are_left_out(scored, files, tmp_path, monkeypatch, micro_batch_size):
+    """By Axolotl, with the last rows of an epoch; packed in order, each pack closes where the next row does not fit."""
+    packing = {"sample_packing": True, "sdp_attention": True, "sample_packing_sequentially": True,
+               "curriculum_sampling": True, "sequence_len": 96, "micro_batch_size": micro_batch_size}  # fmt: skip
+    _, fed = train_on(scored, files, tmp_path / "out", monkeypatch, **packing)
+    packs = [[]]
+    for row in written(scored):
+        if sum(len(ids) for ids, _ in packs[-1]) + len(row[0]) > 96:
+            packs.append([])
+        packs[-1].append(row)
+    assert len(packs) % 2, "one pack is over where two are taken together"
+    whole = len(packs) // micro_batch_size * micro_batch_size
+    assert fed == [row for pack in packs[:whole] for row in pack]
+
+
+def test_shuffled_packs_carry_our_labels(scored, files, tmp_path, monkeypatch):
+    """Axolotl counts the steps of an epoch on another shuffle, whose packs may be fewer: it ends there."""
+    from axolotl.utils.samplers.multipack import MultipackBatchSampler
+
+    epoch, batches = [], MultipackBatchSampler.__iter__
+    monkeypatch.setattr(
+        MultipackBatchSampler, "__iter__", lambda self: iter(epoch.append(list(batches(self))) or epoch[-1])
+    )
+    packing = {"sample_packing": True, "sdp_attention": True}
+    trainer, fed = train_on(scored, files, tmp_path / "out", monkeypatch, **packing)
+    taken, steps = trainer.train_dataset, trainer.state.global_step
+    rows = list(zip(taken["input_ids"], taken["labels"], strict=True))
+    assert sorted(rows) == sorted(written(scored))
+    assert fed == [rows[i] for batch in epoch[-1][:steps] for pack in batch for i in pack] and fed
+    assert steps == min(trainer.args.max_steps, len(epoch[-1]))
+    assert len({tuple(ids) for ids, _ in fed}) == len(fed), "no row twice"
