@@ -55,8 +55,12 @@ def with_values(trainer: type, config: AlphaTokenConfig, size: int, *, pairs: bo
             ref = getattr(self, "ref_model", None)
             self.alphatoken = AlphaToken(self.model, ref, target=target_of(self, size, pairs=pairs), config=config)
             self.add_callback(LogValues(self.alphatoken))
-        with self.alphatoken(batch_of(inputs, pairs=pairs)):
-            return plain(self, model, inputs, *args, **kwargs)
+        count = kwargs.get("num_items_in_batch")
+        with self.alphatoken(batch_of(inputs, pairs=pairs), num_items_in_batch=count) as step:
+            found = plain(self, model, inputs, *args, **kwargs)
+        if step.kl is None:
+            return found
+        return (found[0] + step.kl, *found[1:]) if isinstance(found, tuple) else found + step.kl  # path_kl
 
     trainer.compute_loss = compute_loss
 

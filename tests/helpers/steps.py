@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def masked_gradient(model: Any, inputs: dict[str, Any], weights: torch.Tensor, *, pairs: bool) -> torch.Tensor:
-    """Of the summed loss of the tokens of weight 1, over all trained parameters in one vector; of pairs, at a margin of
-    zero and up to a factor, that of the DPO loss: rejected answers (the second half) count the other way round."""
+def masked_gradient(seen: dict[str, Any], weights: torch.Tensor, *, pairs: bool, beta: float = 0.1) -> torch.Tensor:
+    """Of the summed loss of the tokens of weight 1, over all trained parameters in one vector, and of the KL to theta*
+    where the trainer adds it. Of pairs, up to a factor, that of the DPO loss on whole sequences: the tokens of a pair
+    by sigmoid(-margin), and rejected answers (the second half) the other way round."""
+    model, inputs = seen["model"], seen["inputs"]
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-    logps = model(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    logps = logps.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-    sign = torch.ones(len(logps), 1)
+
+    def log_softmax() -> torch.Tensor:
+        return model(**given, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+
+    def of_labels(logps: torch.Tensor) -> torch.Tensor:
+        return logps.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+
+    wanted = _at(model, seen["path"], log_softmax)  # before the pass whose graph is used
+    logps, response = log_softmax(), seen["response"][:, 1:].float()
+    factor = torch.ones(len(logps), 1)
     if pairs:
-        sign[len(logps) // 2 :] = -1
-    loss = -(sign * weights[:, 1:] * logps).sum()
+        with torch.no_grad(), model.disable_adapter():
+            moved = ((of_labels(logps) - of_labels(log_softmax())) * response).sum(1)
+        chosen, rejected = moved.detach().chunk(2)
+        omega = torch.sigmoid(-beta * (chosen - rejected))
+        factor = torch.cat([omega, -omega])[:, None]
+    loss = -(factor * weights[:, 1:] * of_labels(logps)).sum()
+    if seen["path_kl"]:
+        assert not pairs, "not written out: a mean over pairs beside one over tokens"
+        loss = loss + seen["path_kl"] * (response * (wanted.exp() * (wanted - logps)).sum(-1)).sum()
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return torch.cat(
@@ -25,23 +42,36 @@ def masked_gradient(model: Any, inputs: dict[str, Any], weights: torch.Tensor, *
     )
 
 
-def check_first_step(seen: dict[str, Any], *, pairs: bool) -> None:
-    """The gradient of the first micro-batch is that of the masked loss, and not that of the whole one."""
+def _at(model: Any, parameters: dict[str, torch.Tensor], function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a function of the model returns when these parameters are in it."""
+    own = dict(model.named_parameters())
+    before = {name: own[name].detach().clone() for name in parameters}
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            own[name].copy_(tensor)
+        found = function()
+        for name, tensor in before.items():
+            own[name].copy_(tensor)
+    return found
+
+
+def check_step(seen: dict[str, Any], *, pairs: bool) -> None:
+    """The gradient of the micro-batch that was recorded is that of the masked loss, and not that of the whole one."""
     response = seen["response"].float()
     kept = seen["weights"]
     assert 0 < kept.sum() < response.sum() and not kept[response == 0].any()
 
     def cosine(weights: torch.Tensor) -> float:
-        explicit = masked_gradient(seen["model"], seen["inputs"], weights, pairs=pairs).double()
+        explicit = masked_gradient(seen, weights, pairs=pairs).double()
         return float(torch.nn.functional.cosine_similarity(explicit, seen["gradient"].double(), dim=0))
 
     assert cosine(kept) > 1 - 1e-6
     assert cosine(response) < 0.99
 
 
-def record(seen: dict[str, Any], trainer: Any, model: Any, inputs: dict[str, Any]) -> None:
-    """Keep what a trainer's first micro-batch was and what it left, behind its `training_step`."""
-    if "gradient" in seen:
+def record(seen: dict[str, Any], trainer: Any, model: Any, inputs: dict[str, Any], *, step: int = 0) -> None:
+    """Keep what the first micro-batch of a trainer's step was and what it left, behind its `training_step`."""
+    if "gradient" in seen or trainer.state.global_step != step:
         return
     given = {name: tensor.clone() for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
     response = given["completion_mask"] != 0 if "completion_mask" in given else given["labels"] != -100
@@ -49,6 +79,9 @@ def record(seen: dict[str, Any], trainer: Any, model: Any, inputs: dict[str, Any
     trained = [p for p in model.parameters() if p.requires_grad]
     gradient = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten().clone() for p in trained])
     seen.update(inputs=given, response=response, weights=trainer.alphatoken.weights.clone(), gradient=gradient)
+    path = trainer.alphatoken.path
+    seen["path_kl"] = trainer.alphatoken.config.path_kl
+    seen["path"] = {} if path is None else {name: tensor.clone() for name, tensor in path.parameters.items()}
     frozen = [p.requires_grad for p in model.parameters()]
     seen["model"] = copy.deepcopy(model)
     for parameter, trains in zip(seen["model"].parameters(), frozen, strict=True):

@@ -12,7 +12,7 @@ pytest.importorskip("axolotl", reason="Axolotl is not installed here; `make test
 import tiny
 import torch
 import yaml
-from steps import check_first_step, record
+from steps import check_step, record
 
 from alphatoken_loss.trl.mixin import AlphaTokenMixin
 
@@ -70,24 +70,64 @@ def run(path):
     return train(cfg=cfg, dataset_meta=load(cfg=cfg, cli_args=TrainerCliArgs()))[2]
 
 
-@pytest.mark.parametrize("kind", ["sft", "packed", "dpo"])
-def test_the_first_step_has_the_gradient_of_the_masked_loss(files, tmp_path, monkeypatch, kind):
-    seen, step = {}, AlphaTokenMixin.training_step
+BEST = {"estimator": "path", "path_start": True, "path_kl": 0.6}  # AlphaTokenConfig.best()
+BEST_PAIRS = {**BEST, "threshold": "zero", "threshold_scope": "pair", "path_from": "reference"}
+PACKING = {"sample_packing": True, "sdp_attention": True}
+
+
+def train_with_values(files, output, monkeypatch, look, *, kind="sft", own=None, **changes):
+    """Train with the plugin; `look` sees the trainer, the model and the inputs behind each micro-batch."""
+    step = AlphaTokenMixin.training_step
 
     def recording(self, model, inputs, *args, **kwargs):
         before = {name: t.clone() for name, t in inputs.items() if isinstance(t, torch.Tensor)}
         loss = step(self, model, inputs, *args, **kwargs)
-        record(seen, self, model, before)
+        look(self, model, before)
         return loss
 
     monkeypatch.setattr(AlphaTokenMixin, "training_step", recording)
-    changes = {"sample_packing": True, "sdp_attention": True} if kind == "packed" else {}
-    trainer = run(configuration(files, tmp_path / "out", "dpo" if kind == "dpo" else "sft", **changes))
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 3 and all(0.4 < log["alphatoken/kept"] < 0.65 for log in logs)
+    if own is not None:
+        changes["alphatoken"] = {"target": str(files / "target.jsonl"), "fisher_prompts": 4, "fisher_new_tokens": 4,
+                                 **own}  # fmt: skip
+    trainer = run(configuration(files, output, kind, **changes))
     assert type(trainer).__name__ == ("AlphaTokenAxolotlDPOTrainer" if kind == "dpo" else "AlphaTokenAxolotlTrainer")
-    assert any((tmp_path / "out").glob("adapter_model*"))
-    check_first_step(seen, pairs=kind == "dpo")
+    assert any(output.glob("adapter_model*"))
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "changes", "step"),
+    [
+        ("sft", {"num_layers": 2}, {}, 0),
+        ("sft", {"num_layers": 2}, PACKING, 0),
+        ("dpo", {"num_layers": 2}, {}, 0),
+        ("sft", {"estimator": "path"}, PACKING, 0),
+        ("dpo", {"estimator": "path"}, {}, 0),
+        ("sft", BEST, {}, 1),  # begun at theta*, all is worth nothing at the first step, and all is kept
+    ],
+    ids=["sft", "sft packed", "dpo", "sft packed, path", "dpo, path", "sft, best()"],
+)
+def test_a_step_has_the_gradient_of_the_masked_loss(files, tmp_path, monkeypatch, kind, own, changes, step):
+    seen = {}
+    logs = train_with_values(
+        files, tmp_path, monkeypatch, lambda *given: record(seen, *given, step=step), kind=kind, own=own, **changes
+    )
+    assert len(logs) == 3 and all(0.4 < log["alphatoken/kept"] < 0.65 for log in logs[step:])
+    check_step(seen, pairs=kind == "dpo")
+
+
+def test_best_for_pairs_keeps_them_whole(files, tmp_path, monkeypatch):
+    kept = []
+
+    def look(trainer, model, inputs):
+        answers, weights = inputs["completion_mask"] != 0, trainer.alphatoken.weights
+        answers[:, 0] = False
+        assert torch.equal(weights, answers * weights.amax(1, keepdim=True))
+        assert torch.equal(*weights.amax(1).chunk(2)), "a pair is kept or dropped in both branches"
+        kept.extend(weights.amax(1).chunk(2)[0].tolist())
+
+    train_with_values(files, tmp_path, monkeypatch, look, kind="dpo", own=BEST_PAIRS)
+    assert len(kept) == 12 and set(kept) == {0, 1}
 
 
 def test_without_the_key_axolotl_trains_as_ever(files, tmp_path):
@@ -180,8 +220,8 @@ def test_labels_of_a_scored_folder_arrive_whole(scored, files, tmp_path, monkeyp
 @pytest.mark.parametrize("micro_batch_size", [1, 2], ids=["none with one pack a batch", "one with two"])
 def test_packs_that_fill_no_micro_batch_are_left_out(scored, files, tmp_path, monkeypatch, micro_batch_size):
     """By Axolotl, with the last rows of an epoch; packed in order, each pack closes where the next row does not fit."""
-    packing = {"sample_packing": True, "sdp_attention": True, "sample_packing_sequentially": True,
-               "curriculum_sampling": True, "sequence_len": 96, "micro_batch_size": micro_batch_size}  # fmt: skip
+    packing = {**PACKING, "sample_packing_sequentially": True, "curriculum_sampling": True, "sequence_len": 96,
+               "micro_batch_size": micro_batch_size}  # fmt: skip
     _, fed = train_on(scored, files, tmp_path / "out", monkeypatch, **packing)
     packs = [[]]
     for row in written(scored):
@@ -201,8 +241,7 @@ def test_shuffled_packs_carry_our_labels(scored, files, tmp_path, monkeypatch):
     monkeypatch.setattr(
         MultipackBatchSampler, "__iter__", lambda self: iter(epoch.append(list(batches(self))) or epoch[-1])
     )
-    packing = {"sample_packing": True, "sdp_attention": True}
-    trainer, fed = train_on(scored, files, tmp_path / "out", monkeypatch, **packing)
+    trainer, fed = train_on(scored, files, tmp_path / "out", monkeypatch, **PACKING)
     taken, steps = trainer.train_dataset, trainer.state.global_step
     rows = list(zip(taken["input_ids"], taken["labels"], strict=True))
     assert sorted(rows) == sorted(written(scored))

@@ -19,7 +19,7 @@ import yaml
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import run_exp
-from steps import check_first_step, record
+from steps import check_step, record
 from transformers import Trainer
 
 
@@ -51,29 +51,62 @@ def settings(files, output, stage, **changes):
     return {**defaults, **changes}
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_the_first_step_has_the_gradient_of_the_masked_loss(files, tmp_path, monkeypatch, capsys, stage):
+BEST = {"estimator": "path", "path_start": True, "path_kl": 0.6}  # AlphaTokenConfig.best()
+BEST_PAIRS = {**BEST, "threshold": "zero", "threshold_scope": "pair", "path_from": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "own", "step"),
+    [
+        ("sft", {"num_layers": 2}, 0),
+        ("dpo", {"num_layers": 2}, 0),
+        ("sft", {"estimator": "path"}, 0),
+        ("dpo", {"estimator": "path"}, 0),
+        ("sft", BEST, 1),  # begun at theta*, all is worth nothing at the first step, and all is kept
+    ],
+    ids=["sft", "dpo", "sft, path", "dpo, path", "sft, best()"],
+)
+def test_a_step_has_the_gradient_of_the_masked_loss(files, tmp_path, monkeypatch, capsys, stage, own, step):
     """With gradient checkpointing, which LLaMA-Factory switches on, and not reentrant, which the recipe sees to."""
+    seen = {}
+    run(files, tmp_path, monkeypatch, stage, own, lambda *given: record(seen, *given, step=step))
+    assert capsys.readouterr().out.count("'alphatoken/kept': 0.5") >= 2
+    check_step(seen, pairs=stage == "dpo")
+
+
+def test_best_for_pairs_keeps_them_whole(files, tmp_path, monkeypatch):
+    kept = []
+
+    def look(trainer, model, inputs):
+        answers, weights = inputs["labels"] != -100, trainer.alphatoken.weights
+        answers[:, 0] = False
+        assert torch.equal(weights, answers * weights.amax(1, keepdim=True))
+        assert torch.equal(*weights.amax(1).chunk(2)), "a pair is kept or dropped in both branches"
+        kept.extend(weights.amax(1).chunk(2)[0].tolist())
+
+    run(files, tmp_path, monkeypatch, "dpo", BEST_PAIRS, look)
+    assert len(kept) == 12 and set(kept) == {0, 1}
+
+
+def run(files, output, monkeypatch, stage, own, look):
+    """Train by the recipe; `look` sees the trainer, the model and the inputs behind each micro-batch."""
     trainer = CustomDPOTrainer if stage == "dpo" else CustomSeq2SeqTrainer
     monkeypatch.setattr(trainer, "compute_loss", trainer.compute_loss)  # put back behind the test
-    seen, step = {}, Trainer.training_step
+    step = Trainer.training_step
 
     def recording(self, model, inputs, *args, **kwargs):
         before = {name: t.clone() for name, t in inputs.items() if isinstance(t, torch.Tensor)}
         loss = step(self, model, inputs, *args, **kwargs)
         if stage == "dpo":
             before["completion_mask"] = (before["labels"] != -100).long()
-        record(seen, self, model, before)
+        look(self, model, before)
         return loss
 
     monkeypatch.setattr(Trainer, "training_step", recording)
-    own = {"num_layers": 2, "target_size": 6}
-    (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump(settings(files, tmp_path / "out", stage, alphatoken=own, report_to="none"))
+    (output / "config.yaml").write_text(
+        yaml.safe_dump(settings(files, output / "out", stage, alphatoken={"target_size": 6, **own}))
     )
-    recipe.main([str(tmp_path / "config.yaml")])
-    assert capsys.readouterr().out.count("'alphatoken/kept': 0.5") >= 2
-    check_first_step(seen, pairs=stage == "dpo")
+    recipe.main([str(output / "config.yaml")])
 
 
 def test_reentrant_checkpointing_is_refused(files, tmp_path):
@@ -103,3 +136,40 @@ def test_labels_of_a_scored_folder_arrive_whole(files, tmp_path, monkeypatch):
     run_exp(settings(files, tmp_path / "out", "sft", **changes))
     rows = load_from_disk(scored)["train"]["labels"]
     assert sorted(labels) == sorted(label for row in rows for label in row if label != -100)
+
+
+def test_v1_weighs_tokens_by_a_scored_folder(files, tmp_path, monkeypatch):
+    """Its own trainer with the recipe's two plugins: labels and weights arrive whole, and make the masked mean."""
+    import with_llamafactory_v1
+    from datasets import load_from_disk
+    from llamafactory.v1.trainers.sft_trainer import SFTTrainer
+
+    scored = os.environ.get("ALPHATOKEN_SCORED")
+    if scored is None:
+        pytest.skip("ALPHATOKEN_SCORED names no scored folder; `make test-tools` makes one with the main environment")
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"scored": {"path": scored, "converter": "scored"}}))
+    keys = {"model": str(files / "model"), "template": "scored", "train_dataset": str(tmp_path / "data.yaml"),
+            "output_dir": str(tmp_path / "out"), "micro_batch_size": 2, "global_batch_size": 4, "cutoff_len": 128,
+            "num_train_epochs": 1, "batching_workers": 0, "bf16": False,
+            "peft_config": {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+                            "target_modules": "all"}}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys))
+    fed, compute_loss = [], SFTTrainer.compute_loss
+
+    def recording(self, batch):
+        real = batch["attention_mask"].bool()
+        assert torch.equal(batch["loss_weights"], (batch["labels"] != -100).float())
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], real, strict=True):
+            fed.append((ids[mask].tolist(), labels[mask].tolist()))
+        loss = compute_loss(self, batch)
+        with torch.no_grad():
+            own = self.model(input_ids=batch["input_ids"], attention_mask=real.long(), labels=batch["labels"]).loss
+        assert abs(loss.item() - own.item()) < 1e-5
+        return loss
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", recording)
+    monkeypatch.setattr("sys.argv", ["with_llamafactory_v1.py", str(tmp_path / "config.yaml")])
+    with_llamafactory_v1.main()
+    rows = load_from_disk(scored)["train"]
+    assert sorted(fed) == sorted(zip(rows["input_ids"], rows["labels"], strict=True))
+    assert any((tmp_path / "out").glob("adapter_model*"))
