@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import sys
 from collections.abc import Sequence
 
 from . import __version__
-
-# Modules of this package with an `add_parser`, in the order in which help lists their commands.
-_COMMANDS = (
-    "tools.score.command",
-    "tools.score.reselect",
-    "tools.show.command",
-    "trl.command",
-    "tools.report.report",
-    "tools.doctor",
-    "tools.environment",
-)
+from .tools.arguments import COMMANDS, add_command
+from .trl.command import KINDS, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in _COMMANDS:
-        importlib.import_module(f"alphatoken_loss.{name}").add_parser(subparsers)
+    for name in COMMANDS:
+        add_command(subparsers, name)
+    for name, words in KINDS.items():
+        subparsers.add_parser(name, help=f"{words}, with TRL's arguments", add_help=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console without a letter (cp1252) shows "?" for it
-    from .trl.command import KINDS, train
-
     try:
         if argv and argv[0] in KINDS:  # TRL's own parser reads the rest
             return train(argv[0], argv[1:])

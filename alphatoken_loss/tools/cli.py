@@ -12,8 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-import torch
-
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -80,7 +78,9 @@ def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
             except FloatingPointError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+                    raise
                 print(f"error: {first_line(error)} {memory}".rstrip(), file=sys.stderr)
                 return 1
             except KeyboardInterrupt:

@@ -25,32 +25,9 @@ from ..estimators import ESTIMATORS
 from ..gate import AlphaToken
 from ..models.sites import find_scored
 from ..models.structure import causal_lm, trained_behind
-from .cli import Help, or_exit, positive
+from .cli import or_exit
 
 Step = Callable[[], None]
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add `doctor` to a command line."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="which estimators fit a model, what is scored, and what a step costs here",
-        description="Load a model, put its adapter (or a new one) on, and run a few steps with each estimator.",
-        formatter_class=Help,
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder or hub id")
-    add("--adapter", help="folder or hub id of a LoRA adapter; by default a new one on all linears")
-    add("--lora-r", type=positive, default=16, help="rank of a new adapter")
-    add("--load-in-4bit", action="store_true", help="quantise the model to NF4 (bitsandbytes)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model's weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--batch-size", type=positive, default=2, help="sequences of a step")
-    add("--length", type=positive, default=128, help="tokens of a sequence")
-    add("--steps", type=positive, default=3, help="timed steps")
-    add("--gradient-checkpointing", action="store_true", help="with it, as long runs have it")
-    add("--seed", type=int, default=0, help="of a new adapter and the tokens")
-    parser.set_defaults(run=run)
 
 
 @or_exit("Lower --batch-size or --length.")
@@ -58,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0, or 1 where no estimator takes the model."""
     from .score.scorer import load_model
 
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_model(args, torch.device(args.device))
     if args.gradient_checkpointing:
         model.enable_input_require_grads()

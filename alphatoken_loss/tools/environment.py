@@ -6,7 +6,6 @@ import argparse
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -14,12 +13,6 @@ from .. import __version__
 
 _NEEDED = ("transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 _BESIDE = ("axolotl", "llamafactory", "liger-kernel", "unsloth", "torchtune", "deepspeed", "flash-attn", "triton")
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add `env` to a command line."""
-    parser = subparsers.add_parser("env", help="versions, devices and what is installed, for a report of a fault")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

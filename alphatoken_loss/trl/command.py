@@ -32,12 +32,6 @@ class TargetArguments:
     target_split: str = field(default="train", metadata={"help": "Split of the target."})
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add `sft` and `dpo` to a command line, to be listed there; `train` reads what follows them."""
-    for kind, words in KINDS.items():
-        subparsers.add_parser(kind, help=f"{words}, with TRL's arguments", add_help=False)
-
-
 @or_exit("Lower --per_device_train_batch_size, or use --gradient_checkpointing.", "--resume_from_checkpoint goes on.")
 def _run(args: argparse.Namespace) -> int:
     trainer = build(args.kind, args.argv)

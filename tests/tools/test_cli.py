@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +37,27 @@ def test_help_lists_the_commands_and_version_is_the_packages(capsys):
             main(argv)
         out = capsys.readouterr().out
         assert stopped.value.code == 0 and all(re.search(rf"^ *{re.escape(each)}\b", out, re.M) for each in printed)
+
+
+WITHOUT = """
+import sys
+from alphatoken_loss.__main__ import main
+for words in ("--version", "--help", "score --help", "doctor --help", "reselect", "score --rho much"):
+    try:
+        main(words.split())
+    except SystemExit:
+        pass
+    else:
+        sys.exit(f"{words} ran")
+found = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"} & sys.modules.keys()
+sys.exit(f"imported {sorted(found)}" if found else 0)
+"""
+
+
+def test_help_version_and_mistyped_arguments_wait_for_no_library():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "alphatoken 0." in done.stdout and "reselect: error:" in done.stderr and "'much'" in done.stderr
 
 
 def test_env_says_what_a_report_of_a_fault_needs(capsys):

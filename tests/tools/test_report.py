@@ -21,6 +21,7 @@ from transformers import Trainer
 
 from alphatoken_loss import AlphaTokenSFTConfig, SampleWriter
 from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.tools.arguments import add_command
 from alphatoken_loss.tools.report import report as reporting
 from alphatoken_loss.tools.report.report import write_report
 from alphatoken_loss.tools.report.samples import FOLDER, read_log, read_samples
@@ -53,7 +54,7 @@ def train(kind: str, folder: Any, **options: Any) -> Any:
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    reporting.add_parser(parser.add_subparsers())
+    add_command(parser.add_subparsers(), "report")
     return parser.parse_args(["report", *map(str, words)])
 
 

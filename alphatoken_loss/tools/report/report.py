@@ -16,6 +16,7 @@ import torch
 
 from ...batches.read import read_batch
 from ...values import TokenValues
+from ..arguments import REPORT_FILE
 from ..cli import or_exit
 from ..show.charts import CHART_STYLE, Line, chart
 from ..show.page import escape, page, save_text, visible
@@ -23,7 +24,6 @@ from ..show.spans import decode
 from ..show.tokens import WORDS, show_tokens
 from .samples import FOLDER, METRICS_FILE, Sample, read_log, read_samples
 
-REPORT_FILE = "_alphatoken_report.html"  # not pushed to the hub either
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 10  # of the answer
 _STYLE = """
@@ -38,23 +38,6 @@ _STYLE = """
   font-weight: 600; padding-bottom: .3em; }
 .alpha code { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
 """
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand `report` to what `ArgumentParser.add_subparsers` gave."""
-    parser = subparsers.add_parser(
-        "report",
-        help="write the report of a training run as one HTML file",
-        description="Write the report of a training run as one HTML file: how token values were distributed over "
-        "training, which positions and which tokens were kept, the logged curves, and some sequences.",
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run, or the folder of a SampleWriter")
-    parser.add_argument("--out", metavar="FILE", help=f"where to write; by default RUN_DIR/{REPORT_FILE}")
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="folder or name; by default the one found in RUN_DIR or its last checkpoint"
-    )
-    parser.add_argument("--rows", type=int, default=6, help="sequences (or pairs) shown in full; default %(default)s")
-    parser.set_defaults(run=run)
 
 
 @or_exit()

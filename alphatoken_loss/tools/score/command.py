@@ -11,62 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
 from ...config import AlphaTokenConfig
-from ...estimators import ESTIMATORS
-from ..cli import Help, UserError, layers, or_exit, positive
+from ..cli import UserError, or_exit
 from .inputs import SETTINGS, inputs_of, open_output
 from .parts import SCORED, finish, read_meta, write_part
-from .reselect import add_selection, report, reselect
+from .reselect import report, reselect
 from .rows import form_of, load_rows
 from .scorer import Scorer
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add `score` to a command line."""
-    parser = subparsers.add_parser(
-        "score",
-        help="value a data set and write it tokenised, with low-value tokens masked",
-        description="Value every response token of a data set and write it tokenised, the labels of low-value tokens "
-        "set to -100, for TRL, Axolotl or LLaMA-Factory. Run the same command again to go on after an interruption; "
-        "`reselect` makes labels for another --rho from the stored values.",
-        formatter_class=Help,
-    )
-    defaults = AlphaTokenConfig()
-    add = parser.add_argument_group("what is read and written").add_argument
-    add("--model", help="model folder or hub id (needed)")
-    add("--adapter", help="folder or hub id of a LoRA adapter; by default a new one, which has no drift yet")
-    add("--tokenizer", help="folder or hub id; by default the one beside --adapter, if any, else the model's")
-    add("--dataset", help=".jsonl, .json or .parquet file, folder of `datasets`, or hub id (needed)")
-    add("--split", default="train", help="split of a folder or hub data set")
-    add("--target", help="examples of the target task in SFT form, where --dataset may be (needed)")
-    add("--target-split", default="train", help="split of the target")
-    add("--output", help="folder to write, or to go on with (needed)")
-    add("--max-length", type=positive, default=1024, help="tokens that a sequence is cut to")
-    add("--assistant-only-loss", action="store_true", help="of messages, value assistant turns only")
-    add_selection(parser.add_argument_group("which tokens are kept"))
-    add("--reselect", metavar="FOLDER", help="what `alphatoken reselect FOLDER` does")
-    add = parser.add_argument_group("values").add_argument
-    add("--stability-weight", type=float, default=defaults.stability_weight, help="weight of drift against the target")
-    add("--num-layers", type=layers, help='last blocks to score, a number or "all" (3 for ghost, else all)')
-    add("--causal-window", type=int, default=defaults.causal_window, help="causal credit in tokens ahead, 0 for none")
-    add("--estimator", choices=list(ESTIMATORS), default=defaults.estimator, help="how tokens are valued")
-    add("--fisher", metavar="FILE", help="a saved Fisher; by default estimated from prompts of the data set")
-    add("--fisher-prompts", type=positive, default=1000, help="prompts to estimate it from")
-    add("--fisher-new-tokens", type=positive, default=128, help="tokens sampled after each of them")
-    add("--beta", type=float, default=0.1, help="of the DPO loss that values pairs, in 1 / nats")
-    add("--lora-r", type=positive, default=16, help="rank of a new adapter, on all linears")
-    add("--seed", type=int, default=0, help="of a new adapter and the prompts of the Fisher")
-    add = parser.add_argument_group("how it runs").add_argument
-    add("--tokens-per-batch", type=positive, default=8192, help="tokens run together, padding included")
-    add("--rows-per-part", type=positive, default=1000, help="rows of a part; what an interruption may lose")
-    add("--load-in-4bit", action="store_true", help="quantise the model to NF4 (bitsandbytes)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model's weights")
-    add("--device", help="where to run; by default CUDA where there is one, else the CPU")
-    parser.set_defaults(run=run)
 
 
 @or_exit("Lower --tokens-per-batch, and run the command again.", "Run the same command again to go on.")

@@ -8,34 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import AlphaTokenConfig
-from ..cli import Help, UserError, or_exit
+from ..cli import UserError, or_exit
 from .parts import META, finish, read_meta
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add `reselect` to a command line."""
-    parser = subparsers.add_parser(
-        "reselect",
-        help="make other labels for a scored data set, without a model",
-        description="Make the labels of a scored data set anew from its stored values, in a folder of its own: tools "
-        "that have prepared the old one would not notice a change in place.",
-        formatter_class=Help,
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="output of `alphatoken score`")
-    parser.add_argument("--output", help="folder to write; by default FOLDER with the share at its end")
-    add_selection(parser)
-    parser.set_defaults(run=run)
-
-
-def add_selection(parser: Any) -> None:
-    """Add the options that say which tokens are kept."""
-    parser.add_argument("--rho", type=float, default=0.5, help="share of response tokens to keep, in (0, 1]")
-    parser.add_argument(
-        "--threshold-scope",
-        choices=("sequence", "dataset"),
-        default="sequence",
-        help="keep that share of each sequence, or of all tokens of the data set (of each branch, for pairs)",
-    )
 
 
 @or_exit()

@@ -9,26 +9,9 @@ from typing import Any
 
 import torch
 
-from ..cli import Help, UserError, or_exit, positive
+from ..cli import UserError, or_exit
 from ..score.parts import SCORED, read_meta
 from .tokens import TokenMap, show_tokens
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add `show` to a command line."""
-    parser = subparsers.add_parser(
-        "show",
-        help="show rows of a scored data set, tokens coloured by value",
-        description="Write a page that shows what `alphatoken score` made of some rows.",
-        formatter_class=Help,
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="output of `alphatoken score`")
-    parser.add_argument("--start", type=positive, default=1, help="first row, counted from 1")
-    parser.add_argument("--rows", type=positive, default=20, help="rows to show")
-    parser.add_argument("--tokenizer", help="folder or hub id; by default the one that the rows were scored with")
-    parser.add_argument("--out", metavar="FILE", help="HTML file to write; by default FOLDER/tokens.html")
-    parser.add_argument("--terminal", action="store_true", help="print to the terminal instead")
-    parser.set_defaults(run=run)
 
 
 @or_exit()
