@@ -3,11 +3,13 @@
 #   make test    ruff, mypy and the tests
 #   make docs    the pages as a site, in site/
 #   make figures write the tables of README and docs from benchmarks/results/
-#   make test-tools  Axolotl, LLaMA-Factory and old datasets, each in an environment of its own (.tools/, some GB)
+#   make test-tools  Axolotl, LLaMA-Factory and others, each in an environment of its own (.tools/, some GB each)
+# One tool: make TOOLS=axolotl test-tools
 # Another interpreter: make PYTHON=python3.12 test    Options for pip: make PIP_FLAGS="--index-url ..." test
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+TOOLS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -47,11 +49,11 @@ figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
 
 test-tools: $(READY)
-	$(BIN)/python benchmarks/tools.py
+	PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python benchmarks/tools.py $(TOOLS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
 
 clean:
-	rm -rf $(VENV) build dist outputs site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tools build dist outputs site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

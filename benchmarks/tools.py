@@ -1,10 +1,12 @@
 """The tools people train with, each in an environment of its own: what was run, on what machine, with what result.
 
-    make test-tools                                   # all of them; environments in .tools/, some GB of packages
-    python benchmarks/tools.py axolotl                # one
+    make test-tools                                   # all of them; environments in .tools/, 2 to 4 GB each
+    make test-tools TOOLS="axolotl llama-factory"     # some
     python benchmarks/tools.py --table                # docs/tools.md from the results alone
 
-Writes benchmarks/results/tools.json and the table in docs/tools.md.
+An environment is made once, from nothing, and kept. pip takes further options from PIP_FLAGS; where torch for CUDA is
+not wanted, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu". Writes benchmarks/results/tools.json and
+the table in docs/tools.md.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import argparse
 import json
 import os
 import platform
-import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,18 +56,31 @@ TOOLS: dict[str, dict[str, Any]] = {
         "stub": "torchaudio",  # imported by it; the registry's builds are for CUDA alone, and text needs none
     },
 }  # fmt: skip
+BESIDE = ("torch", "transformers", "trl", "peft")
+NEEDED = 8  # GB
 QUIET = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled",
          "DISABLE_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
+def slug(tool: str) -> str:
+    """A tool's name as it is typed."""
+    return tool.replace(" ", "-").lower()
+
+
 def environment(tool: str, folder: Path) -> Path:
     """The Python of a tool's environment, made where there is none."""
-    about, home = TOOLS[tool], folder / tool.replace(" ", "-").lower()
+    about, home = TOOLS[tool], folder / slug(tool)
     python = home / "bin" / "python"
     if (home / "ready").is_file():
         return python
-    subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < NEEDED:
+        sys.exit(f"{folder}: {free:.0f} GB are free, and an environment takes up to {NEEDED} with what pip unpacks.")
+    print(f"{tool}: its environment is made in {home}. This takes minutes.", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
+    flags = shlex.split(os.environ.get("PIP_FLAGS", ""))
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags]
     subprocess.run([*pip, *about["with"]], check=True)
     if "alone" in about:
         subprocess.run([*pip, "--no-deps", *about["alone"]], check=True)
@@ -95,28 +111,23 @@ def run(tool: str, python: Path, data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         env = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "ALPHATOKEN_SCORED": str(data)}
-        tests = f"tests/integrations/{about['tests']}"
-        argv = [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--noconftest",
-            "-o",
-            "addopts=",
-            f"--junitxml={report}",
-            tests,
-        ]
-        subprocess.run([python, *argv], cwd=ROOT, env=env)
+        argv = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "-o", "addopts="]
+        argv += [f"--junitxml={report}", f"tests/integrations/{about['tests']}"]
+        subprocess.run([python, *argv], cwd=ROOT, env=env)  # its failures are in the report
+        if not report.is_file():
+            sys.exit(f"{tool}: the tests did not run.")
         cases = list(ElementTree.parse(report).iter("testcase"))
-    code = f"import importlib.metadata as m; print(m.version({about['name']!r}))"
-    found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    names = [about["name"], *BESIDE]
+    code = "import json, sys, importlib.metadata as m; has = {d.name: d.version for d in m.distributions()};"
+    code += "print(json.dumps({name: has[name] for name in sys.argv[1:] if name in has}))"
+    found = subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True)
+    versions = json.loads(found.stdout)
     return {
-        "version": found.stdout.strip(),
+        "version": versions.pop(about["name"]),
+        "beside": versions,
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()} CPU, Python {platform.python_version()}",
-        "command": f"python benchmarks/tools.py {tool!r}",
+        "command": f"python benchmarks/tools.py {slug(tool)}",
         "tests": {case.get("name"): _result(case) for case in cases},
     }
 
@@ -130,11 +141,15 @@ def _result(case: ElementTree.Element) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, one line a test."""
-    lines = ["| tool | version | what was run | machine | result |", "|---|---|---|---|---|"]
+    lines = ["| tool | version | machine | what was run | result |", "|---|---|---|---|---|"]
     for tool, about in results.items():
+        beside = [f"{name} {version}" for name, version in about["beside"].items()]
+        first = [tool, about["version"], ", ".join([about["machine"], *beside, about["date"]])]
         for test, result in about["tests"].items():
-            words = re.sub(r"^test_", "", test).replace("_", " ")
-            lines.append(f"| {tool} | {about['version']} | {words} | {about['machine']} | {result} |")
+            name, _, case = test.removeprefix("test_").removesuffix("]").partition("[")
+            words = name.replace("_", " ") + (f": {case}" if case else "")
+            lines.append(f"| {' | '.join([*first, words, result])} |")
+            first = [""] * 3  # said once
     return "\n".join(lines)
 
 
@@ -151,9 +166,19 @@ def _known() -> dict[str, Any]:
     return {tool: found[tool] for tool in TOOLS if tool in found}
 
 
+def _tool(text: str) -> str:
+    """A key of `TOOLS` from what was typed."""
+    found = [tool for tool in TOOLS if slug(tool) == slug(text)]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(slug, TOOLS))}")
+    return found[0]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tools", nargs="*", help=f"{', '.join(TOOLS)}; by default all")
+    parser.add_argument(
+        "tools", nargs="*", type=_tool, metavar="TOOL", help=f"{', '.join(map(slug, TOOLS))}; by default all"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / ".tools", help="where the environments are")
     parser.add_argument("--table", action="store_true", help="run nothing, write the page from the results")
     args = parser.parse_args(argv)
