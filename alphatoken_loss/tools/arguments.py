@@ -36,7 +36,7 @@ def _score(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", help="folder or hub id; by default the one beside --adapter, if any, else the model's")
     add("--dataset", help=".jsonl, .json or .parquet file, folder of `datasets`, or hub id (needed)")
     add("--split", default="train", help="split of a folder or hub data set")
-    add("--target", help="examples of the target task in SFT form, where --dataset may be (needed)")
+    add("--target", help="examples of the target task, where --dataset may be, in SFT form (path: or pairs; needed)")
     add("--target-split", default="train", help="split of the target")
     add("--output", help="folder to write, or to go on with (needed)")
     add("--max-length", type=positive, default=1024, help="tokens that a sequence is cut to")

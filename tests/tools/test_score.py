@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
 
 from alphatoken_loss import AlphaTokenConfig, Fisher, alphatoken_weights, estimate_fisher, target_gradient
+from alphatoken_loss import Path as ThetaStar
 from alphatoken_loss.__main__ import main
 from alphatoken_loss.tools.cli import UserError
 from alphatoken_loss.tools.score import parts
@@ -422,6 +423,73 @@ def test_other_models(files, tmp_path, how):
     if how == "new_adapter":
         assert main(arguments(files, tmp_path / "again", **changes)) == 0
         assert scored(tmp_path / "again") == rows
+
+
+# ------------------------------------------------------------------------------------ along the path
+
+
+def single_logps(model, ids):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(("dataset", "target"), [("rows.jsonl", "target.jsonl"), ("pairs.parquet", "target.jsonl"),
+                                                 ("pairs.parquet", "pairs.parquet")])  # fmt: skip
+def test_values_along_the_path_are_those_of_two_models(files, tmp_path, dataset, target):
+    """Of each row by itself, the adapter's log-probabilities and those with what `path.safetensors` holds in it."""
+    changes = {"num_layers": None, "estimator": "path", "target": files / target, "stability_weight": 0.0}
+    changes["fisher"] = None
+    assert main(arguments(files, tmp_path / "out", dataset=dataset, **changes)) == 0
+    here, there = model_of(files).eval(), model_of(files).eval()
+    path = ThetaStar.load(tmp_path / "out" / "path.safetensors")
+    path.apply(there)
+    rows = scored(tmp_path / "out")
+    assert len(rows) == (11 if dataset == "rows.jsonl" else 7)
+    for row in rows:
+        for prefix, sign in (("", 1),) if dataset == "rows.jsonl" else (("chosen_", 1), ("rejected_", -1)):
+            ids, inside = row[f"{prefix}input_ids"], torch.tensor(row[f"{prefix}response_mask"])
+            gained = sign * (single_logps(there, ids) - single_logps(here, ids))
+            wanted = torch.nn.functional.pad(gained, (1, 0)) * inside
+            found = torch.tensor(row[f"{prefix}token_values"])
+            assert error(found, wanted) < 1e-4
+            assert error(found.roll(1), wanted) > 0.1
+
+
+def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path, monkeypatch, capsys):
+    """In smaller batches too, which a run that was out of memory goes on with: there theta* would be another one."""
+    options = {"num_layers": None, "estimator": "path", "fisher": None, "stability_weight": 0.0}
+    assert main(arguments(files, tmp_path / "whole", **options)) == 0
+    values = scoring.Scorer._values
+
+    def short(self, rows):
+        if len(list((tmp_path / "out" / "scored").iterdir())):
+            raise torch.OutOfMemoryError("none left")
+        return values(self, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring.Scorer, "_values", short)
+        assert main(arguments(files, tmp_path / "out", **options)) == 1
+    assert main(arguments(files, tmp_path / "out", **options, tokens_per_batch=30)) == 0
+    assert main(arguments(files, tmp_path / "other", **options, tokens_per_batch=30)) == 0
+    rows, whole, other = (scored(tmp_path / name) for name in ("out", "whole", "other"))
+    for row, wanted in zip(rows, whole, strict=True):
+        assert error(torch.tensor(row["token_values"]), torch.tensor(wanted["token_values"])) < 1e-4
+    assert any(error(torch.tensor(a["token_values"]), torch.tensor(b["token_values"])) > 1e-2
+               for a, b in zip(other, whole, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapter": None}, {"load_in_4bit": True}])
+def test_the_path_of_other_models(files, tmp_path, changes):
+    """With a Fisher of its own; from a new adapter, which has not drifted; in 4 bits."""
+    options = {"num_layers": None, "estimator": "path", "fisher": None, **changes}
+    options |= {"fisher_prompts": 3, "fisher_new_tokens": 3}
+    assert main(arguments(files, tmp_path / "out", **options)) == 0
+    rows = scored(tmp_path / "out")
+    assert len(rows) == 11 and all(torch.tensor(row["token_values"]).any() for row in rows)
+    assert (tmp_path / "out" / "fisher.safetensors").is_file() == ("adapter" not in changes)
+    assert main(arguments(files, tmp_path / "again", **options)) == 0
+    assert scored(tmp_path / "again") == rows
 
 
 # ------------------------------------------------------------------------------------ what trainers make of it

@@ -48,12 +48,13 @@ def score(args: argparse.Namespace) -> Path:
     missing = [name for name in ("model", "dataset", "target", "output") if getattr(args, name) is None]
     if missing:
         raise UserError(f"{', '.join('--' + name for name in missing)}: needed (or --reselect). See --help.")
-    config = AlphaTokenConfig(rho=args.rho, **{name: getattr(args, name) for name in SETTINGS})
+    beta = {"path_beta": args.beta} if args.estimator == "path" else {}
+    config = AlphaTokenConfig(rho=args.rho, **beta, **{name: getattr(args, name) for name in SETTINGS})
     rows = load_rows(args.dataset, args.split, "--dataset")
     form = form_of(rows, "--dataset")
     target_rows = load_rows(args.target, args.target_split, "--target")
-    if form_of(target_rows, "--target") != "sft":
-        raise UserError("--target holds preference pairs; it must be in SFT form.")
+    if form_of(target_rows, "--target") != "sft" and args.estimator != "path":
+        raise UserError("--target holds preference pairs; it must be in SFT form, but for --estimator path.")
     if args.fisher is not None and not Path(args.fisher).is_file():
         raise UserError(f"--fisher {args.fisher}: there is no such file.")
     if args.adapter is None:  # W is W_ref, so nothing has drifted and no Fisher is needed

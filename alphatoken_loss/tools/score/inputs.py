@@ -12,7 +12,7 @@ from typing import Any
 from ...config import AlphaTokenConfig
 from ..cli import UserError
 from .parts import META, SCORED, read_meta, write_json
-from .scorer import FISHER
+from .scorer import FISHER, PATH
 
 SETTINGS = ("stability_weight", "num_layers", "causal_window", "estimator")
 _OPTIONS = ("fisher_prompts", "fisher_new_tokens", "beta", "max_length", "assistant_only_loss", "rows_per_part")
@@ -87,7 +87,8 @@ def open_output(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str,
                 f"--output {folder} was begun with other arguments or files ({', '.join(differ)}). Give another "
                 "folder, or the arguments it was begun with."
             )
-        (folder / FISHER).unlink(missing_ok=True)  # of a run that ended before it wrote a part, by a mistake say
+        for name in (FISHER, PATH):
+            (folder / name).unlink(missing_ok=True)  # of a run that ended before it wrote a part, by a mistake say
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} exists and is no output of this command. Give another folder.")
     packages = ("alphatoken-loss", "torch", "transformers", "peft", "trl")

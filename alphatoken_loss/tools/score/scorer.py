@@ -17,6 +17,7 @@ from ...config import AlphaTokenConfig
 from ...directions.estimate import estimate_fisher
 from ...directions.fisher import Fisher
 from ...directions.follow import make_path
+from ...directions.path import Path as ThetaStar
 from ...directions.target import target_gradient
 from ...estimators import estimator_class
 from ...models.structure import causal_lm
@@ -25,7 +26,7 @@ from ..cli import UserError, first_line
 from .parts import whole
 from .rows import Row, by_length, collate, tokenised
 
-FISHER = "fisher.safetensors"
+FISHER, PATH = "fisher.safetensors", "path.safetensors"
 
 
 class Scorer:
@@ -58,8 +59,8 @@ class Scorer:
         self._check_ids(target, range(len(target)), "--target")
         self.fisher = self._fisher(folder) if config.stability_weight > 0 else None
         self.given: dict[str, Any] = {"fisher": self.fisher, "config": config}
-        if estimator_class(config.estimator).in_forward:  # an interrupted run makes the same again
-            self.given["path"] = make_path(self.model, self._batches(target), **self.given)
+        if estimator_class(config.estimator).in_forward:
+            self.given["path"] = self._path(folder, target)
         else:
             self.given["target"] = target_gradient(self.model, self._batches(target), config=config)
 
@@ -108,6 +109,14 @@ class Scorer:
     def _batches(self, rows: list[Row]) -> Iterator[dict[str, torch.Tensor]]:
         for places in by_length(rows, self.args.tokens_per_batch):
             yield collate([rows[i] for i in places], self.pad, self.device)
+
+    def _path(self, folder: Path, target: list[Row]) -> ThetaStar:
+        """theta* that an interrupted run has left, or a new one, which depends on how target rows run together."""
+        if (folder / PATH).is_file():
+            return ThetaStar.load(folder / PATH)
+        path = make_path(self.model, self._batches(target), **self.given)
+        path.save(folder / PATH)
+        return path
 
     def _fisher(self, folder: Path) -> Fisher:
         """The Fisher that was given, that an interrupted run has left, or a new one."""
