@@ -68,7 +68,8 @@ def make_path(
         `Path`
 
     Raises:
-        ValueError: there is no batch, none has a response token, or SFT batches and pairs are mixed.
+        ValueError: there is no batch, none has a response token, or SFT batches and pairs are mixed; steps or rate are
+            not above 0.
         FloatingPointError: theta* is not finite.
 
     Example:
@@ -76,14 +77,14 @@ def make_path(
         >>> alphatoken = AlphaToken(model, path=path, config=AlphaTokenConfig(estimator="path"))
     """
     config = config or AlphaTokenConfig(estimator="path")
+    given: dict[str, Any] = {"path_steps": steps, "path_rate": rate}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
     scored = find_scored(model, config.scored_layers, config.scope)
     read = [read_batch(batch).to(scored.device) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
     if config.stability_weight > 0 and fisher is None:
         chosen = [batch.chosen() for batch in read]
         fisher = fisher_of_batches(model, scored, ref_model, chosen, dense=config.fisher == "dense")
-    return follow(
-        model, scored, read, fisher, ref_model=ref_model, config=config, steps=steps, rate=rate, hide=not progress
-    )
+    return follow(model, scored, read, fisher, ref_model=ref_model, config=config, hide=not progress)
 
 
 def follow(
@@ -94,8 +95,6 @@ def follow(
     *,
     ref_model: nn.Module | None,
     config: AlphaTokenConfig,
-    steps: int | None = None,
-    rate: float | None = None,
     hide: bool | None = None,
 ) -> Path:
     """`make_path` of what was found and read already; `hide` the bar, by default where there is no terminal."""
@@ -108,7 +107,7 @@ def follow(
             f"path_holdout is {config.path_holdout}, but the target's batches hold one row each, or no response "
             "token in their last rows: nothing can be held out. Give larger batches, or set path_holdout=0."
         )
-    steps, rate = steps or config.path_steps, rate or config.path_rate
+    steps, rate = config.path_steps, config.path_rate
     most, known = (24, _PAIR_RATES) if goal.pairs else (16, _RATES)
     rates = (rate,) if rate else known
     searched = goal
@@ -122,7 +121,7 @@ def follow(
         if again:
             best = goal.walk(steps or best.turn or most, best.rate, bar)
     found = best.end if again else best.lowest
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+    if not found or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise FloatingPointError(
             f"theta* is not finite after {len(best.losses)} steps at a rate of {best.rate}. Lower path_rate, and look "
             "at the validation batches and the Fisher."

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -75,7 +77,7 @@ class PathMemory(Memory):
             source.path = self._follow(source, scored, batch)
         elif every is not None and source.age >= every:
             steps, rate = self.config.path_renewal_steps, self.config.path_renewal_rate
-            source.path = self._follow(source, scored, batch, steps, rate)
+            source.path = self._follow(source, scored, batch, path_steps=steps, path_rate=rate)
         if source.path is not self._known:
             source.path = source.path.to(scored.device)
             source.path.check(scored)
@@ -98,9 +100,7 @@ class PathMemory(Memory):
             source.path = Path({name.partition(".")[2]: tensor for name, tensor in state.items()})
         self._applied = True
 
-    def _follow(
-        self, source: Source, scored: Scored, batch: Batch, steps: int | None = None, rate: float | None = None
-    ) -> Path:
+    def _follow(self, source: Source, scored: Scored, batch: Batch, **changes: Any) -> Path:
         if source.batches is None:
             raise ValueError(
                 'estimator="path" was given neither a target nor a path, and the batch brings no path_logps. Give '
@@ -108,11 +108,8 @@ class PathMemory(Memory):
             )
         source.age = 0
         source.ensure_fisher(scored, batch)
-        batches = source.target_batches(scored)
-        fisher, ref_model = source.drift_fisher, source.ref_model
-        return follow(
-            source.model, scored, batches, fisher, ref_model=ref_model, config=self.config, steps=steps, rate=rate
-        )
+        batches, config = source.target_batches(scored), replace(self.config, **changes)
+        return follow(source.model, scored, batches, source.drift_fisher, ref_model=source.ref_model, config=config)
 
 
 def check_column(config: AlphaTokenConfig, path: Path | None) -> None:

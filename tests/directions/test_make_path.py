@@ -370,5 +370,10 @@ def test_what_cannot_be():
         made(model, [sft_batch("none"), pair_batch()])
     with pytest.raises(FloatingPointError, match=r"theta\* is not finite after 5 steps at a rate of .*path_rate"):
         made(model, cases.validation(), path_rate=1e300)
+    with pytest.raises(FloatingPointError, match=r"theta\* is not finite after 5 steps at a rate of .*path_rate"):
+        made(model, [sft_batch("none")], path_rate=1e300, path_holdout=0.5)
+    for changes, message in (({"steps": 0}, "path_steps is 0"), ({"rate": -1.0}, "path_rate is -1.0")):
+        with pytest.raises(ValueError, match=message):
+            make_path(model, cases.validation(), fisher=given_fisher(model), **changes)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         made(model, cases.validation())

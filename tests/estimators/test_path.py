@@ -260,6 +260,33 @@ def _mask(batch):
     return {k: rows[k] for k in ("attention_mask", "position_ids") if k in rows}
 
 
+def test_precomputed_where_training_begins():
+    """While theta is theta* no value is rounding of the column's; then the column is all that there is."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    path = some_path(model)
+    noise = 1e-6 * torch.randn(batch["labels"].shape, dtype=torch.float64)
+    with_column = {**batch, "path_logps": path.logps(model, batch) + noise}
+    alphatoken = gate_of(model, path, path_start=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    decoder, forwards = model.get_base_model().get_decoder(), []
+    decoder.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    for step in range(3):
+        wanted = explicit_values(model, path.parameters, batch)
+        for _ in range(2):  # accumulation
+            forwards.clear()
+            sft_loss(model, with_column, alphatoken).backward()
+            found = alphatoken.values.total
+            if step == 0:
+                assert torch.equal(_own(model, path), _flat(path)) and sorted(forwards) == [False, True]
+                assert not found.any() and torch.equal(alphatoken.weights.bool(), response(batch))
+            else:
+                assert forwards == [True]
+                assert 0 < error(found, wanted) < 1e-4
+        optimizer.step()
+        optimizer.zero_grad()
+        assert alphatoken.metrics()["target_age"] == step
+
+
 # ------------------------------------------------------------------------------------------ KL to theta*
 
 
