@@ -9,6 +9,7 @@ lies behind (norm, head, vocabulary) takes no part, so no [tokens, vocabulary] t
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -62,6 +63,18 @@ class Exact(ByChange):
         self.capture.release()
 
 
+_forward_ad = threading.Lock()
+
+
+@contextlib.contextmanager
+def _dual_level() -> Iterator[None]:
+    """`forward_ad.dual_level`, of which torch has one in a process, in one thread after the other."""
+    with _forward_ad, Changes() as changes:
+        level = changes.begin(torch._C._enter_dual_level, torch._C._exit_dual_level)
+        changes.put(vars(forward_ad), "_current_level", level)
+        yield
+
+
 def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Velocity `(B, T, hidden)` of the last block's output as the scored parameters move along `direction`."""
     blocks = capture.scored.blocks
@@ -76,7 +89,7 @@ def hidden_velocity(capture: Capture, direction: Mapping[str, torch.Tensor]) -> 
             without_noise(*blocks),
             torch.autocast(device, dtype, enabled),
             forward_mode(capture.scored, capture.batch),
-            forward_ad.dual_level(),
+            _dual_level(),
         ):
             for block, call in zip(blocks, capture.calls, strict=True):
                 moving = {

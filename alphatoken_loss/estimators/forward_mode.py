@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ..batches.batch import Batch
-from ..models.attention import KERNELS, AttentionCall, eager_attention, replaced_attention
+from ..models.attention import AttentionCall, Kernel, eager_attention, replaced_attention
 from ..models.changes import Changes
 from ..models.sites import LoraSite, Scored
 
@@ -91,8 +92,8 @@ def forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
             raise _no_rule(names[id(module)], module)
 
     attention = replaced_attention(blocks, lambda kernel, function: forward_mode_attention(function, batch))
-    # Attention outside transformers' interface: the math kernel alone of torch's has a rule.
-    with sdpa_kernel(SDPBackend.MATH), attention, Changes() as changes:
+    direct = any(_calls_attention(kind) for kind in {type(module) for module in modules})
+    with _MathAttention() if direct else contextlib.nullcontext(), attention, Changes() as changes:
         try:
             for module in modules:
                 changes.hook(module, enter, before=True)
@@ -140,6 +141,40 @@ def _moves(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
+class _MathAttention(TorchFunctionMode):
+    """Torch's attention, where it is called outside transformers' interface and what it is given moves: by the math
+    kernel, which alone has a rule. In this thread; `torch.nn.attention.sdpa_kernel` would be the process'."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and any(_moves(x) for x in (*args, *(kwargs or {}).values())):
+            return _math_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _calls_attention(kind: type[nn.Module]) -> bool:
+    """Whether a module's forward calls it by itself (Falcon's does); `_MathAttention` costs every call some time."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "scaled_dot_product_attention" in code.co_names
+
+
+def _math_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # Finite, for queries that attend to nothing: their softmax must not be NaN.
+        least = torch.finfo(query.dtype).min
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, least)
+    run = torch.ops.aten._scaled_dot_product_attention_math
+    return run(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
 class _NoRule(NotImplementedError):
     pass
 
@@ -176,7 +211,7 @@ class _Attention(torch.autograd.Function):
         return ctx.call.velocity(query, key, value, d_query, d_key, d_value, ctx.batch)
 
 
-def forward_mode_attention(registered: Callable[..., Any] | None, batch: Batch) -> Callable[..., Any]:
+def forward_mode_attention(registered: Kernel | None, batch: Batch) -> Callable[..., Any]:
     """What stands in the place of a registry's entry while blocks run in forward mode."""
 
     def attention(
@@ -192,8 +227,7 @@ def forward_mode_attention(registered: Callable[..., Any] | None, batch: Batch) 
         call = AttentionCall.read(query, key, attention_mask, kwargs, _no_forward_mode)
 
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            with sdpa_kernel(KERNELS):
-                output: torch.Tensor = function(module, query, key, value, attention_mask, *args, **kwargs)[0]
+            output: torch.Tensor = function(module, query, key, value, attention_mask, *args, **kwargs)[0]
             return output.clone(memory_format=torch.contiguous_format)  # no view: a velocity has its own memory
 
         return _Attention.apply(query, key, value, run, call, batch), None

@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..batches.batch import Batch
@@ -26,7 +26,6 @@ from .sites import Scored, Site
 
 # Probabilities of one query chunk, all heads, are held in full precision: 32 MiB of float32 at this many elements.
 CHUNK_ELEMENTS = 1 << 23
-KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_ROWS = 64  # more queries at once than this only compute more of what causality makes zero
 
 
@@ -189,20 +188,45 @@ def eager_attention(module: nn.Module) -> Kernel:
     return function
 
 
-def _for_modules(modules: set[int], own: Kernel, before: Kernel | None) -> Kernel:
-    """An entry for some modules; the registry is the process', and other models go on with what was there."""
+class _Dispatch:
+    """What stands in the registry for one kernel while it is replaced, by any thread for modules of its own; others go
+    on with what was registered.
 
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        function = own if id(module) in modules else before or eager_attention(module)
-        return function(module, *args, **kwargs)
+    The registry is the process': contexts of two threads may end in the order they began. So each has an entry here,
+    and what was registered comes back when the last entry goes.
+    """
 
-    return attention
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self.before: Kernel | None = None
+        self._put_back: Callable[[], Any] = int
+        self._own: dict[object, tuple[set[int], Kernel]] = {}
+
+    def replace(self, modules: set[int], replacement: Callable[[str, Kernel | None], Kernel], changes: Changes) -> None:
+        local = ALL_ATTENTION_FUNCTIONS._local_mapping
+        found = local.get(self.kernel)
+        if found is not self:
+            self.before = found or ALL_ATTENTION_FUNCTIONS._global_mapping.get(self.kernel)
+            self._put_back = (
+                partial(local.update, {self.kernel: found}) if found else partial(local.pop, self.kernel, None)
+            )
+        changes.note_unless(self._own, self._put_back)
+        changes.put(self._own, object(), (modules, replacement(self.kernel, self.before)))
+        local[self.kernel] = self  # after its entry, with which a thread that leaves now lets it stand
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        latest_first = reversed(list(self._own.values()))
+        own = next((function for modules, function in latest_first if id(module) in modules), None)
+        return (own or self.before or eager_attention(module))(module, *args, **kwargs)
+
+
+_dispatches: dict[str, _Dispatch] = {}  # by kernel
 
 
 @contextlib.contextmanager
 def replaced_attention(blocks: list[nn.Module], replacement: Callable[[str, Kernel | None], Kernel]) -> Iterator[None]:
     """Replace the registry's entries for the kernels that blocks use, for these blocks alone; they are put back on
-    leaving. Other threads may run other models meanwhile, but not value tokens of them.
+    leaving. Other threads may run other models meanwhile, and replace the attention of these.
 
     Args:
         replacement (`Callable`): from a kernel's name and its entry (None: eager, which has none) to another function.
@@ -213,11 +237,9 @@ def replaced_attention(blocks: list[nn.Module], replacement: Callable[[str, Kern
         for module in modules.values()
         if (config := getattr(module, "config", None)) is not None and hasattr(config, "_attn_implementation")
     }
-    local = ALL_ATTENTION_FUNCTIONS._local_mapping
     with Changes() as changes:
         for kernel in kernels:
-            before = ALL_ATTENTION_FUNCTIONS.get(kernel)
-            changes.put(local, kernel, _for_modules(set(modules), replacement(kernel, before), before))
+            _dispatches.setdefault(kernel, _Dispatch(kernel)).replace(set(modules), replacement, changes)
         yield
 
 

@@ -13,10 +13,12 @@ The outermost context of a call is left twice (`undoing`), since one interrupt c
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
+from itertools import compress, starmap
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -65,6 +67,17 @@ class Changes:
     def note(self, undo: Callable[..., Any], *args: Any) -> None:
         """Call `undo(*args)` on leaving. It must be no Python function, nor call one."""
         _journal.entries.append(partial(undo, *args))
+
+    def note_unless(self, held: Sized, undo: Callable[[], Any]) -> None:
+        """Call `undo()`, likewise no Python function, on leaving, unless `held` holds something then."""
+        self.note(deque, starmap(undo, compress([()], map(operator.not_, [held]))), 0)
+
+    def begin(self, begin: Callable[[], _R], end: Callable[[_R], Any]) -> _R:
+        """Call `begin()` now, and `end` with what it returned on leaving; both are of C."""
+        begun: list[_R] = []
+        self.note(deque, map(end, begun), 0)
+        begun.extend(starmap(begin, [()]))
+        return begun[0]
 
     def keep(self, places: dict[Any, Any], key: Any) -> None:
         """What stands at a key now, or nothing, will stand there again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import Cache
 from ..batches.batch import Batch
 from .changes import Changes
 from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call
-from .modes import without_checkpointing
+from .modes import may_draw, without_checkpointing
 from .structure import causal_lm, find_decoder, learns_prompts, runs_apart, unwrap
 
 
@@ -119,12 +120,10 @@ class DecoderForward:
         kwargs = {k: v for k, v in call.kwargs.items() if k not in ("labels", "fused_lm_head")}  # no loss
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        kind = next(iter(self._devices)).type if self._devices else "cuda"
         placed = {id(self._parameters[name]): tensor.to(self._dtypes[name]) for name, tensor in moved.items()}
         self._running = True
         try:
-            fork = torch.random.fork_rng(list(self._devices), device_type=kind)
-            with torch.no_grad(), fork, without_checkpointing(self.entry), Changes() as changes:
+            with torch.no_grad(), self._forked_noise(), without_checkpointing(self.entry), Changes() as changes:
                 changes.replace(self.entry, placed)
                 changes.keep_modes()
                 self.entry(*call.args, **kwargs)
@@ -132,6 +131,13 @@ class DecoderForward:
             return self._hidden
         finally:
             self._running, self._hidden = False, None
+
+    def _forked_noise(self) -> AbstractContextManager[None]:
+        """Random numbers are drawn again afterwards. They are the process', so this is left where none are drawn."""
+        if not may_draw(self.entry):
+            return contextlib.nullcontext()
+        kind = next(iter(self._devices)).type if self._devices else "cuda"
+        return torch.random.fork_rng(list(self._devices), device_type=kind)
 
     def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.virtual:

@@ -24,7 +24,7 @@ SECOND_FORWARD = (
 
 def refuse_compiled_call() -> None:
     """Raise ValueError in a hook that torch.compile traces: the code that it makes would run without the hooks."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # `is_compiling` is also true where another thread compiles
         from torch._dynamo import graph_break  # there already
 
         graph_break()  # so that the error is raised, and no reason to compile otherwise

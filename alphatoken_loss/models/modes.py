@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -89,6 +90,15 @@ def draws_noise(module: nn.Module) -> bool:
         child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and _rate(child) > 0))
         for child in module.modules()
     )
+
+
+def may_draw(model: nn.Module) -> bool:
+    """Whether a forward may take random numbers: also by its config's other rates, and by hooks on embeddings."""
+    settings = vars(getattr(model, "config", None) or types.SimpleNamespace())
+    rates = (value for name, value in settings.items() if re.search("drop|jitter|noise", name))
+    modules = [child for child in model.modules() if child.training]
+    hooked = any(child._forward_hooks for child in modules if isinstance(child, nn.Embedding))  # NEFTune's noise
+    return draws_noise(model) or (bool(modules) and any(isinstance(x, int | float) and x > 0 for x in rates)) or hooked
 
 
 def _is_dropout(module: nn.Module) -> bool:

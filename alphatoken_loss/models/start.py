@@ -14,7 +14,6 @@ estimated, a reference asked for), which has to be before its first step; a Fish
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -130,9 +129,7 @@ def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> Non
 
     plain = deepcopy(config[name])
     plain.init_lora_weights = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.add_adapter(REFERENCE_ADAPTER, plain)  # type: ignore[operator]
+    model.add_adapter(REFERENCE_ADAPTER, plain)  # type: ignore[operator]
     named = dict(model.named_parameters())
     with torch.no_grad():
         for own, tensor in named.items():
