@@ -92,12 +92,18 @@ def draws_noise(module: nn.Module) -> bool:
     )
 
 
+_KNOWN = ("torch.", "transformers.", "peft.", "bitsandbytes.")
+
+
 def may_draw(model: nn.Module) -> bool:
-    """Whether a forward may take random numbers: also by its config's other rates, and by hooks on embeddings."""
+    """Whether a forward may take random numbers: also by its config's other rates, by hooks on embeddings, and by
+    modules that are neither torch's nor of the libraries that this one knows."""
     settings = vars(getattr(model, "config", None) or types.SimpleNamespace())
     rates = (value for name, value in settings.items() if re.search("drop|jitter|noise", name))
     modules = [child for child in model.modules() if child.training]
     hooked = any(child._forward_hooks for child in modules if isinstance(child, nn.Embedding))  # NEFTune's noise
+    if any(not type(child).__module__.startswith(_KNOWN) for child in model.modules()):
+        return True
     return draws_noise(model) or (bool(modules) and any(isinstance(x, int | float) and x > 0 for x in rates)) or hooked
 
 
