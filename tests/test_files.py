@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def run(tmp_path_factory):
     """The folder of a trainer's run: a Fisher, a checkpoint's state, samples."""
     folder = tmp_path_factory.mktemp("run")
     case = feature(max_steps=2, save_strategy="steps", save_steps=1, sample_every=1)
-    with pytest.warns() as _:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         make("sft", tuning.TRAINERS["sft"][0], case, folder).train()
     return folder
 

@@ -50,6 +50,7 @@ def _nf4() -> torch.nn.Module:
 
 
 def nf4() -> torch.nn.Module:
+    torch.manual_seed(0)  # as `base` does: adapters are drawn next
     return copy.deepcopy(_nf4()).train()
 
 
