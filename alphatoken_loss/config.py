@@ -15,73 +15,77 @@ if TYPE_CHECKING:
 class AlphaTokenConfig:
     """Settings of token valuation and selection (arXiv 2606.01635).
 
-    Defaults are the paper's where it has one, but for the target's schedule and the form of the Fisher; `paper()` has
-    the paper's all, `best()` those that train best. What benchmarks/fidelity.py and tradeoff.py say of each stands
-    beside it.
+    Defaults are the paper's, except for the target's schedule and the form of the Fisher. `paper()` has all settings of
+    the paper, `best()` those that trained best. What was measured of them is in docs/which-estimator.md and
+    docs/evidence.md.
 
     Args:
         rho (`float`, *optional*, defaults to 0.5):
-            Share of response tokens that is trained on, in (0, 1]. With 1.0 nothing is scored or hooked.
+            Share of response tokens that is trained on, in (0, 1]. With `rho=1.0` nothing is scored or hooked.
         stability_weight (`float`, *optional*, defaults to 1.5):
             lambda of Eq. 12, the weight of the drift terms, at least 0. With 0 no Fisher is needed.
         num_layers (`int` or `"all"`, *optional*):
-            K, the number of transformer blocks, counted from the last, whose adapters are scored. By default 3, or as
-            many as there are, for the ghost estimator (the paper's; all blocks agree better with exact values, 0.60 to
-            0.82 against 0.35 to 0.53, and train better, at the cost of a whole backward) and all for the others.
+            K: the adapters of the last K transformer blocks are scored. By default 3 for the ghost estimator (or as
+            many as there are), all for the others. With all blocks, the ghost agrees better with exact values and
+            trains better, at the cost of a whole backward.
         causal_window (`int`, *optional*, defaults to 32):
             W of Eq. 9 in tokens: how far ahead a position is credited through attention. 0 switches the causal
-            terms and all attention work off, and agrees as well with exact values. The other estimators follow every
-            path and have no window.
+            terms and all attention work off, and agrees as well with exact values. For the ghost estimator alone: the
+            others follow every path.
         estimator (`str`, *optional*, defaults to `"ghost"`):
-            How a batch is valued: `"ghost"`, the position-local terms of Eqs. 8 to 11; `"difference"`, what a token's
-            loss changes by when the adapter is nudged, in one more forward without grad; `"exact"`, the derivative
-            that the difference approaches, by forward-mode differentiation; `"path"`, what a token's loss changes by
-            between the adapter and theta*, to which a few steps on the target and the drift lead, in one more forward
-            without grad (none, with `path_logps` in the batch). The ghost is the default since it is nearly free and
-            has the four terms; the difference trains better on every axis for about 0.3 of a step more.
+            How a batch is valued.
+            `"ghost"`: the position-local terms of Eqs. 8 to 11. The default, since it costs least and has the four
+            terms.
+            `"difference"`: by how much a token's loss changes when the adapter is nudged. One more forward without
+            grad; it trains better than the ghost.
+            `"exact"`: the derivative that the difference approximates, by forward-mode differentiation.
+            `"path"`: by how much a token's loss changes between the adapter and theta*, where a few steps on the
+            target and the drift lead. One more forward without grad (none, with `path_logps` in the batch).
         difference_rms (`float`, *optional*):
-            Size of the nudge, by its effect: root mean square change of the last hidden state, relative to its own
-            root mean square, over response positions. By default the square root of the unit roundoff of the coarsest
-            precision in use, where rounding and curvature balance: 2.4e-4 in float32, 0.063 in bf16.
+            Size of the nudge, measured by its effect: the root mean square change of the last hidden state over
+            response positions, divided by the root mean square of that state. By default the square root of the unit
+            roundoff of the coarsest precision in use (2^-12 for float32, 2^-4 for bf16): a smaller nudge has more
+            rounding error, a larger one more curvature.
         threshold (`str`, *optional*, defaults to `"quantile"`):
-            `"quantile"` keeps the top `rho` share; `"zero"` keeps every token of positive value, however many these
-            are; `"soft"` drops none, and weighs each by the sigmoid of its value. The last two read `rho` no further
-            than that it is below 1.
+            `"quantile"` keeps the top `rho` share; `"zero"` keeps every token of positive value; `"soft"` drops none,
+            and weighs each by the sigmoid of its value. For the last two, `rho` only has to be below 1.
         soft_temperature (`float`, *optional*, defaults to 1.0):
-            Of the soft threshold: what the value is divided by, times the root mean square of all values of its
-            `threshold_scope`. The smaller, the nearer to the threshold `"zero"`.
+            For the soft threshold: before the sigmoid, a value is divided by this number times the root mean square of
+            all values of its `threshold_scope`. The smaller it is, the nearer to `"zero"`.
         threshold_scope (`str`, *optional*, defaults to `"batch"`):
-            Over what the (1 - rho) quantile, or the spread of a soft threshold, is taken: `"batch"`, the response
-            tokens of the micro-batch (of each branch, for pairs), or `"sequence"`, those of each sequence.
-            `"pair"`, for preferences: each pair counts by the sum of its values, and is kept or dropped whole.
+            What the (1 - rho) quantile, or the root mean square of a soft threshold, is taken over. `"batch"`: all
+            response tokens of the micro-batch (for pairs, of each branch). `"sequence"`: those of each sequence.
+            `"pair"`, for preferences: a pair counts by the sum of its values, and is kept or dropped whole.
         target_every (`int`, *optional*, defaults to 1):
             Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
         target_parts (`int`, *optional*, defaults to 4):
-            Of so many parts of the target's sequences each estimate after the first takes one, in turn, into a running
-            average. Overhead: a forward and a backward of 1 / (target_parts * target_every) of them a step; with 32
-            sequences of target and 64 of training, the defaults take 8 for 64.
+            The target's sequences are divided into so many parts. The first estimate takes all of them; each later
+            one takes one part, in turn, into a running average. Overhead a step: a forward and a backward of
+            1 / (target_parts * target_every) of the sequences. With 32 of them, the defaults take 8 a step.
         target_decay (`float` or `None`, *optional*, defaults to 0.5):
-            Share that the running average keeps of what it held, in [0, 1). `None` makes every estimate anew from all
-            sequences of the target, whatever `target_parts` says. At equal overhead a part a step followed exact values
-            better than all of them every four; all of them at each (`target_parts=1, target_decay=None`) is best, for
-            the overhead of all: benchmarks/fidelity.py, tradeoff.py.
+            Share of its old content that the running average keeps, in [0, 1). With `None` there is no average: every
+            estimate is made anew from all sequences, whatever `target_parts` says. That is best (with
+            `target_parts=1`) and costs most. At equal cost, a part at every step follows exact values better than all
+            of them at every fourth.
         fisher (`str`, *optional*, defaults to `"factored"`):
-            Form of the Fisher that this library estimates: `"factored"` (rank one with exact marginals,
-            d_out + d_in floats a layer; its totals rank at 0.999 beside the dense one's) or `"dense"` (d_out x d_in).
+            Form of the Fisher that this library estimates: `"dense"`, d_out x d_in numbers a layer; or `"factored"`,
+            the rank-one matrix with the same row and column sums, d_out + d_in numbers a layer. The two rank tokens
+            nearly alike.
         path_steps (`int`, *optional*):
-            Adam steps to theta*, each on the next of the target's batches; too many learn the validation examples by
-            heart. By default as many, up to 16 (for pairs 24), as lower the loss of a held-out quarter of the target's
-            rows most; theta* is then made with all rows.
+            Adam steps to theta*, each on the next of the target's batches. By default it is found by a trial, with at
+            most 16 of them (for pairs 24): a quarter of the target's rows is held out, and the step behind which their
+            loss is lowest counts. theta* itself is then made with all rows.
         path_rate (`float`, *optional*):
-            Adam's learning rate there. By default, and in the same way, one of 3e-3, 1e-3 and 3e-4, for pairs of 1e-3,
-            3e-4 and 1e-4. Where nothing can be held out, the first and all steps.
+            Adam's learning rate in these steps. By default the same trial chooses 3e-3, 1e-3 or 3e-4 (for pairs 1e-3,
+            3e-4 or 1e-4). If no row can be held out, it is the first of them, and all steps are taken.
         path_beta (`float`, *optional*, defaults to 0.1):
-            Beta of the DPO loss that leads to theta* where the target holds pairs, in 1 / nats.
+            Where the target holds pairs, these steps are on a DPO loss: its beta, in 1 / nats.
         path_likelihood (`float`, *optional*, defaults to 1.0):
-            Weight, beside it, of the mean negative log-likelihood of these pairs' chosen answers, at least 0.
+            Weight of a term that is added to that loss: the mean negative log-likelihood of the chosen answers. At
+            least 0.
         path_holdout (`float`, *optional*, defaults to 0.0):
-            Share of each target batch, in [0, 1), that no step to theta* is taken on: theta* is then where the loss of
-            these rows was lowest.
+            Share of each target batch, in [0, 1), that is held out of these steps. If it is not 0, theta* is the step
+            at which the loss of the held-out rows was lowest.
         path_every (`int`, *optional*):
             Optimizer steps after which theta* is made anew, from where the adapter then is. By default never.
         path_renewal_steps (`int`, *optional*, defaults to 8):
@@ -89,14 +93,14 @@ class AlphaTokenConfig:
         path_renewal_rate (`float`, *optional*, defaults to 1e-3):
             Adam's learning rate in them.
         path_from (`str`, *optional*, defaults to `"present"`):
-            Where the path that values are taken along begins: `"present"`, where the adapter is; or `"reference"`, for
-            values that do not change as training goes, at the cost of a forward of the reference (none for pairs that
-            bring `ref_chosen_logps` and `ref_rejected_logps`, with `threshold_scope="pair"`).
+            Where the path begins: `"present"`, at the adapter as it is; or `"reference"`. From the reference, values
+            do not change as training goes, at the cost of a forward of the reference (none with
+            `threshold_scope="pair"`, for pairs with `ref_chosen_logps` and `ref_rejected_logps`).
         path_kl (`float`, *optional*, defaults to 0.0):
-            Weight of KL(theta* || model), the mean over response tokens, from the same extra forward. Losses of this
-            library and its trainers add it; in a loop of your own add `kl` of the context to the loss.
+            Weight of KL(theta* || model), the mean over response tokens, made in the same extra forward. Losses and
+            trainers of this library add it. In a loop of your own, add it to the loss: `step.kl` of the context.
         path_start (`bool`, *optional*, defaults to `False`):
-            Begin training at theta*: the first training context writes it into the adapter.
+            Begin training at theta*, which the first training context writes into the adapter.
     """
 
     rho: float = 0.5
@@ -163,8 +167,8 @@ class AlphaTokenConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> AlphaTokenConfig:
-        """The paper's settings (arXiv 2606.01635), whatever the defaults are: position-local terms over the last three
-        blocks with a causal window of 32, a dense Fisher, and a target from all validation examples at every step.
+        """The paper's settings (arXiv 2606.01635): position-local terms over the last three blocks with a causal window
+        of 32, a dense Fisher, and a target from all validation examples at every step.
 
         Args:
             changes: other values for some of the fields.
@@ -186,15 +190,17 @@ class AlphaTokenConfig:
 
     @classmethod
     def best(cls, *, pairs: bool = False, **changes: Any) -> AlphaTokenConfig:
-        """What trained best in trials on the toy of benchmarks/tradeoff.py: the path estimator, with training that
-        begins at theta* and a KL to it, which a loop of one's own adds to its loss (`step.kl`).
+        """What trained best in trials on the toy of benchmarks/tradeoff.py: the path estimator. Training begins at
+        theta*, and a KL holds it there; in a loop of your own, add that KL to the loss (`step.kl`).
 
-        Before there was a path, `best()` was `AlphaTokenConfig(estimator="difference", target_parts=1,
-        target_decay=None)` with the optimizer given (`AlphaToken(..., optimizer=optimizer)`, `precondition=True`).
+        `best(estimator="difference")` is what trained best without a path: a target from all validation examples at
+        every step. Give it the optimizer: `AlphaToken(..., optimizer=optimizer)`, or `precondition=True` in a trainer.
 
         Args:
-            pairs (`bool`): for preferences: pairs whose labels theta* agrees with are kept, whole.
-            changes: other values for some of the fields; with another `estimator`, only what that one has is set.
+            pairs (`bool`): for preferences. Pairs are kept or dropped whole: those are kept whose labels theta* agrees
+                with.
+            changes: other values for some of the fields. With another `estimator`, the settings of the path are left
+                out.
         """
         settings: dict[str, Any] = {"estimator": "path", "path_start": True, "path_kl": 0.6}
         if pairs:

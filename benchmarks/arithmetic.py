@@ -62,24 +62,37 @@ def linears(config: LlamaConfig) -> list[tuple[int, int]]:
     return [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
 
 
-def budget(size: str, task: str) -> str:
-    """Bytes by arithmetic, as a table: not a measurement."""
-    config, lora = config_of(size), adapter_parameters(config_of(size))
+def resident_bytes(config: LlamaConfig) -> dict[str, float]:
+    """What model and optimizer hold -> bytes."""
+    lora = adapter_parameters(config)
     weights = config.num_hidden_layers * sum(out * into for out, into in linears(config))
     rows = (1 if config.tie_word_embeddings else 2) * config.vocab_size + 2 * config.num_hidden_layers + 1
-    resident = {
+    return {
         "NF4 weights, 4 bits": weights / 2,
         "their constants, 8 bits to 64 and 32 bits to 64 x 256 weights": weights / 64 + 4 * weights / (64 * 256),
         "embeddings, head and norms, bf16": 2 * config.hidden_size * rows,
         "adapters, float32": 4 * lora,
         "optimizer, two 8-bit moments (paged: not the allocator's)": 2 * lora + 8 * lora / 256,
     }
-    steps = within_steps(config, 2048, max(1, _CHUNK_LOGITS // config.vocab_size))
+
+
+def _within(config: LlamaConfig) -> dict[str, tuple[float, str]]:
+    return within_steps(config, 2048, max(1, _CHUNK_LOGITS // config.vocab_size))
+
+
+def totals(size: str) -> dict[str, float]:
+    """Kind of step -> bytes by arithmetic, of 2,048 tokens."""
+    resident = sum(resident_bytes(config_of(size)).values())
+    return {name: resident + number for name, (number, _) in _within(config_of(size)).items()}
+
+
+def budget(size: str, task: str) -> str:
+    """Bytes by arithmetic, as a table: not a measurement."""
+    config, whole = config_of(size), totals(size)
     shape = "a pair of 1,024 tokens each" if task == "dpo" else "1 x 2,048 tokens"
     lines = [f"| {size} {task}, {shape}: **arithmetic, not a measurement** | GiB |", "|---|---|"]
-    lines += [f"| {what} | {number / GIB:.3f} |" for what, number in resident.items()]
-    lines += [f"| within, {name}: {what} | {number / GIB:.3f} |" for name, (number, what) in steps.items()]
-    totals = {name: sum(resident.values()) + number for name, (number, _) in steps.items()}
-    for name, total in totals.items():
-        lines.append(f"| **{name}**, ratio {total / totals['plain step']:.3f} | **{total / GIB:.3f}** |")
+    lines += [f"| {what} | {number / GIB:.3f} |" for what, number in resident_bytes(config).items()]
+    lines += [f"| within, {name}: {what} | {number / GIB:.3f} |" for name, (number, what) in _within(config).items()]
+    for name, total in whole.items():
+        lines.append(f"| **{name}**, ratio {total / whole['plain step']:.3f} | **{total / GIB:.3f}** |")
     return "\n".join(lines)

@@ -135,8 +135,8 @@ def stm_weights(
 ) -> torch.Tensor:
     """Drop the tokens that the model found unlikely before it was tuned: keep where exp(l_t(reference)) <= perplexity.
 
-    Selective token masking (arXiv 2501.14315), whose threshold is 2.5, a probability of 0.4. There the perplexity of a
-    token, 1 / p(y_t | y_<t), is that of the model that tuning starts from.
+    Selective token masking (arXiv 2501.14315), whose threshold is `2.5`, a probability of `0.4`. There the perplexity
+    of a token, 1 / p(y_t | y_<t), is that of the model that tuning starts from.
 
     Args:
         model (`nn.Module`): causal LM.

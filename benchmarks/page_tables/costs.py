@@ -90,7 +90,10 @@ def gpu(title: str) -> str:
 
 @table
 def gpu_steps() -> str:
-    return "\n\n".join([*map(gpu, load("gpu_budget")["results"]), caption("gpu_budget")])
+    found = load("gpu_budget")
+    cap, beyond = (found["machine"][name] for name in ("capped at GiB", "held by CUDA beyond the cap, GiB"))
+    limits = f"The allocator was capped at {cap} GiB; CUDA itself held {beyond} GiB beyond."
+    return "\n\n".join([*map(gpu, found["results"]), limits, caption("gpu_budget")])
 
 
 @table
@@ -103,6 +106,12 @@ def gpu_host() -> str:
 
 @table
 def arithmetic() -> str:
-    from arithmetic import budget  # needs transformers
+    from arithmetic import budget, totals  # they need transformers
 
-    return budget("8b", "dpo")
+    measured = load("gpu_budget")["results"]["8b dpo"]
+    rows = []
+    for name, size in totals("8b").items():
+        peak = measured[name.removesuffix(" step")]["peak GiB"]
+        rows.append([name, f"{size / 2**30:.3f}", f"{peak:.3f}", f"{100 * (1 - peak * 2**30 / size):.0f} %"])
+    header = ["8b dpo", "arithmetic, GiB", "measured peak, GiB", "below the arithmetic"]
+    return f"{budget('8b', 'dpo')}\n\n{markdown(header, rows, 'gpu_budget')}"
