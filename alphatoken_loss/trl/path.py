@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from datasets import Dataset, Sequence, Value
+from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -33,13 +33,13 @@ class PathColumn(_Trainer):
 
     args: Any
     accelerator: Any
-    alphatoken: AlphaToken | None
     alphatoken_args: AlphaTokenArguments
     alphatoken_batch: Any
     data_collator: Any
     model: Any
     train_dataset: Any
     _collate_columns: Any
+    _gate: AlphaToken | None
     _make_ready: Any
     _remove_unused_columns: Any
     _train_batch_size: int
@@ -49,8 +49,9 @@ class PathColumn(_Trainer):
         return bool(columns_in(self.train_dataset, (COLUMN,)))
 
     def get_train_dataloader(self) -> Any:
-        if self.alphatoken_args.precompute_path_log_probs and self.alphatoken is not None and not self._has_path_column:
-            self._add_path_column(self.alphatoken)
+        gate = self._gate
+        if gate is not None and self.alphatoken_args.precompute_path_log_probs and not self._has_path_column:
+            self._add_path_column(gate)
         return super().get_train_dataloader()
 
     def _check_path_column(self, target_dataset: Any, valued: bool) -> None:
@@ -110,7 +111,7 @@ class PathColumn(_Trainer):
         finally:
             self.model.train(training)
         for name, column in columns.items():
-            self.train_dataset = self.train_dataset.add_column(name, column, feature=Sequence(Value("float32")))
+            self.train_dataset = self.train_dataset.add_column(name, column)
         self._collate_columns()
 
     @property

@@ -241,7 +241,8 @@ def test_the_column_is_each_tokens_own(kind, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_with_the_column_runs_the_model_as_a_plain_one_does(kind, tmp_path):
     counts = {}
-    for name, args in (("plain", {"rho": 1.0}), ("each", {}), ("once", {"precompute_path_log_probs": True})):
+    once = {"precompute_path_log_probs": True}
+    for name, args in (("plain", {"rho": 1.0, **once}), ("each", {}), ("once", once)):
         trainer = make(kind, tuning.TRAINERS[kind][0], path_feature(gradient_checkpointing=False, **args), tmp_path)
         if name == "once":
             trainer.get_train_dataloader()
@@ -476,7 +477,7 @@ RESUMED = {
 def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     kind, settings = RESUMED[name]
     common = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
-    case = path_feature(**{**common, **settings})
+    case = path_feature(**{"gradient_checkpointing": not settings.get("path_kl"), **common, **settings})
     whole = started(kind, case, tmp_path)
     resumed = make(kind, keeping(tuning.TRAINERS[kind][0]), case, tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
