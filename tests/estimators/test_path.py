@@ -264,7 +264,7 @@ def test_precomputed_where_training_begins():
     """While theta is theta* no value is rounding of the column's; then the column is all that there is."""
     model, batch = lora_model("llama"), sft_batch("right")
     path = some_path(model)
-    noise = 1e-6 * torch.randn(batch["labels"].shape, dtype=torch.float64)
+    noise = 1e-8 * torch.randn(batch["labels"].shape, dtype=torch.float64)
     with_column = {**batch, "path_logps": path.logps(model, batch) + noise}
     alphatoken = gate_of(model, path, path_start=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
