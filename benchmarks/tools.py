@@ -55,6 +55,14 @@ TOOLS: dict[str, dict[str, Any]] = {
         "alone": ["llamafactory==0.9.5"], "tests": "test_llamafactory.py", "name": "llamafactory",
         "stub": "torchaudio",  # imported by it; the registry's builds are for CUDA alone, and text needs none
     },
+    "torchtune": {
+        "with": [
+            "torch==2.13.0", "transformers==5.16.1", "peft==0.20.0", "accelerate==1.13.0", "datasets==4.8.4",
+            "huggingface_hub", "omegaconf", "kagglehub", "sentencepiece", "tiktoken", "blobfile", "pillow", "psutil",
+            "numpy", "safetensors", "tqdm", "tokenizers", "torchdata", "pytest", "pytest-timeout",
+        ],
+        "alone": ["torchtune==0.6.1", "torchao==0.17.0"], "tests": "test_torchtune.py", "name": "torchtune",
+    },
 }  # fmt: skip
 BESIDE = ("torch", "transformers", "trl", "peft")
 NEEDED = 8  # GB

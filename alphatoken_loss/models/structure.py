@@ -22,9 +22,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's and a distributed wrapper."""
+    """The transformers model inside PEFT's and a distributed wrapper.
+
+    Raises:
+        ValueError: it is none.
+    """
     model = unwrap(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(base, "get_input_embeddings"):
+        raise ValueError(
+            f"{type(base).__name__} is no model of Transformers (it has no get_input_embeddings), whose structure "
+            "token values are taken by. Load the weights with AutoModelForCausalLM; or, to train elsewhere "
+            "(torchtune), write the labels there first: `alphatoken score`."
+        )
+    return base
 
 
 COMPILED = (

@@ -102,6 +102,26 @@ def test_peak_bytes_are_those_of_live_tensors():
     assert doctor.peak_bytes(step, torch.device("cpu")) / (4 << 20) == pytest.approx(2, abs=0.1)
 
 
+def test_peak_bytes_on_cuda_leave_out_what_was_there_and_what_an_earlier_step_took(monkeypatch):
+    """By an allocator's two counters, kept here: no GPU is needed to see in which order they are read."""
+    held, peak = 100, 500
+
+    def reset(device):
+        nonlocal peak
+        peak = held
+
+    def step():
+        nonlocal held, peak
+        for change in (30, 10, -25, 5, -20):
+            held += change
+            peak = max(peak, held)
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    assert doctor.peak_bytes(step, torch.device("cuda")) == 40
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_training_takes_trls_arguments_and_yaml(files, tmp_path, kind):
     data = files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl")
