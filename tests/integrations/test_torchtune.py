@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,9 +12,9 @@ pytest.importorskip(
     "torchtune", reason="torchtune is not installed here; `make test-tools` makes an environment for it"
 )
 
-import recipes.lora_finetune_single_device as recipe
 import tiny
 import torch
+import torchtune
 from datasets import load_from_disk
 from omegaconf import OmegaConf
 from torchtune.models.llama3 import lora_llama3
@@ -21,6 +22,16 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig
 from alphatoken_loss.estimators import ESTIMATORS
+
+RECIPES = Path(torchtune.__file__).parents[1] / "recipes"  # files that `tune run` runs, and no package
+
+
+def lora_recipe():
+    spec = importlib.util.spec_from_file_location("lora_recipe", RECIPES / "lora_finetune_single_device.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LoRAFinetuneRecipeSingleDevice
+
 
 SCORED = os.environ.get("ALPHATOKEN_SCORED")
 MODEL = {"lora_attn_modules": ["q_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True, "vocab_size": 259,
@@ -31,7 +42,7 @@ MODEL = {"lora_attn_modules": ["q_proj", "v_proj", "output_proj"], "apply_lora_t
 def settings(folder, **dataset):
     """torchtune's own configuration of a LoRA run, on a tiny model and a CPU."""
     tiny.base().save_pretrained(folder / "model")
-    defaults = OmegaConf.load(Path(recipe.__file__).parent / "configs" / "llama3_2" / "1B_lora_single_device.yaml")
+    defaults = OmegaConf.load(RECIPES / "configs" / "llama3_2" / "1B_lora_single_device.yaml")
     own = {
         "output_dir": str(folder / "out"), "device": "cpu", "dtype": "fp32", "batch_size": 3, "seed": 0,
         "gradient_accumulation_steps": 1, "log_peak_memory_stats": False,
@@ -50,7 +61,8 @@ def settings(folder, **dataset):
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_labels_of_a_scored_folder_arrive_whole_and_make_the_masked_loss(tmp_path, monkeypatch, packed):
     """Against Transformers' model of the same weights: a new adapter adds nothing, and the rate is 0."""
-    fed, base, loss_step = [], tiny.base().eval(), recipe.LoRAFinetuneRecipeSingleDevice._loss_step
+    fed, base, recipe = [], tiny.base().eval(), lora_recipe()
+    loss_step = recipe._loss_step
 
     def recording(self, batch):
         rows = rows_of(batch)
@@ -66,9 +78,9 @@ def test_labels_of_a_scored_folder_arrive_whole_and_make_the_masked_loss(tmp_pat
         assert loss.item() == pytest.approx(total / count, rel=1e-5)
         return loss
 
-    monkeypatch.setattr(recipe.LoRAFinetuneRecipeSingleDevice, "_loss_step", recording)
+    monkeypatch.setattr(recipe, "_loss_step", recording)
     cfg = settings(tmp_path, packed=packed)
-    run = recipe.LoRAFinetuneRecipeSingleDevice(cfg=cfg)
+    run = recipe(cfg=cfg)
     run.setup(cfg=cfg)
     run.train()
     rows = load_from_disk(SCORED)["train"]
