@@ -151,7 +151,7 @@ def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, one line a test."""
     lines = ["| tool | version | machine | what was run | result |", "|---|---|---|---|---|"]
     for tool, about in results.items():
-        beside = [f"{name} {version}" for name, version in about["beside"].items()]
+        beside = [f"{name} {version}" for name, version in about.get("beside", {}).items()]
         first = [tool, about["version"], ", ".join([about["machine"], *beside, about["date"]])]
         for test, result in about["tests"].items():
             name, _, case = test.removeprefix("test_").removesuffix("]").partition("[")
