@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole, and say of what kind they are."""
+"""Files that are written whole or not at all, and that say of what kind they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file, which then takes the place of `path` at once; or leave no trace."""
+    """Let `write` fill a temporary file, then move it to `path` in one step. If `write` fails, no file is left."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
@@ -23,7 +23,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
         write(unfinished)
         umask = os.umask(0)
         os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)  # temporary files are for their owner alone
+        unfinished.chmod(0o666 & ~umask)  # a temporary file is readable by its owner alone
         os.replace(unfinished, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -34,7 +34,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], *, kind: str, about: Mapping[str, str] | None = None
 ) -> Path:
-    """Write tensors and words about them as a safetensors file of a kind, whole or not at all."""
+    """Write tensors, and text about them, as a safetensors file of the given kind; whole or not at all."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": kind, **(about or {})}
     return write_whole(path, lambda file: save_file(held, file, metadata=metadata))
@@ -44,7 +44,7 @@ def read_tensors(path: str | Path, *, kind: str, what: str) -> tuple[dict[str, t
     """Read what `write_tensors` wrote.
 
     Args:
-        what (`str`): what a file of this kind is, for the error.
+        what (`str`): what a file of this kind is called in the error.
 
     Raises:
         ValueError: the file is cut short, no safetensors file, or one of another kind.
@@ -53,7 +53,7 @@ def read_tensors(path: str | Path, *, kind: str, what: str) -> tuple[dict[str, t
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:  # safetensors' own, and whatever a disk makes of it
+    except Exception as error:  # safetensors' own errors, and those of the disk
         raise ValueError(f"{path} is no {what}: it is not a safetensors file, or cut short ({error}).") from error
     if about.get("format") != kind:
         raise ValueError(f"{path} is no {what}: its format is {about.get('format')!r}, not {kind!r}.")

@@ -1,4 +1,4 @@
-"""What a valued batch is reported as."""
+"""The values of a batch's tokens, as they are reported."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class TokenValues:
     Fisher-weighted drift from the reference (drift terms), to first order and up to the step's size.
 
     Attributes:
-        total: adaptation + stability_weight * stability.
-        adaptation: the target terms. From the difference and exact estimators `None` where only the total was asked
-            for, as in a training step.
+        total: adaptation + stability_weight * stability. From the path estimator: how much lower the token's loss is at
+            the end of the path, in nats (for a rejected answer, the negative).
+        adaptation: the target terms. `None` from the difference and exact estimators where only the total was asked
+            for, as in a training step; `None` from the path estimator.
         stability: the drift terms, without stability_weight; `None` likewise.
-        direct_target, causal_target, direct_drift, causal_drift: the four terms of Eqs. 8 to 11, which only the ghost
-            estimator tells apart; `None` from the others.
+        direct_target, causal_target, direct_drift, causal_drift: the four terms of Eqs. 8 to 11, from the ghost
+            estimator alone; `None` from the others.
         grad_norm: the ghost norm, the length of the position's own gradient over the scored adapters; `None` where it
             was not asked for, and from the other estimators.
     """

@@ -1,1 +1,1 @@
-"""Every form of batch that comes in -> one view of it."""
+"""Every form of batch that comes in, read into one."""

@@ -22,7 +22,7 @@ class Batch:
         labels (`torch.Tensor`): `(B, T)` int64, unshifted, -100 where a token is not part of a response.
         pairs (`bool`): whether the first half of the rows are chosen and the second half rejected answers.
         ref_logps (`tuple` or `None`): precomputed `(chosen, rejected)` reference log-probabilities, `(B/2,)` each.
-        columns (`dict`): what came along for each token, by name; `(B, T)` each, aligned with the labels.
+        columns (`dict`): further numbers for each token, by name; `(B, T)` each, aligned with the labels.
     """
 
     inputs: dict[str, Any]
@@ -48,7 +48,7 @@ class Batch:
 
     @cached_property
     def packed(self) -> bool:
-        """Whether rows hold several sequences, told apart by `position_ids` that start again."""
+        """Whether a row holds several sequences: `position_ids` start again at each of them."""
         positions = self.inputs.get("position_ids")
         if self.attended is not None or not isinstance(positions, torch.Tensor) or positions.dim() != 2:
             return False
@@ -68,7 +68,7 @@ class Batch:
         return starts.flatten().cumsum(0).view(batch, length) - 1
 
     def groups(self, scope: str) -> torch.Tensor:
-        """`(B, T)` int64: which threshold each row falls under, -1 where there is no response token."""
+        """`(B, T)` int64: the number of the threshold for each position, -1 where it predicts no response token."""
         if scope == "sequence":
             groups = self.segments
         else:
@@ -87,7 +87,7 @@ class Batch:
         return Batch(inputs, self.labels[rows], columns={name: column[rows] for name, column in self.columns.items()})
 
     def part(self, places: slice) -> Batch:
-        """Some of the rows; of pairs, some of these."""
+        """Some of the rows; of a batch of pairs, some of the pairs."""
         if not self.pairs:
             return self.of_rows(places)
         chosen = torch.arange(self.shape[0] // 2, device=self.labels.device)[places]
@@ -107,9 +107,9 @@ class Batch:
         return Batch(inputs, self.labels.to(device), self.pairs, ref_logps, columns)
 
     def sequences(self) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Each sequence with a response by itself, or each pair: `(rows, batch)`, `rows` being its row numbers here.
+        """Yield each sequence that has a response (each pair) alone: `(rows, batch)`, with its row numbers in this batch.
 
-        Of a packed row the whole is kept, since other sequences' tokens are seen by none of its own; their labels go.
+        A packed row stays whole, since its sequences do not see each other: only the labels of the others are removed.
         """
         size = self.shape[0]
         places = self.segments
@@ -118,12 +118,12 @@ class Batch:
         for number in places[self.rows].unique():
             belongs = places == number
             rows = belongs.any(1).nonzero().flatten()
-            predicted = F.pad(belongs[rows, :-1], (1, 0))  # a label is its row's, which stands one before
+            predicted = F.pad(belongs[rows, :-1], (1, 0))  # a label belongs to the sequence of the position before it
             alone = self.of_rows(rows)
             labels = alone.labels.masked_fill(~predicted, IGNORE)
             ref_logps = self.ref_logps and tuple(logps[number : number + 1] for logps in self.ref_logps)
             yield rows, Batch(alone.inputs, labels, self.pairs, ref_logps, alone.columns)  # type: ignore[arg-type]
 
     def at_labels(self, rows: torch.Tensor) -> torch.Tensor:
-        """Move what belongs to rows (`(B, T)`) to the labels they predict: row t goes to column t + 1."""
+        """Move `(B, T)` numbers from the positions that predict to the labels they predict: from column t to t + 1."""
         return F.pad(rows.masked_fill(~self.rows, 0)[:, :-1], (1, 0))

@@ -1,4 +1,4 @@
-"""Every form of batch that comes in -> one view of it."""
+"""Read every form of batch into one `Batch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .batch import IGNORE, Batch
 
 _NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "num_items_in_batch"}
-COLUMNS = ("token_weights", "path_logps")  # one number per token each; a batch may bring them
+COLUMNS = ("token_weights", "path_logps")  # a batch may have these: one number per token
 
 
 def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, columns: Iterable[str] = ()) -> Batch:
@@ -20,8 +20,8 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, c
     Args:
         batch (`Mapping`): what TRL's SFT and preference collators yield, or separate `chosen_*` / `rejected_*` keys.
         pairs (`bool`, *optional*): require (True) or refuse (False) preference pairs; by default both are read.
-        columns (`Iterable[str]`): names of further columns, beside `COLUMNS`, with a number for each token: they are
-            read beside the model's inputs (of branches kept apart, as `chosen_*` and `rejected_*`).
+        columns (`Iterable[str]`): names of further columns, beside `COLUMNS`, with one number per token. They are no
+            inputs of the model. In a batch with separate branches their names begin with `chosen_` and `rejected_`.
 
     Raises:
         TypeError: `batch` is not a mapping.
@@ -117,7 +117,7 @@ def _packed_beside_a_mask(inputs: Mapping[str, Any]) -> bool:
         return False
     starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))  # type: ignore[index]
     attended = mask.bool()  # type: ignore[union-attr]
-    return bool((starts & attended & F.pad(attended[:, :-1], (1, 0))).any())  # padding starts as it likes
+    return bool((starts & attended & F.pad(attended[:, :-1], (1, 0))).any())  # in padding, positions may start anywhere
 
 
 def _check_shapes(batch: Batch) -> None:
