@@ -107,7 +107,7 @@ class Batch:
         return Batch(inputs, self.labels.to(device), self.pairs, ref_logps, columns)
 
     def sequences(self) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Yield each sequence that has a response (each pair) alone: `(rows, batch)`, with its row numbers in this batch.
+        """Yield each sequence with a response (each pair) alone: `(rows, batch)`, with its row numbers in this batch.
 
         A packed row stays whole, since its sequences do not see each other: only the labels of the others are removed.
         """

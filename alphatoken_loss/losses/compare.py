@@ -1,7 +1,8 @@
-"""Two models at the same rows: log-probabilities of the labels and a KL, with no whole logits.
+"""Compare two models at the same positions: log-probabilities of the labels, and a KL.
 
-All it needs of either model is the last hidden state and the LM head, so logits are formed for some rows at a time, and
-the KL's gradient at the policy's logits is taken back to its hidden state at once: what is kept is a row per row.
+All logits of a batch never exist together. They are made from the two last hidden states, for some rows at a time, and
+the KL's gradient at these logits is taken back to the policy's hidden state at once. So what is kept is one row of the
+hidden state's size for each position.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from ..models.structure import causal_lm
 from ..models.tensors import accumulation_dtype
 from .logps import logits_of_hidden
 
-_ROWS, _LOGITS = 256, 2**25  # of which logits live at a time, and at most how many logits
+_ROWS, _LOGITS = 256, 2**25  # logits that exist at a time: those of so many rows, and at most so many numbers
 KL_OVER = ("vocabulary", "without_label")
 
 
 @dataclass
 class Compared:
-    """What two models say at `N` rows.
+    """What two models predict at `N` rows.
 
     Attributes:
         index (`torch.Tensor`): `(N,)`, the rows' flat positions in the batch.
         logps, wanted_logps (`torch.Tensor`): `(N,)`, log-probabilities of the labels under the policy and the other.
         kl (`torch.Tensor` or `None`): `(N,)`, KL(other || policy) in nats.
         gradient (`torch.Tensor` or `None`): `(N, hidden)`, of each row's KL at the policy's hidden state.
-        of_head (`list`): of the summed KL, at trained parameters of the policy's head.
+        of_head (`list`): gradients of the summed KL at trained parameters of the policy's head.
     """
 
     index: torch.Tensor
@@ -60,10 +61,10 @@ def compare(
             detached.
         index (`torch.Tensor`): `(N,)`, where the rows are in the batch.
         labels (`torch.Tensor`): `(N,)`, what the rows predict.
-        over (`str`, *optional*): the KL is one over the whole `"vocabulary"`, or `"without_label"`, over the rest of
-            it, where either distribution is made to sum to 1 again (arXiv 2605.29498); `None` for no KL.
-        reference_logits (`Callable`, *optional*): the other's head, by default the policy's.
-        trained (`Sequence`): parameters of the policy's head that the KL moves too.
+        over (`str`, *optional*): take the KL over the whole `"vocabulary"`; or `"without_label"`: leave the label out
+            of both distributions, and scale the rest to a sum of 1 (arXiv 2605.29498); `None` for no KL.
+        reference_logits (`Callable`, *optional*): the head of the other model, by default the policy's.
+        trained (`Sequence`): trained parameters of the policy's head; the KL has a gradient there too.
     """
     head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
     reference_logits = reference_logits or (lambda rows: logits_of_hidden(model, rows))
@@ -97,13 +98,13 @@ def compare(
 
 
 def autocast_without_cache(device: str) -> torch.autocast:
-    """Autocast as it is, but casts made here, some without a graph, are not those that the model goes on with."""
+    """Autocast as it is now, without its cache: the model must not reuse casts made here, some without a graph."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 def in_whole(index: torch.Tensor, length: int, hidden: torch.Tensor) -> torch.Tensor:
-    """Flat positions in a batch of `length` -> in a hidden state that may have virtual tokens before its own."""
+    """Flat positions in a batch of `length` -> those in its hidden state, which may begin with virtual tokens."""
     index, virtual = index.to(hidden.device), hidden.shape[1] - length
     return index + (index // length + 1) * virtual if virtual else index
 
@@ -133,6 +134,6 @@ def _compare(
     if over == "without_label":
         logp, wanted = (rows.scatter_(1, at, -torch.inf).log_softmax(-1) for rows in (logp, wanted))
     p = wanted.exp()
-    # A token that the reference rules out (-inf) adds nothing.
+    # A token of probability 0 under the reference (-inf) adds nothing.
     kl = wanted.sub_(logp).mul_(p).masked_fill_(p == 0, 0).sum(-1)
     return own, other, kl, logp.exp_().sub_(p)

@@ -30,21 +30,21 @@ def dpo_loss(
 ) -> Any:
     """Preference loss of a batch of pairs, with the gradient of low-value tokens switched off (Eq. 14).
 
-    The value is that of the full sequences, so any loss on sequence log-probabilities is masked the same way:
-    for `"sigmoid"`, the gradient is omega * sum_t (w_t+ grad l_t+ - w_t- grad l_t-), omega = beta * sigmoid(-s).
+    The loss has the value of the full sequences; only the gradient of each token's log-probability is multiplied by its
+    weight. For `"sigmoid"` it is omega * sum_t (w_t+ grad l_t+ - w_t- grad l_t-), omega = beta * sigmoid(-s).
 
     Args:
         model (`nn.Module`): the policy.
-        ref_model (`nn.Module` or `None`): the reference; `None` for the policy with adapters off or "ref" on. Not run
-            where the batch brings `ref_chosen_logps` and `ref_rejected_logps`.
+        ref_model (`nn.Module` or `None`): the reference; `None` for the policy with adapters off, or with its adapter
+            "ref" on. It is not run if the batch has `ref_chosen_logps` and `ref_rejected_logps`.
         batch (`Mapping`): stacked pairs with `completion_mask`, chosen first, or `chosen_*` / `rejected_*` keys.
         weights (`torch.Tensor` or `AlphaToken`, *optional*): `None` for the plain loss; `(2P, T)` floats aligned with
-            the labels, chosen first; or an `AlphaToken`, which values this batch in its own backward pass, and whose
+            the labels, chosen first; or an `AlphaToken`: it values this batch in the batch's own backward pass, and its
             `path_kl` is added.
         beta (`float`): inverse temperature of the implicit reward, in 1 / nats.
         loss_type (`str`): as TRL's: sigmoid, hinge, ipo, robust, exo_pair, apo_zero or apo_down.
-        label_smoothing (`float`): share of flipped preferences, of robust and exo_pair; the others have none.
-        negative_weights (`bool`): whether weights below 0 are meant, which turn a token's gradient round.
+        label_smoothing (`float`): assumed share of flipped preferences, for robust and exo_pair alone.
+        negative_weights (`bool`): allow weights below 0, which reverse a token's gradient.
         return_metrics (`bool`): return `(loss, metrics)`, detached means over pairs by TRL's names: rewards/chosen,
             rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen, logps/rejected.
 

@@ -1,11 +1,11 @@
-"""Penalties that hold response tokens to another model: KL(other || policy), with no whole logits.
+"""A penalty that holds response tokens to another model: KL(other || policy).
 
-Per response token it is sum_v p_other(v) (log p_other(v) - log p(v)); compare.py makes it and its gradient at the last
-hidden state, some rows at a time.
+For one response token it is sum_v p_other(v) (log p_other(v) - log p(v)). compare.py computes it, and its gradient at
+the last hidden state, some rows at a time.
 
-A gradient gate masks what passes it, and values tokens by that. The penalty therefore joins the graph before the gate:
-its gradient is taken back from the last hidden state to the gated one (through the final norm, for a gate at the last
-block), and handed to the hidden state that the gate was given.
+The gradient gate masks every gradient that passes it, and values tokens by it. So the penalty's gradient must not pass
+the gate: it is taken back from the last hidden state to the gate's output (through the final norm, where the gate is at
+the last block), and is then added at the gate's input.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KL_ON = ("all", "dropped")
 
 
 def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> None:
-    """Raise ValueError for what is no weight of a penalty."""
+    """Raise ValueError where this cannot be the weight of a penalty."""
     number = isinstance(kl_coef, (int, float)) and not isinstance(kl_coef, bool)
     if not number or not 0 <= kl_coef < math.inf:
         raise ValueError(
@@ -43,14 +43,14 @@ def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> None:
 
 
 def check_kl_options(on: str, over: str) -> None:
-    """Raise ValueError for what a penalty cannot be taken on or over."""
+    """Raise ValueError for an option that is not known."""
     for name, value, allowed in (("kl_on", on, KL_ON), ("kl_over", over, KL_OVER)):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
 class _Attached(torch.autograd.Function):
-    """A total whose gradient was taken beforehand: rows at some positions of a hidden state, and of the head."""
+    """A scalar whose gradient is known already: at some positions of a hidden state, and at parameters of the head."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,7 @@ class _Attached(torch.autograd.Function):
         *head: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(index, rows, *of_head)
-        ctx.shape, ctx.counted = hidden.shape, counted  # no penalty, which holds this graph
+        ctx.shape, ctx.counted = hidden.shape, counted  # not the Penalty itself, which holds this graph
         return total.clone()
 
     @staticmethod
@@ -78,7 +78,7 @@ class _Attached(torch.autograd.Function):
 
 
 class Penalty:
-    """The penalty of one batch, from the forward that runs while it is watching.
+    """The penalty of one batch, made in the forward that runs inside `watching()`.
 
     Args:
         model (`nn.Module`): the policy.
@@ -88,17 +88,18 @@ class Penalty:
             default their number.
         ref_model (`nn.Module` or `None`): the reference; `None` for the policy with adapters off or "ref" on. It runs
             without dropout and without grad, right after the policy's decoder.
-        on (`str`): `"all"` response tokens, or those that are `"dropped"`. What the sum is divided by stays the same.
+        on (`str`): take it on `"all"` response tokens, or on the `"dropped"` ones. What the sum is divided by is the
+            same in both cases.
         over (`str`): the whole `"vocabulary"`, or `"without_label"`, see `compare`.
-        dropped (`Callable`, *optional*): gives, once the forward has passed the gate, `(B, T)` bool, the rows whose
-            tokens are dropped.
-        compared (`Callable`, *optional*): gives, then, what another forward found beside this one at all response rows;
-            no reference is run.
+        dropped (`Callable`, *optional*): called when the forward has passed the gate; returns `(B, T)` bool, True at
+            the rows whose tokens are dropped.
+        compared (`Callable`, *optional*): called at the same moment; returns a comparison with another model at all
+            response rows, where one was made already. Then no reference is run.
 
     Attributes:
         kl (`torch.Tensor` or `None`): kl_coef * KL, a scalar with graph, once the forward has run.
         total (`torch.Tensor` or `None`): the KL summed over response tokens, in nats, detached.
-        counted (`bool`): whether a backward has come to it.
+        counted (`bool`): whether a backward has reached it.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Penalty:
         return self._counted[0]
 
     def around(self, gate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same gate, noted as the one that the penalty's gradient goes round."""
+        """The same gate; what it is given and returns is noted, since the penalty's gradient goes round it."""
 
         def passing(hidden: torch.Tensor) -> torch.Tensor:
             if HOOKS_INSIDE_CHECKPOINT and saved_tensors_hooked():
@@ -142,7 +143,7 @@ class Penalty:
                 )
             gated = gate(hidden)
             self._gated = hidden, gated
-            # What lies between gate and decoder's output is walked twice, and offloaded tensors come back only once.
+            # The graph between gate and decoder's output is walked twice, but offloaded tensors come back only once.
             self._between.enter_context(unhooked())
             return gated
 
@@ -150,7 +151,7 @@ class Penalty:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Penalty]:
-        """Make the penalty in the forward of the model that runs inside; enter it after the gate's own hooks."""
+        """Make the penalty in the forward of the model that runs inside. Enter it after the gate has set its hooks."""
         training = torch.is_grad_enabled()
         decoder = find_decoder(self.model)
 
@@ -198,7 +199,7 @@ class Penalty:
             if gate is not hidden:
                 whole = torch.zeros_like(hidden).flatten(0, 1).index_copy_(0, here, gradient).view_as(hidden)
                 (whole,) = torch.autograd.grad(hidden, gate, whole, retain_graph=True)
-                positions = hidden.shape[:2].numel()  # of each of Gemma 3n's several streams
+                positions = hidden.shape[:2].numel()  # Gemma 3n has several streams, each with these positions
                 streams = torch.arange(0, whole.shape[:-1].numel(), positions, device=here.device)
                 here = (streams[:, None] + here).flatten()
                 gradient = whole.flatten(0, -2)[here]
@@ -207,7 +208,7 @@ class Penalty:
         self.kl = self.coef * total / count.to(total.device).clamp(min=1)
 
     def _rows(self) -> torch.Tensor:
-        """`(B, T)` bool, those that it is taken on."""
+        """`(B, T)` bool, the rows that it is taken on."""
         if self.on == "all":
             return self.batch.rows
         assert self.dropped is not None
@@ -215,7 +216,7 @@ class Penalty:
 
     def _against_reference(self, hidden: torch.Tensor, rows: torch.Tensor, trained: list[nn.Parameter]) -> Compared:
         length = self.batch.shape[1]
-        index = rows.flatten().nonzero().flatten()  # the one wait for the device; else prompts would cost a head too
+        index = rows.flatten().nonzero().flatten()  # a wait for the device; else the head would run on prompts too
         with torch.no_grad(), reference_mode(self.model, self.ref_model) as reference, without_noise(reference):
             wanted = rows_at(last_hidden(reference, self.batch), index, length)
         with without_noise(_head(self.ref_model or self.model)):

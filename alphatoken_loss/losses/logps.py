@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from ..batches.batch import IGNORE, Batch
 from ..models.structure import causal_lm, find_decoder, learns_prompts, refuse_encoder_decoder
 
-_CHUNK_LOGITS = 2**25  # that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
+_CHUNK_LOGITS = 2**25  # logits that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -30,8 +30,8 @@ def token_logps(
 
     Args:
         labels (`torch.Tensor`, *optional*): `(B, T)`, by default the batch's.
-        fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits, or where TRL
-            is not installed chunks of rows, whose logits are computed again in the backward. By default where that
+        fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits. Where TRL
+            has none: chunks of rows, whose logits are computed again in the backward. By default it is used where it
             saves memory: TRL's kernels are for accelerators, and compute in float32.
 
     Returns:
@@ -67,7 +67,7 @@ def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _fused_pays(model: nn.Module) -> bool:
-    """Not on a CPU, in float64, with virtual tokens, or where the head is more than the matrix the fused one reads."""
+    """Not on a CPU, in float64, with virtual tokens, or where the head is adapted or quantised."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if learns_prompts(model):
@@ -80,14 +80,14 @@ def _fused_pays(model: nn.Module) -> bool:
 
 
 def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same from logits `(B, T, vocabulary)`; labels are shifted rather than logits, which would be copied."""
+    """The same from logits `(B, T, vocabulary)`. The labels are shifted, since shifting the logits would copy them."""
     following = _following(labels).to(logits.device)
     logps = _scores(logits.flatten(0, 1), following.flatten())
     return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
 
 
 def logits_of_hidden(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """A causal LM's logits `(..., vocabulary)` from its last hidden state: the head, and what some put behind it."""
+    """A causal LM's logits `(..., vocabulary)` from its last hidden state: its head, with any scale or cap."""
     base = causal_lm(model)
     config = base.config.get_text_config()  # type: ignore[union-attr, operator]
     logits: torch.Tensor = base.get_output_embeddings()(hidden)  # type: ignore[operator]
@@ -131,8 +131,8 @@ class _LogProbs(ModelOutput):
 def chunked_logps(base: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(B, T - 1)` of `labels[:, 1:]` from last hidden states, a chunk of rows at a time.
 
-    Only rows before a label meet the head, as in TRL's, at the price of a wait for their number. Each chunk's logits
-    are gone after its forward and again after its backward.
+    Only rows before a label go through the head, as in TRL's; their number is waited for. Each chunk's logits are freed
+    after its forward, and computed again for its backward.
     """
     head = base.get_output_embeddings()  # type: ignore[operator]
     hidden, following = hidden[:, :-1].to(head.weight.device), labels[:, 1:].to(head.weight.device)
@@ -160,7 +160,7 @@ def _trls_head() -> Callable[[nn.Module], None] | None:
 
 
 def _add_chunked_head(base: nn.Module) -> None:
-    """What TRL's `add_fused_lm_head` does, with `chunked_logps`: set `forward` on the instance."""
+    """Set `forward` on the instance, as TRL's `add_fused_lm_head` does, to one that uses `chunked_logps`."""
 
     def forward(*args: Any, labels: torch.Tensor, fused_lm_head: bool, **kwargs: Any) -> _LogProbs:
         hidden = find_decoder(base)(*args, **kwargs).last_hidden_state
@@ -171,7 +171,7 @@ def _add_chunked_head(base: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fused_head(model: nn.Module) -> Iterator[None]:
-    """A head that yields log-probabilities, for the time of one forward."""
+    """Let the model return log-probabilities instead of logits, for one forward."""
     base = causal_lm(model)
     before = base.__dict__.get("forward")
     try:

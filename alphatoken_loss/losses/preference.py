@@ -77,7 +77,7 @@ LOSSES: dict[str, Callable[[Pairs, float, float], torch.Tensor]] = {
 
 
 def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
-    """Raise ValueError for what `preference_losses` can't compute."""
+    """Raise ValueError for a loss or an option that is not known."""
     if loss_type not in LOSSES:
         raise ValueError(
             f"loss_type is {loss_type!r}; dpo_loss knows {', '.join(LOSSES)}. For another loss, run your own inside "
@@ -97,7 +97,7 @@ def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
 
 
 def reference_logps(model: nn.Module, ref_model: nn.Module | None, batch: Batch) -> torch.Tensor:
-    """`(2P,)` log-probabilities of the answers under the reference: the batch's own where it brings them."""
+    """`(2P,)` log-probabilities of the answers under the reference: those in the batch, or from a forward."""
     if batch.ref_logps is not None:
         return torch.cat(batch.ref_logps)
     with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(reference):
@@ -108,6 +108,6 @@ def pair_logps(batch: Batch, logps: torch.Tensor, ref_logps: torch.Tensor) -> Pa
     """Split `(2P, T)` token log-probabilities and `(2P,)` reference sums, chosen first."""
     chosen, rejected = logps.sum(1).chunk(2)
     ref_chosen, ref_rejected = ref_logps.to(chosen).chunk(2)
-    # TRL's count: the labels, including one in column 0 that nothing predicts.
+    # Counted as TRL does: all labels, also one in column 0, which no position predicts.
     tokens = (batch.labels != -100).sum(1).clamp(min=1)
     return Pairs(chosen, rejected, ref_chosen, ref_rejected, *tokens.chunk(2))

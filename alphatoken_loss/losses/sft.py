@@ -39,21 +39,22 @@ def sft_loss(
         model (`nn.Module`): causal LM.
         batch (`Mapping`): `input_ids` and `labels` `(B, T)`, and the model's other inputs.
         weights (`torch.Tensor` or `AlphaToken`, *optional*):
-            `None`: the model's own loss. A `(B, T)` tensor of finite floats, aligned with the labels: the weighted
-            mean. An `AlphaToken`: this batch is valued in its own backward pass; the loss has the unmasked value, and
-            the gradient of the mean over kept tokens (of the sum over kept tokens / `num_items_in_batch`, if given);
-            its `path_kl` is added.
+            `None`: the model's own loss.
+            A `(B, T)` tensor of finite floats, aligned with the labels: the weighted mean.
+            An `AlphaToken`: this batch is valued in its own backward pass. The loss has the value without a mask, and
+            the gradient of the mean over kept tokens (with `num_items_in_batch`: of their sum divided by it). The
+            `AlphaToken`'s `path_kl` is added.
         ref_model (`nn.Module`, *optional*): the reference of the KL. By default the `AlphaToken`'s, or the model with
             adapters off, or with its adapter "ref".
-        kl_coef (`float`): weight of the KL, which weights do not touch; 0 for none, and then no reference is run.
-        kl_on (`str`): take it on `"all"` response tokens, or on those that are `"dropped"` alone: of weight 0, or, with
-            `estimator="path"`, that the `AlphaToken` drops. What the sum is divided by stays the same.
-        kl_over (`str`): over the whole `"vocabulary"`, or `"without_label"`, each token's label left out and the rest
-            made to sum to 1 again (arXiv 2605.29498).
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): what either sum is divided by instead, for gradient
-            accumulation.
-        negative_weights (`bool`): whether weights below 0 are meant, which lower a token's probability; their sum
-            divides then too, unless `num_items_in_batch` is given.
+        kl_coef (`float`): weight of the KL; token weights do not change it. With 0 no reference is run.
+        kl_on (`str`): take the KL on `"all"` response tokens, or only on the `"dropped"` ones: those of weight 0 or,
+            with `estimator="path"`, those that the `AlphaToken` drops. What the sum is divided by is the same.
+        kl_over (`str`): take it over the whole `"vocabulary"`, or `"without_label"`: the label is left out of both
+            distributions, and the rest is scaled to a sum of 1 (arXiv 2605.29498).
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): both sums are divided by this number instead, for
+            gradient accumulation.
+        negative_weights (`bool`): allow weights below 0, which lower a token's probability. The loss is divided by the
+            sum of all weights, also of these, unless `num_items_in_batch` is given.
         return_outputs (`bool`): return `(loss, outputs)` with the model's outputs.
 
     Returns:
@@ -96,7 +97,7 @@ def sft_loss(
 def _weighted_loss(
     model: nn.Module, batch: Batch, weights: torch.Tensor, num_items: int | torch.Tensor | None, whole: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Eq. 13, and the model's outputs where they are wanted whole."""
+    """Eq. 13, and the model's outputs where they were asked for."""
     config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr, operator]
     routed = batch.inputs.get("output_router_logits", getattr(config, "output_router_logits", False))
     outputs = model(**{**batch.inputs, "use_cache": False}) if whole or routed else None
@@ -104,7 +105,7 @@ def _weighted_loss(
     weights = batch.at_labels(weights.to(logps).roll(-1, 1))
     total = weights.sum() if num_items is None else torch.as_tensor(num_items).to(logps)
     loss = -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total)
-    balance = getattr(outputs, "aux_loss", None)  # of a mixture's router, as the model adds it to its own loss
+    balance = getattr(outputs, "aux_loss", None)  # of a mixture's router; the model's own loss has it too
     if balance is not None:
         loss = loss + config.router_aux_loss_coef * balance.to(loss.device)
     return loss, outputs

@@ -14,7 +14,7 @@ from ..models.structure import unwrap
 
 @runtime_checkable
 class Valuing(Protocol):
-    """An `AlphaToken`, as far as a loss knows it: entered with a batch, it masks the forward that runs inside."""
+    """What a loss needs of an `AlphaToken`: called with a batch, it is a context that masks the forward inside it."""
 
     model: nn.Module
     kl: torch.Tensor | None
@@ -27,7 +27,7 @@ Weights = torch.Tensor | Valuing | None
 
 
 def valuing(model: nn.Module, batch: Batch, weights: Any, **options: Any) -> AbstractContextManager[Any]:
-    """The context that a loss runs its forward in."""
+    """The context in which a loss runs its forward."""
     if weights is None:
         return nullcontext()
     if isinstance(weights, nn.Module) or not isinstance(weights, Valuing):
@@ -38,24 +38,24 @@ def valuing(model: nn.Module, batch: Batch, weights: Any, **options: Any) -> Abs
 
 
 def columns_of(weights: Any) -> tuple[str, ...]:
-    """The columns of a batch that an `AlphaToken` reads, and no model."""
+    """The columns of a batch that the `AlphaToken` reads and the model does not."""
     return getattr(weights, "columns", ())
 
 
 def checked_weights(
     weights: Any, batch: Batch, *, negative: bool = False, zeros: bool = True, what: str = "weights"
 ) -> torch.Tensor:
-    """Weights that can scale a gradient, on the labels' device; the device is waited for once.
+    """Check weights that will scale a gradient, and move them to the labels' device. The device is waited for once.
 
     Args:
         weights (`torch.Tensor`): `(B, T)` of any real dtype, one per label, unshifted. Where there is no label they are
             not read.
-        negative (`bool`): whether weights below 0, which push a token's probability down, are meant.
-        zeros (`bool`): whether a batch with labels may have weights that are all 0.
-        what (`str`): what to call them in an error.
+        negative (`bool`): allow weights below 0, which lower a token's probability.
+        zeros (`bool`): allow a batch with labels whose weights are all 0.
+        what (`str`): what an error calls them.
 
     Raises:
-        TypeError: this is no tensor.
+        TypeError: `weights` is no tensor.
         ValueError: the shape is not the labels', or values are not finite, negative or all 0.
     """
     if not isinstance(weights, torch.Tensor):
