@@ -1,4 +1,4 @@
-"""What a logger sees of a run: sums over valued batches, read as means since the last time."""
+"""Figures for a logger: sums over valued batches, read as means since they were last read."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Figures:
     """Sums since the last `read`. On an accelerator nothing waits for the device until then.
 
     Attributes:
-        seconds (`float`): spent valuing.
+        seconds (`float`): time spent valuing.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._reads = 0
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._divergences: dict[str, list[torch.Tensor | float]] = {}  # summed KL, and the response tokens it is of
+        self._divergences: dict[str, list[torch.Tensor | float]] = {}  # summed KL, number of response tokens
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Count nothing of what fails inside, unless it was read there."""
+        """If what runs inside fails, do not count it, unless figures were read inside."""
         before = self._reads, self.seconds, dict(self._sums), dict(self._divergences)
         try:
             yield
@@ -39,7 +39,7 @@ class Figures:
             raise
 
     def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
-        """Count a batch by its weights `(B, T)` and, where it was valued, its values."""
+        """Count a batch by its weights `(B, T)` and, if it was valued, its values."""
         kept, weights = weights != 0, weights.float()
         figures = {"tokens": batch.rows, "kept": kept, "weight": weights, "uneven": (weights - kept.float()).abs()}
         figures |= {name: term for name in _TERMS if (term := getattr(values, name, None)) is not None}
@@ -47,15 +47,15 @@ class Figures:
             self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
 
     def add_kl(self, name: str, penalty: Penalty) -> None:
-        """Count a batch by its KL, if its forward has run."""
+        """Count a batch's KL, if its forward has run."""
         if penalty.total is not None:
             before = self._divergences.get(name, [0.0, 0.0])
             both = (penalty.total, penalty.batch.rows.sum())
             self._divergences[name] = [summed + figure for summed, figure in zip(before, both, strict=True)]
 
     def read(self) -> dict[str, float]:
-        """Means over response tokens since the last call, if there was any: `kept`, `weight` where weights are not
-        all 0 or 1, terms of the value, KLs; and `seconds`."""
+        """Means over the response tokens since the last call: `kept`, `weight` (if weights are not all 0 or 1), the
+        terms of the value, the KLs; and `seconds`."""
         self._reads += 1
         sums, self._sums = self._sums, {}
         seconds, self.seconds = self.seconds, 0.0

@@ -1,10 +1,10 @@
 """The gradient gate: token weights applied inside the ordinary backward pass, for any loss.
 
-At the output of the last block (for the difference estimator, of the decoder) the gradient has one row per position,
-and with a frozen head the row at t comes from token t + 1's loss alone. An identity there receives these rows in its
-backward, values the tokens from them, zeroes the rows of low-value tokens and hands the rest down: what arrives at the
-adapters is exactly the gradient of the masked loss, while the loss keeps its value. Weights from elsewhere, of any
-size, multiply the rows in the same way, and need no values.
+At the output of the last block (for the difference and path estimators, of the decoder) the gradient has one row per
+position. With a frozen head, the row at t comes from the loss of token t + 1 alone. The gate is an identity at this
+place. Its backward receives the rows, values the tokens by them, sets the rows of low-value tokens to zero, and hands
+the rest down. So exactly the gradient of the masked loss arrives at the adapters, while the loss keeps its value.
+Weights that come from elsewhere, of any size, multiply the rows in the same way; then nothing is valued.
 """
 
 from __future__ import annotations
@@ -49,43 +49,43 @@ class AlphaToken:
     """Masks low-value response tokens out of the gradient of any loss, one batch per context.
 
     Args:
-        model (`nn.Module`): causal LM in training, with LoRA adapters or with linears that are trained themselves, or,
-            for the difference estimator, with anything trained before its LM head. What follows the gate (the LM head;
-            for the other estimators also the final norm) must be frozen.
+        model (`nn.Module`): causal LM in training, with LoRA adapters or with linears that are trained themselves; for
+            the difference and path estimators, with anything trained before its LM head. What follows the gate must be
+            frozen: the LM head, and for the other estimators the final norm.
         ref_model (`nn.Module` or `None`): the reference; `None` for the same network with adapters off, or with its
             adapter "ref".
         target (`Target` or SFT batches, *optional*): validation batches, from which the target gradient is estimated
-            as `config.target_every`, `target_parts` and `target_decay` say; or a `Target`, used as it is. Without one,
-            each batch is valued by its other sequences, at the cost of one more forward.
+            (see `target_every`, `target_parts` and `target_decay` of the config); or a `Target`, used as it is. Without
+            a target, each sequence of a batch is valued against the others, at the cost of one more forward.
         fisher (`Fisher`, *optional*): from `estimate_fisher`. By default estimated at the first step from the target
             batches (or the first batch), with labels drawn from the reference's own predictions.
         config (`AlphaTokenConfig`, *optional*): settings; by default `AlphaTokenConfig()`.
-        optimizer (`torch.optim.Optimizer`, *optional*): the Adam that takes the steps: tokens are then valued by the
-            step that it will take, whose scale differs by parameter, rather than by one along the gradient. Needs a
-            target.
-        path (`Path` or `str`, *optional*): for `estimator="path"`, theta* that was made before (`make_path`), or the
-            name of an adapter of the model that holds it. By default it is made at the first step, from `target`
-            (validation batches, of pairs where pairs are trained on) and `fisher`.
-        strict (`bool`): raise where a context ends in which no forward of the model was masked; with False, only warn.
-        selection (`str`): what chooses the tokens: by default their values; else a name in `selection.SELECTIONS`, for
-            which nothing is valued or estimated, and whatever is trained before the LM head is masked. `"given"`: the
+        optimizer (`torch.optim.Optimizer`, *optional*): the Adam that trains. Tokens are then valued by the step that
+            it will take, not by a step along the gradient. Needs a target.
+        path (`Path` or `str`, *optional*): for `estimator="path"`, a theta* that was made before (`make_path`), or the
+            name of an adapter of the model that holds it. By default it is made at the first step, from `fisher` and
+            from `target`: validation batches, of pairs if pairs are trained on.
+        strict (`bool`): raise an error when a context ends and no forward of the model was masked in it; with False,
+            only warn.
+        selection (`str`): what chooses the tokens: by default their values; else a name in `selection.SELECTIONS`. Then
+            nothing is valued or estimated, and anything before the LM head may be trained. `"given"` takes the
             `weights` of each context.
-        selection_options (`Mapping`, *optional*): of that selection, such as `{"perplexity": 2.5}` of `"stm"`.
-        token_weights (`Callable` or `str`, *optional*): instead, a function that makes `(B, T)` weights, aligned with
-            the labels, of what the training forward has (see `Forward`: labels, log-probabilities, entropies, last
-            hidden state), without a second forward; or the name of a column of the batch that holds them.
-        negative_weights (`bool`): whether weights below 0 are meant, which train the model away from a token.
+        selection_options (`Mapping`, *optional*): options of that selection, such as `{"perplexity": 2.5}` of `"stm"`.
+        token_weights (`Callable` or `str`, *optional*): weights of your own, instead of a selection: a function that
+            makes `(B, T)` weights, aligned with the labels, from what the training forward has (see `Forward`); or the
+            name of a column of the batch that holds them.
+        negative_weights (`bool`): allow weights below 0, which train the model away from a token.
 
     Raises:
         ValueError: the model cannot be valued; the message says why and what to do.
 
     Attributes:
-        weights (`torch.Tensor`): `(B, T)` float32 weights of the last batch, aligned with its labels; of 0 and 1 where
-            tokens are kept or dropped.
-        values (`TokenValues`): its values, where it was valued, in units of the loss that was sent backward (with an
+        weights (`torch.Tensor`): `(B, T)` float32 weights of the last batch, aligned with its labels; 0 and 1 if tokens
+            are dropped and kept.
+        values (`TokenValues`): its values, if it was valued, in the units of the loss that was sent backward (with an
             `optimizer`, up to a factor that depends on its state).
-        kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) and `path_kl` * KL(theta* || policy) of the
-            last context's batch, a scalar with graph, once its forward has run; to be added to the loss.
+        kl (`torch.Tensor` or `None`): kl_coef * KL(reference || policy) + path_kl * KL(theta* || policy) of the last
+            context's batch, a scalar with graph, when its forward has run. Add it to the loss.
 
     Example:
         >>> alphatoken = AlphaToken(model, target=validation_batches, fisher=fisher)
@@ -194,23 +194,23 @@ class AlphaToken:
 
         Args:
             batch (`Mapping`): the batch that the model runs on, in any form `alphatoken_weights` takes.
-            mean_over_kept (`bool`): scale the gradient by response tokens over the sum of their weights, which turns a
-                mean over response tokens into Eq. 13's weighted mean. Without it, the weighted gradients are divided
-                by what the loss divides by, whatever the weights are, so that micro-batches add up.
-            beta (`float`): of the DPO loss that values pairs where there is no target; with one, the loss itself does.
-            weights (`torch.Tensor`, *optional*): `(B, T)` of any finite numbers, aligned with the labels: what each
-                response token's gradient is multiplied by (as from `random_weights` and the like); nothing is valued or
-                estimated. The loss keeps its value.
-            kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not, that `kl` then
-                holds. It is neither masked nor part of the values. Also with rho=1.0.
+            mean_over_kept (`bool`): multiply the gradient by the number of response tokens / the sum of their weights:
+                the gradient of a mean over response tokens becomes that of Eq. 13's weighted mean. Without it, the
+                loss's own divisor stays, whatever the weights are, so that micro-batches add up.
+            beta (`float`): beta of the DPO loss that values pairs without a target; with a target, your loss does.
+            weights (`torch.Tensor`, *optional*): `(B, T)` finite numbers, aligned with the labels (as `random_weights`
+                and others give them): each response token's gradient is multiplied by its weight, and nothing is valued
+                or estimated. The loss keeps its value.
+            kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not; `kl` then holds
+                it. It is not masked, and does not change the values. Works with rho=1.0 too.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the summed KL is divided by; by default the
                 batch's response tokens.
             ref_model (`nn.Module`, *optional*): the reference of the KL, by default the one of this object.
-            kl_on (`str`): take a KL on `"all"` response tokens, or on the `"dropped"` alone, where these are known when
-                the forward has run (`estimator="path"`, given weights).
-            kl_over (`str`): over the whole `"vocabulary"`, or `"without_label"`, each token's label left out and the
-                rest made to sum to 1 again (arXiv 2605.29498).
-            seed (`int`, *optional*): of a selection that draws; by default it takes torch's own generator.
+            kl_on (`str`): take a KL on `"all"` response tokens, or only on the `"dropped"` ones. The latter must be
+                known when the forward has run: with `estimator="path"`, or with given weights.
+            kl_over (`str`): take it over the whole `"vocabulary"`, or `"without_label"`: the label is left out of both
+                distributions, and the rest is scaled to a sum of 1 (arXiv 2605.29498).
+            seed (`int`, *optional*): for a random selection; by default it uses torch's global generator.
 
         Raises:
             RuntimeError: a second forward with grad runs inside, or none; the model is in such a context already; or
@@ -243,7 +243,7 @@ class AlphaToken:
 
     @contextlib.contextmanager
     def _masking(self, step: Step | None) -> Iterator[None]:
-        """The gate around one forward; penalties go round it."""
+        """Set the gate for one forward; the gradients of penalties do not pass it."""
         if step is None:
             yield
             return

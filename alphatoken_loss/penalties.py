@@ -1,4 +1,4 @@
-"""The KLs beside the loss of one context after the other: to the reference, and to theta*."""
+"""The KLs that a context makes beside the loss: to the reference, and to theta*."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNKNOWN_DROPPED = (
 
 
 def check_no_path(config: AlphaTokenConfig) -> None:
-    """Raise ValueError where settings ask for a theta* that choosing tokens without their values does not make."""
+    """Raise ValueError if settings need theta*, but tokens are not chosen by values, so that none is made."""
     if config.path_kl > 0 or config.path_start:
         raise ValueError(
             f"path_kl is {config.path_kl} and path_start {config.path_start}, but tokens are not chosen by their "
@@ -34,12 +34,12 @@ def check_no_path(config: AlphaTokenConfig) -> None:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a context was asked for.
+    """The KL that a context was asked for.
 
     Args:
         coef (`float`): weight of the KL to the reference.
-        on, over (`str`): of either KL, see `Penalty`.
-        num_items (`int` or `torch.Tensor`, *optional*): what their sums are divided by.
+        on, over (`str`): for both KLs, see `Penalty`.
+        num_items (`int` or `torch.Tensor`, *optional*): what the sums are divided by.
         ref_model (`nn.Module`, *optional*): the reference.
     """
 
@@ -68,16 +68,16 @@ class Penalties:
 
     @property
     def kl(self) -> torch.Tensor | None:
-        """Their sum, a scalar with graph, once the forward has run."""
+        """Their sum, a scalar with graph, when the forward has run."""
         found = [penalty.kl for penalty in self._of.values() if penalty.kl is not None]
         return sum(found[1:], found[0]) if found else None
 
     def forget(self) -> None:
-        """Hold no graph of a step that failed."""
+        """Free the graph of a step that failed."""
         self._of, self._step = {}, None
 
     def begin(self, asked: Asked, batch: Batch, step: Step | None) -> None:
-        """Make those of a context; `step` is None where nothing is masked."""
+        """Begin the KLs of a context; `step` is None if nothing is masked."""
         options: dict[str, Any] = {"num_items_in_batch": asked.num_items, "on": asked.on, "over": asked.over}
         options["dropped"] = (lambda: torch.zeros_like(batch.rows)) if step is None else step.dropped
         self.forget()
@@ -89,14 +89,14 @@ class Penalties:
             self._of["path_kl"] = Penalty(self.model, batch, kl_coef=self.path_kl, **options)
 
     def around(self, gate: Gate) -> Gate:
-        """The same gate, which their gradients go round."""
+        """The same gate; the gradients of the KLs do not pass it."""
         for penalty in self._of.values():
             gate = penalty.around(gate)
         return gate
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Make them in the forward that runs inside; enter it after the gate's own hooks."""
+        """Make them in the forward that runs inside. Enter it after the gate has set its hooks."""
         with contextlib.ExitStack() as stack:
             for penalty in self._of.values():
                 stack.enter_context(penalty.watching())
@@ -107,10 +107,10 @@ class Penalties:
             figures.add_kl(name, penalty)
 
     def check_counted(self) -> None:
-        """See that the KL to theta*, which the settings ask for, was part of what went backward last.
+        """Check that the last backward had the KL to theta* in it, if the settings ask for one.
 
         Raises:
-            RuntimeError: it was not.
+            RuntimeError: it had not.
         """
         step, self._step = self._step, None
         if step is not None and step.masked and not self._of["path_kl"].counted:

@@ -1,4 +1,4 @@
-"""One batch on its way through the gate: an identity whose backward weighs the batch's rows."""
+"""One batch at the gate: an identity whose backward multiplies the batch's rows by their weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NESTED = (
 
 
 class Owner(Protocol):
-    """What a step knows of the `AlphaToken` that it belongs to."""
+    """What a step needs of the `AlphaToken` that it belongs to."""
 
     config: AlphaTokenConfig
     figures: Figures
@@ -53,12 +53,12 @@ class _Gate(torch.autograd.Function):
 
 
 class Step:
-    """One batch on its way: from the forward that is captured to the backward that is masked.
+    """One batch, from the forward that is watched to the backward that is masked.
 
     Attributes:
-        factors (`torch.Tensor` or `None`): `(B, T)` bool or float at rows, what each response row's gradient is
-            multiplied by; `None` until it was weighed.
-        masked (`bool`): whether a backward has come through.
+        factors (`torch.Tensor` or `None`): `(B, T)` bool or float, one factor for the gradient of each response row;
+            `None` until weights are known.
+        masked (`bool`): whether a backward has passed.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Step:
         return _Gate.apply(hidden, self)
 
     def dropped(self) -> torch.Tensor:
-        """`(B, T)` bool, the rows whose tokens are dropped, once that is known."""
+        """`(B, T)` bool, True at rows whose tokens are dropped, when that is known."""
         assert self.factors is not None
         return self.batch.rows & (self.factors == 0)
 
@@ -103,7 +103,7 @@ class Step:
                 self._weighed(*self.weigher.weigh(rows))
                 self.failed = False
             except NonFiniteRows:
-                # An overflowing loss: what scales it (fp16) must see that.
+                # The loss has overflowed: an fp16 loss scaler must see that.
                 self.failed, self.factors = False, batch.rows
                 self.owner.weights = self.owner.values = None
             finally:
@@ -112,12 +112,12 @@ class Step:
         assert self.factors is not None
         self.masked = True
         self.weigher.release()
-        virtual = rows.shape[-2] - batch.shape[1]  # tokens before the batch's own
+        virtual = rows.shape[-2] - batch.shape[1]  # virtual tokens stand before the batch's own
         drop = F.pad(self.dropped(), (virtual, 0))
-        rows = rows.masked_fill(drop[..., None], 0)  # not times 0, which leaves nan
+        rows = rows.masked_fill(drop[..., None], 0)  # multiplying by 0 would leave nan
         if self.factors.dtype != torch.bool:
             scale = F.pad(self.factors.masked_fill(~batch.rows, 1), (virtual, 0), value=1)
-            rows = (rows * scale[..., None]).to(rows.dtype)  # of bf16 rows in the weights' own precision
+            rows = (rows * scale[..., None]).to(rows.dtype)  # rows may be bf16: multiplied in the weights' precision
         if self.mean_over_kept:
             total = (self.factors * batch.rows).sum()
             rows = rows * (batch.rows.sum() / torch.where(total == 0, 1, total))
@@ -129,10 +129,10 @@ class Step:
 
 
 def check_nothing_behind(model: nn.Module, gate: str) -> None:
-    """See that nothing is trained behind the gate, at the last `"block"` or the `"decoder"`.
+    """Check that nothing is trained behind the gate, which is at the last `"block"` or the `"decoder"`.
 
     Raises:
-        ValueError: something is, and no gate there masks its gradient.
+        ValueError: something is, and the gate could not mask its gradient.
     """
     at_decoder = gate == "decoder"
     behind = trained_behind(model, None if at_decoder else find_blocks(model))

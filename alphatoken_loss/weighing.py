@@ -1,8 +1,8 @@
-"""What makes the weights of a batch in the gate: an estimator's values, or no values at all.
+"""What makes the weights of a batch in the gate: an estimator's values, or something else.
 
-Where weights are known, a forward is watched for nothing but its last hidden state. Where they are made of the forward,
-that is done at its end, when logits or log-probabilities are at hand and not held any longer; where they never pass (a
-loss that runs the head itself), it is done in the backward, from the last hidden state.
+If weights are known before, the forward is watched only for its last hidden state. If they are made from the forward,
+this is done at its end, when it returns logits or log-probabilities, which need not be held longer. If it returns none
+(a loss that runs the head itself), weights are made in the backward, from the last hidden state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .values import TokenValues
 
 
 class Weigher(Protocol):
-    """As the gate sees what makes the weights of one batch."""
+    """What the gate needs of that which makes the weights of one batch."""
 
     @property
     def seen(self) -> bool:
@@ -38,30 +38,30 @@ class Weigher(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Spent inside that forward."""
+        """Time spent inside that forward."""
 
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[Any]:
         """Watch one forward, and pass the hidden state `(B, T, hidden)` at the gate through `on_hidden`."""
 
     @property
     def in_forward(self) -> bool:
-        """Whether it weighs as soon as the hidden state has passed the gate."""
+        """Whether weights are known when the hidden state has passed the gate."""
 
     @property
     def compared(self) -> Compared | None:
-        """What a second forward of its own found beside this one."""
+        """This forward compared with a second one of its own, if it ran one."""
 
     def weigh(self, rows: torch.Tensor | None) -> tuple[TokenValues | None, torch.Tensor]:
         """Values, where there are any, and weights `(B, T)` at the labels, from the gradient at that hidden state;
         without it where `in_forward` is set."""
 
     def release(self) -> None:
-        """Let go of everything that the forward left."""
+        """Free everything that was kept from the forward."""
 
 
 @contextlib.contextmanager
 def _blaming_target(source: Source, scored: Scored) -> Iterator[None]:
-    """Where valuing fails for a target that is not finite, drop it, so that no average holds it on, and say so."""
+    """If valuing fails since the target is not finite: forget that target, so that no average keeps it, and say so."""
     try:
         yield
     except FloatingPointError as error:
@@ -111,13 +111,13 @@ class Valued:
 
 
 class Weighed:
-    """Weights that are known, or made of what the training forward has.
+    """Weights that are known, or that are made from what the training forward has.
 
     Args:
-        model (`nn.Module`): the model that runs; nothing need be known of what is trained in it.
+        model (`nn.Module`): the model that runs; whatever is trained in it.
         batch (`Batch`): what it runs on.
-        make (`Callable`, *optional*): makes `(B, T)` weights, aligned with the labels, of the forward; `None` where
-            they are known.
+        make (`Callable`, *optional*): makes `(B, T)` weights, aligned with the labels, from the forward; `None` if they
+            are known.
 
     Attributes:
         seen (`bool`): whether the forward has run.

@@ -86,8 +86,9 @@ def alphatoken_weights(
 ) -> torch.Tensor | tuple[torch.Tensor, TokenValues]:
     """Value every response token of a batch and keep the top `rho` share (arXiv 2606.01635, Eq. 12).
 
-    The forward keeps no graph but that of norm, head and loss; the last K blocks are then run back through one at a
-    time, without dropout. No gradient, hook, mode or random state is left changed, also when an error is raised.
+    The forward has no graph but that of norm, head and loss. The last K blocks then run again, one at a time and
+    without dropout, and the gradient goes back through them. Gradients, hooks, modes and the random state are left as
+    they were, also when an error is raised.
 
     Args:
         model (`nn.Module`): causal LM with LoRA adapters, or with linears that are trained themselves.
@@ -100,12 +101,13 @@ def alphatoken_weights(
         fisher (`Fisher`, *optional*): the reference's Fisher. By default estimated on this one batch, from labels
             drawn from the reference's own predictions.
         config (`AlphaTokenConfig`, *optional*): settings; by default `AlphaTokenConfig()`.
-        optimizer (`torch.optim.Optimizer`, *optional*): the Adam in training, for values of the step that it takes
-            rather than of a step along the gradient (precondition.py). Needs a target.
+        optimizer (`torch.optim.Optimizer`, *optional*): the Adam in training. Values are then those of the step that it
+            takes, not of a step along the gradient (directions/preconditioning.py). Needs a target.
         path (`Path` or `str`, *optional*): for `estimator="path"`, theta* (`make_path`), or the name of an adapter of
-            the model that holds it. By default it is made at each call, from target batches and Fisher; a batch that
-            brings `path_logps` needs none.
-        beta (`float`): of the DPO loss whose errors value pairs, +omega d on chosen and -omega d on rejected answers.
+            the model that holds it. By default it is made at each call, from target batches and Fisher; a batch with
+            `path_logps` needs none.
+        beta (`float`): beta of the DPO loss that values pairs; its errors are +omega d on chosen answers and -omega d
+            on rejected ones.
         return_values (`bool`): return `(weights, TokenValues)`.
 
     Returns:
@@ -140,8 +142,8 @@ def alphatoken_weights(
         Others.of(read)  # an error before the work
     if fisher is not None:
         fisher.check_base(model)
-        source.drifts = True  # a Fisher that is given is reported on, whatever its weight
-    elif source.drifts and not estimator.in_forward:  # of this batch, not of the target's
+        source.drifts = True  # with a Fisher the drift is reported, whatever its weight
+    elif source.drifts and not estimator.in_forward:  # of this batch, not of the target
         source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
     parts = memory.prepare(source, scored, read)
     task = Task(model, scored, read, config, parts, memory, apart=return_values, ref_model=ref_model)
@@ -176,7 +178,7 @@ def _value(
 
 
 def _against_others(estimator: type[Estimator], task: Task, loss_sum: _LossSum) -> TokenValues:
-    """Each sequence (pair) against the mean gradient of the others, which takes a forward and a backward for each."""
+    """Value each sequence (pair) against the mean gradient of the others: a forward and a backward for each."""
     model, scored, batch = task.model, task.scored, task.batch
     own = [(rows, alone, int(alone.chosen().rows.sum())) for rows, alone in batch.sequences()]
     gradients = [loss_gradients(model, scored.parameters, alone.chosen()) for _, alone, _ in own]
@@ -197,10 +199,10 @@ def _against_others(estimator: type[Estimator], task: Task, loss_sum: _LossSum) 
 
 
 class _LossSum:
-    """The loss whose gradient values the batch: a sum over response tokens, or over pairs.
+    """The loss by whose gradient the batch is valued: a sum over response tokens, or over pairs.
 
     Attributes:
-        omega (`torch.Tensor` or `None`): `(P,)`, beta * sigmoid(-s) of each pair, once the loss was computed.
+        omega (`torch.Tensor` or `None`): `(P,)`, beta * sigmoid(-s) of each pair, when the loss has been computed.
     """
 
     def __init__(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, beta: float) -> None:
