@@ -33,9 +33,9 @@ class DecoderForward:
     Args:
         model (`nn.Module`): the model that runs.
         batch (`Batch`): what it runs on.
-        parameters (`dict`): those that `again` replaces, by their names in `model.named_parameters()`; with none the
-            forward is only watched.
-        training (`bool`): the forward that runs with grad; else the one without.
+        parameters (`dict`): the parameters that `again` replaces, by their names in `model.named_parameters()`; if
+            empty, the forward is only watched.
+        training (`bool`): whether to watch the forward with grad, or the one without.
 
     Attributes:
         seen (`bool`): whether it has run.
@@ -47,7 +47,7 @@ class DecoderForward:
         self.batch, self.training = batch, training
         self.decoder = find_decoder(model)
         own = {id(p) for p in self.decoder.parameters()}
-        # Virtual tokens of prompt learning come from outside the decoder: then the whole model runs again.
+        # Virtual tokens of prompt learning are made outside the decoder: then `again` runs the whole model.
         self.virtual = not all(id(p) in own for p in parameters.values()) or learns_prompts(model)
         self.entry = unwrap(model) if self.virtual else self.decoder
         self._parameters = parameters
@@ -107,7 +107,7 @@ class DecoderForward:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Another model's forward, or this one's in another mode, runs inside and is not watched."""
+        """Forwards that run inside, of another model or of this one in another mode, are not watched."""
         self._running = True
         try:
             yield
@@ -115,8 +115,8 @@ class DecoderForward:
             self._running, self._hidden = False, None
 
     def again(self, call: Call, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The last hidden state `(B, T, hidden)` of the same call without grad, from the same random state, with
-        `moved` in the place of parameters of these names; theirs are never written to."""
+        """Run the same call again, without grad and from the same random state; return the last hidden state `(B, T,
+        hidden)`. Tensors of `moved` take the place of the parameters of these names, which are not written to."""
         kwargs = {k: v for k, v in call.kwargs.items() if k not in ("labels", "fused_lm_head")}  # no loss
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
@@ -154,7 +154,7 @@ class DecoderForward:
 
 
 def last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """`(B, T, hidden)` of a model run on a batch, with any virtual tokens before the batch's own."""
+    """The last hidden state `(B, T, hidden)` of a model on a batch; any virtual tokens stand before the batch's."""
     decoder = find_decoder(model)
     device = causal_lm(model).get_input_embeddings().weight.device  # type: ignore[operator]
     inputs = {**batch.to(device).inputs, "use_cache": False, "return_dict": True}

@@ -1,4 +1,4 @@
-"""The modes a model runs in: dropout, checkpointing, hooks on saved tensors; changed for a while and put back."""
+"""The modes a model runs in (dropout, checkpointing, hooks on saved tensors), changed for a while and put back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .changes import Changes
 
-# Up to transformers 5.22 a checkpoint wraps a block's `__call__`, so that hooks run again when it is recomputed.
+# Up to transformers 5.22 a checkpoint wraps a block's `__call__`: its hooks run again when the block is recomputed.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
 
 
@@ -35,7 +35,7 @@ def checkpointed(block: nn.Module) -> bool:
 
 
 def _reentrant(function: Any, depth: int = 8) -> bool:
-    """Whether a checkpointing function was given use_reentrant=True, however it is wrapped (LLaMA-Factory's is)."""
+    """Whether a checkpointing function was given use_reentrant=True, also inside wrappers such as LLaMA-Factory's."""
     options = getattr(function, "keywords", {})
     if "use_reentrant" in options:
         return bool(options["use_reentrant"])
@@ -54,7 +54,7 @@ def _is_empty(cell: types.CellType) -> bool:
 
 @contextlib.contextmanager
 def without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Run a forward that needs no gradient without gradient checkpointing, which would only warn."""
+    """Run a forward without gradient checkpointing, which only warns if no gradient is needed."""
     with Changes() as changes:
         for child in module.modules():
             if getattr(child, "gradient_checkpointing", False):
@@ -64,10 +64,10 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_noise(*modules: nn.Module) -> Iterator[None]:
-    """Run modules without dropout, NEFTune's noise and gradient checkpointing; what they compute else is unchanged.
+    """Run modules without dropout, NEFTune's noise and gradient checkpointing; all else is computed as before.
 
-    4-bit linears run in training mode whatever theirs is: in evaluation mode on a CPU, bitsandbytes repacks their
-    weights in place, to a form without a backward. Other linears keep their mode.
+    4-bit linears always run in training mode: in evaluation mode on a CPU, bitsandbytes repacks their weights in place,
+    to a form without a backward. Other linears keep their mode.
     """
     with Changes() as changes:
         for module in modules:
@@ -76,7 +76,7 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
                 if hasattr(child, "quant_state"):
                     mode = True
                 elif next(child.children(), None) is not None or _is_dropout(child) or isinstance(child, nn.Embedding):
-                    mode = False  # of an embedding, since a hook adds NEFTune's noise by its mode
+                    mode = False  # for an embedding: NEFTune's hook adds noise in training mode
                 if mode != child.training:
                     changes.set(child, "training", mode)
                 if getattr(child, "gradient_checkpointing", False):
@@ -116,12 +116,12 @@ def _rate(module: nn.Module) -> float:
 
 
 def saved_tensors_hooked() -> bool:
-    """Whether what autograd saves goes through hooks, which may give it back only once (TRL's offloading does)."""
+    """Whether saved tensors go through hooks, which may return them only once (as TRL's offloading does)."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def unhooked() -> contextlib.AbstractContextManager[Any]:
-    """Save tensors as they are, whatever hooks there are."""
+    """Save tensors without any hooks."""
     if not saved_tensors_hooked():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

@@ -1,5 +1,7 @@
-"""The reference: a separate model, or the model itself as it was when training started (see start.py): with adapters
-off, with its adapter "ref" on, or with the values that its adapters started from."""
+"""The reference: a separate model, or the model itself as it was when training started (see start.py).
+
+The latter is the model with adapters off, with its adapter "ref" on, or with the values its adapters started from.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
         return
     beside_adapters = {} if start.adapters_on else start.tensors
     with Changes() as changes, replaced(model, beside_adapters):
-        for module in wrappers:  # all before the first is switched: one may hold another
-            for key in _SWITCHES:  # some are the class' own until they are first set
+        for module in wrappers:  # note all before switching any: one may hold another
+            for key in _SWITCHES:  # until first set they are attributes of the class
                 changes.keep(vars(module), key)
             for parameter in module.parameters():
                 changes.note(torch.Tensor.requires_grad_, parameter, parameter.requires_grad)
@@ -86,7 +88,7 @@ def refuse_trained_reference(modules: Iterable[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def _prompts_off(model: Any) -> Iterator[None]:
-    """PEFT's own way, less the bound methods that it leaves on the model; or the adapter "ref" on."""
+    """As PEFT does it, without the bound methods that it leaves on the model; or the adapter "ref" on."""
     active = model.active_adapter
     with Changes() as changes:
         for name in _LEFT_BY_PEFT:

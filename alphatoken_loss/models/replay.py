@@ -1,4 +1,4 @@
-"""Going back through the last K blocks, from what a forward left: in its graph, or by running blocks again."""
+"""Going back through the last K blocks: in the graph of a forward, or by running blocks again."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BlockCall:
 
 @dataclass
 class Capture:
-    """What one forward of the model leaves for valuing it: the calls of the last K blocks, or a graph with taps."""
+    """What is kept of one forward for valuing it: the calls of the last K blocks, or a graph with taps."""
 
     scored: Scored
     batch: Batch
@@ -62,7 +62,7 @@ class Capture:
     spent: bool = False
 
     def release(self) -> None:
-        """Let go of everything the forward left."""
+        """Free everything that was kept."""
         self.spent = True
         self.calls.clear()
         if self.graph is not None:
@@ -89,7 +89,7 @@ class Capture:
         self.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
     def visit(self, rows: torch.Tensor, visitor: Visitor, *, causal: bool, at_layer: bool = False) -> None:
-        """Show a visitor every scored site, from the gradient `rows` `(B, T, hidden)` at the last block's output."""
+        """Go back from the gradient `rows` `(B, T, hidden)` at the last block's output; show a visitor each scored site."""
         if self.graph is not None:
             taps, output = self.graph
             taps.walk(output, rows, [], visitor, retain_graph=True)
@@ -103,7 +103,7 @@ class Capture:
             )
 
     def gradients(self, rows: torch.Tensor, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gradients of parameters of the scored blocks, by replay; zeros for one that took no part."""
+        """Gradients of parameters of the scored blocks, by replay; zeros for a parameter that was not used."""
         found = self._replay(rows, list(parameters.values()), None)
         return {
             name: torch.zeros_like(p) if g is None else g
@@ -121,7 +121,7 @@ class Capture:
     ) -> list[torch.Tensor | None]:
         """Run each block again, last to first, and go back through it: one block's activations live at a time.
 
-        Blocks that hand on more than the hidden state are run as one, since gradients travel beside it.
+        Blocks that pass on more than the hidden state are run as one, since gradients come back through the rest too.
         """
         found: list[torch.Tensor | None] = [None] * len(parameters)
         exchanged = self.exchanged()
@@ -134,7 +134,7 @@ class Capture:
                 among = [parameters[i] for i in here]
                 rows, grads = self._replay_part(part, exchanged, rows, among, visitor, causal, at_layer)
                 for i, gradient in zip(here, grads, strict=True):
-                    before = found[i]  # of a parameter that several blocks share
+                    before = found[i]  # a parameter that several blocks share
                     found[i] = gradient if before is None or gradient is None else before + gradient
         finally:
             self.replaying = False
@@ -198,7 +198,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
                 return
             call = BlockCall(args, kwargs)
             refuse_compiled_call()
-            check_batch(capture.batch, *call.hidden.shape[-3:-1])  # Gemma 3n's has one more in front
+            check_batch(capture.batch, *call.hidden.shape[-3:-1])  # Gemma 3n's has one more dimension in front
             if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
                 raise ValueError(PACKED_WITH_CACHE)
             if index == 0:
@@ -226,7 +226,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
 def capture_without_graph(
     model: nn.Module, scored: Scored, batch: Batch, loss_sum: Callable[[nn.Module], torch.Tensor]
 ) -> tuple[Capture, torch.Tensor]:
-    """Run a forward whose graph holds only what follows the last block, and the loss back to that block's output.
+    """Run a forward whose graph begins at the last block's output, and take the loss's gradient there.
 
     Args:
         loss_sum (`Callable`): runs the model on the batch and returns a scalar loss.

@@ -100,7 +100,7 @@ Scope = Literal["lora", "blocks", "anywhere"]
 
 
 class AtMost(int):
-    """A number of blocks that nobody asked for by itself: a model of fewer has all of its own scored."""
+    """A default number of blocks: if a model has fewer, all of them are scored."""
 
 
 @dataclass
@@ -112,8 +112,8 @@ class Scored:
         sites (`list[Site]`): every scored linear or LoRA layer, with `site.block` an index into `blocks`.
         total (`int`): how many blocks the model has.
         others (`dict`): what else is trained and scored, by its name in `model.named_parameters()`: adapters that are
-            not plain LoRA, norms, biases, embeddings. The ghost estimator has none.
-        start (`Start`): what of the model training started from, where adapters off don't tell.
+            not plain LoRA, norms, biases, embeddings. Always empty for the ghost estimator.
+        start (`Start`): values that training started from, for models that adapters off do not take back there.
         value_rows (`dict`): block index -> site name -> which of its output rows are attention values, for the sites
             that have such rows; filled by `attention.py` when it first sees the block run.
     """
@@ -146,11 +146,11 @@ class Scored:
 
 
 def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") -> Scored:
-    """Find what is scored: the adapters (or, without adapters, the trainable linears) of the last K blocks.
+    """Find what is scored: the adapters of the last K blocks or, without adapters, their trainable linears.
 
     Args:
         model (`nn.Module`): causal LM, plain or wrapped by PEFT, with a base in any precision.
-        num_layers (`int` or `"all"`): K; `AtMost` a number for that or all.
+        num_layers (`int` or `"all"`): K; `AtMost(K)` for K or, if there are fewer, all.
         scope (`str`): `"lora"` scores plain LoRA and linears alone and refuses other adapters. The others also score
             whatever else is trained: `"blocks"` in the K blocks, `"anywhere"` before the LM head if K is all blocks.
 
@@ -206,9 +206,9 @@ def _sites(blocks: list[nn.Module], names: dict[int, str], scope: Scope) -> list
             if _is_idle(layer):
                 continue
             if scope != "lora" and (met[id(layer)] > 1 or _why_not_lora(names[id(layer)], layer) is not None):
-                continue  # it is scored among the others
+                continue  # scored among the others
             if isinstance(layer, ParamWrapper):
-                continue  # experts, which see some positions only: left out, and told of
+                continue  # experts see some positions only: left out, with a warning
             if met[id(layer)] > 1:
                 raise ValueError(
                     f"{names[id(layer)]} is shared by several of the scored blocks, and ghost values need linears that "
@@ -224,7 +224,7 @@ def _sites(blocks: list[nn.Module], names: dict[int, str], scope: Scope) -> list
 
 
 def _is_idle(layer: BaseTunerLayer) -> bool:
-    """Whether a LoRA layer has none of the active adapters: it then is its base alone."""
+    """Whether a LoRA layer has no active adapter, so that only its base runs."""
     from peft.tuners.lora import LoraLayer
 
     return isinstance(layer, LoraLayer) and not any(adapter in layer.lora_A for adapter in layer.active_adapters)
@@ -304,7 +304,7 @@ def _check_active(name: str, layer: BaseTunerLayer) -> None:
 
 
 def _why_not_lora(name: str, layer: BaseTunerLayer) -> str | None:
-    """What keeps an adapter layer from being y = W0 x + s B A x, in words, or None."""
+    """Why an adapter layer is not y = W0 x + s B A x, in words; None if it is."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 

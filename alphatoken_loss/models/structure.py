@@ -15,7 +15,7 @@ from .modes import without_noise
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a distributed wrapper: its module names are the ones this library speaks of."""
+    """The model inside a distributed wrapper; module names in this library are those of this model."""
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     return model
@@ -45,7 +45,7 @@ COMPILED = (
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raise ValueError where a model, or a part of it, was compiled."""
+    """Raise ValueError if a model, or a part of it, was compiled."""
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{name or 'The model'} ({type(module).__name__}) is compiled: {COMPILED}")
@@ -101,11 +101,11 @@ def blocks_or_none(model: nn.Module) -> list[nn.Module]:
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """What stands before the LM head: its output is the last hidden state."""
+    """The part before the LM head; its output is the last hidden state."""
     base = causal_lm(model)
     decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    # Some (Llama 4, Mllama) give an LM with its head: then its body, the child that holds the blocks.
+    # Some (Llama 4, Mllama) return an LM with its head: take its body, the child that holds the blocks.
     while head is not None and any(module is head for module in decoder.modules()):
         bodies = [child for child in decoder.children() if _holds_blocks(child)]
         if len(bodies) != 1:
@@ -127,22 +127,25 @@ def learns_prompts(model: nn.Module) -> bool:
 
 
 def runs_apart(model: nn.Module) -> bool:
-    """Whether the decoder and its blocks compute the same outside the model's forward: not where PEFT hands a forward's
-    own arguments to its layers by hooks (aLoRA, which is on from an invocation sequence in the input)."""
+    """Whether the decoder and its blocks compute the same outside the model's forward.
+
+    Not so if PEFT hands arguments of the forward to its layers by hooks: aLoRA is on from an invocation sequence in the
+    input.
+    """
     config = getattr(unwrap(model), "peft_config", {})
     return not any(getattr(adapter, "alora_invocation_tokens", None) for adapter in config.values())
 
 
-# By model: what was found for which gate and trained parameters.
+# Model -> (gate and trained parameters, what was found for them).
 _behind: WeakKeyDictionary[nn.Module, tuple[tuple[int, tuple[int, ...]], list[str]]] = WeakKeyDictionary()
 
 
 def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]:
-    """Names of trainable parameters that the loss depends on other than through a module's output, so that no gate
-    there masks their whole gradient; by default the decoder's.
+    """Names of trainable parameters behind a gate, which cannot mask their whole gradient.
 
-    What does, is seen by a forward of a few tokens whose graph begins at that output: what gets a gradient from there
-    lies behind. It is run only where something outside the blocks is trained, or in the LM head.
+    The gate is at the output of a module, by default of the decoder. They are found by a forward of a few tokens whose
+    graph begins at that output: a parameter that has a gradient in it lies behind. This runs only if something outside
+    the blocks is trained, or something in the LM head.
     """
     inner = unwrap(model)
     base = causal_lm(inner)

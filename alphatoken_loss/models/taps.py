@@ -1,8 +1,8 @@
 """Taps on the scored linears.
 
-A tap is an identity on a linear's output whose backward meets the gradient d there and the input h that was kept, and
-gives both to a visitor; what the visitor makes of them (token values, Fisher sums) never outlives the walk as anything
-per token but a (batch, time) accumulator."""
+A tap is an identity on a linear's output. In its backward it has the gradient d at this output and the input h that was
+kept, and gives both to a visitor. The visitor makes token values or Fisher sums of them; per token nothing but a
+(batch, time) accumulator is kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Visitor(Protocol):
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward shows the gradient and the kept inputs to the walk in progress, if one is."""
+    """Identity whose backward gives the gradient and the kept inputs to the visitor of the current walk, if any."""
 
     @staticmethod
     def forward(
@@ -40,7 +40,7 @@ class _Tap(torch.autograd.Function):
         ctx.taps, ctx.site = taps, site
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        return output.data  # no view: some models add onto a linear's output in place (Falcon, Llama 4's experts)
+        return output.data  # not a view: some models add to a linear's output in place (Falcon, Llama 4's experts)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
@@ -66,7 +66,7 @@ class Taps:
         self.shape = shape
         self.at_layer = at_layer
         self.visitor: Visitor | None = None
-        # A leaf that every tap depends on and nothing needs: asking autograd for its gradient walks through the taps.
+        # A leaf that every tap depends on: asking autograd for its gradient makes it go through all taps.
         self.probe = torch.empty(0, requires_grad=True)
         self.watch = AttentionWatch(scored) if causal else None
 
@@ -79,7 +79,7 @@ class Taps:
                 yield
 
     def clear(self) -> None:
-        """Let go of everything kept from a forward."""
+        """Free everything that was kept from a forward."""
         if self.watch is not None:
             self.watch.outputs.clear()
             self.watch.calls.clear()
@@ -138,4 +138,4 @@ class Taps:
 def look_away(
     site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
 ) -> None:
-    """A visitor for walks that only want gradients."""
+    """A visitor that does nothing, for walks that need gradients alone."""

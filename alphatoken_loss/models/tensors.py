@@ -1,8 +1,8 @@
 """Arithmetic on all scored parameters' tensors at once.
 
-An adapter's tensors are small and many. On a fast GPU a step waits for its kernels to be launched, not for their
-arithmetic, and what torch's optimizers use launches one for dozens of tensors. The names are private in torch, and
-are used in this file alone.
+An adapter has many small tensors. On a fast GPU a step waits for kernels to be launched, not for their arithmetic. The
+functions that torch's optimizers use launch one kernel for dozens of tensors. Their names are private in torch, and are
+used in this file alone.
 """
 
 from __future__ import annotations
