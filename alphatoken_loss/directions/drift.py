@@ -18,9 +18,9 @@ from .fisher import Fisher
 def drift(fisher: Fisher, scored: Scored, ref_model: nn.Module | None) -> dict[str, torch.Tensor]:
     """Gradient of 0.5 * sum(F * dW^2) with respect to each scored parameter (Eqs. 10, 11).
 
-    dW = s B A - s_ref B_ref A_ref is the adapter delta (second part zero when the reference is the base model, and the
-    adapter's own start where that took its part out of the base), or W - W_ref for a linear that is trained itself.
-    Factored, no `(d_out, d_in)` matrix is formed for LoRA.
+    For LoRA dW = s B A - s_ref B_ref A_ref. The second part is zero where the reference is the base model. Where the
+    initialisation moved a part of the base into the adapter (PiSSA), it is the adapter as it was at the start. For a
+    linear that is trained itself dW = W - W_ref. With a factored Fisher, LoRA needs no `(d_out, d_in)` matrix.
 
     Returns:
         `dict`: parameter name -> tensor of the parameter's shape, float32 (float64 for a float64 model).
@@ -45,7 +45,7 @@ def drift(fisher: Fisher, scored: Scored, ref_model: nn.Module | None) -> dict[s
 
 
 class _Factors(NamedTuple):
-    """What a LoRA layer of the reference adds, scaling * b @ a."""
+    """What a LoRA layer of the reference adds to its base: scaling * b @ a."""
 
     scaling: float
     a: torch.Tensor
@@ -53,7 +53,7 @@ class _Factors(NamedTuple):
 
 
 def _kind(fisher: Fisher, site: LoraSite, reference: _Factors | None) -> Hashable:
-    """Sites of one kind are taken together: the same few kernels for all of them, on stacks of their factors."""
+    """Sites of one kind are computed together: their factors are stacked, so that few kernels serve all of them."""
     if len(fisher.factors[site.name]) == 1:
         return site.name  # a stack of dense diagonals would be large
     weights = site.a.weight, site.b.weight
@@ -108,23 +108,23 @@ def _linear_drift(
 
 def _stacked(tensors: Iterable[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     first, *rest = (tensor.to(like) for tensor in tensors)
-    return torch.stack([first, *rest]) if rest else first[None]  # one that is dense is not copied
+    return torch.stack([first, *rest]) if rest else first[None]  # a single one is not copied: it may be dense
 
 
 def _reference_factors(site: LoraSite, ref_model: nn.Module | None, start: Start) -> _Factors | None:
-    """What the reference has at a site beside this model's base, if anything."""
+    """What the reference adds at a site to this model's base, or None."""
     reference = _reference_lora(site, ref_model)
     if reference is not None:
         return _Factors(reference.scaling, reference.a.weight, reference.b.weight)
     if not start.adapters_on:
         return None
-    # Also beside a ref_model, which has whole what the initialisation split into base and adapter.
+    # Also with a ref_model: its weight is whole, where the initialisation split it into base and adapter.
     a, b = (start.tensors.get(name, parameter) for name, parameter in site.parameters.items())
     return _Factors(site.scaling, a, b)
 
 
 def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | None:
-    """The adapter that the reference has at a site, if any."""
+    """The reference's adapter at a site, or None."""
     from peft.tuners.lora import LoraLayer
 
     if ref_model is None:

@@ -1,4 +1,4 @@
-"""Estimating the Fisher: squared gradients of labels that the reference itself has drawn."""
+"""Estimating the Fisher: squared gradients for labels that are drawn from the reference's own predictions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _SquaredSums:
 
 
 def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> Scored:
-    """The scored modules as the reference has them, under their names in the model that is trained."""
+    """The reference's counterparts of the scored modules, under their names in the model that is trained."""
     if ref_model is None:
         return scored
     blocks = find_blocks(ref_model)
@@ -81,7 +81,7 @@ def fisher_of_batches(
     dense: bool,
     seed: int = 0,
 ) -> Fisher:
-    """The cheap estimate: labels of given batches drawn from the reference's predictions, no generation.
+    """A cheap estimate without generation: the labels of given batches are drawn from the reference's predictions.
 
     Every sequence that has a response counts as one prompt.
     """
@@ -143,7 +143,7 @@ class _Sums:
 
 
 def _zeros(scored: Scored, dense: bool) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Where every process starts, also one that gets no prompts."""
+    """The sums at the start, on every process, also on one that gets no prompts."""
     like = next(iter(scored.parameters.values()))
     options: dict[str, Any] = {"dtype": accumulation_dtype(like), "device": like.device}
     return {
@@ -184,7 +184,7 @@ def estimate_fisher(
         config (`AlphaTokenConfig`, *optional*): its `num_layers` and `fisher` are used.
         batch_size (`int`): prompts sampled together.
         max_new_tokens (`int`): sampled tokens per prompt at most.
-        max_prompt_length (`int`): prompts are cut to their last so many tokens.
+        max_prompt_length (`int`): of a longer prompt the last so many tokens are used.
         temperature (`float`): of sampling; 1 is what Eq. 5 asks for.
         seed (`int`): makes sampling reproducible; the global random state is left as it was.
         progress (`bool`): show a progress bar.

@@ -1,12 +1,12 @@
-"""The reference's diagonal Fisher, and the drift gradient it gives on the adapters (arXiv 2606.01635, Eqs. 5, 10, 11).
+"""The reference's diagonal Fisher (arXiv 2606.01635, Eq. 5).
 
 For a linear with input h and output gradient d at a response token, the dense Fisher is the mean over prompts of the
 sum over sampled tokens of (d * d)(h * h)^T. The factored form keeps its row sums, column sums and total: F = row
 col^T / total, the rank-one matrix with the same marginals (Adafactor, arXiv 1804.04235, section 3).
 
-Parameters that are no linear's weight (other adapters, norms, biases, embeddings) get the diagonal of their own Fisher:
-the mean over prompts of the squared gradient of the whole completion's log-likelihood. Gradients of tokens sampled one
-after the other are uncorrelated, so its expectation is the same sum over tokens.
+Parameters that are not the weight of a linear (other adapters, norms, biases, embeddings) have the diagonal of their
+own Fisher: the mean over prompts of the squared gradient of the whole completion's log-likelihood. The gradients of
+tokens that are sampled one after the other are uncorrelated, so its expectation is the same sum over tokens.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Fisher:
             `(row, column)`, of shapes `(d_out,)` and `(d_in,)` with equal sums, when factored, or `(diagonal,)` of
             shape `(d_out, d_in)` when dense. Units: squared gradient of the log-likelihood, per prompt.
         prompts (`int`): over how many prompts it was averaged.
-        base (`tuple`): some numbers out of the model's input embedding, by which another model is told apart.
+        base (`tuple`): some numbers of the model's input embedding, by which another model is recognised.
         others (`dict`): for scored parameters that are neither LoRA nor a linear's weight, name, as in
             `model.named_parameters()`, -> `(diagonal, reference)` of the parameter's shape: its Fisher, and the value
             it had when this was estimated, from which its drift is measured.
-        start (`Start`): where training started, for models that adapters off do not take there; a run that is resumed
-            with this Fisher measures its drift from there, and takes it for its reference.
+        start (`Start`): where training started, for models that adapters off do not take back there. A run that is
+            resumed with this Fisher measures its drift from this start, and uses it as its reference.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, ...]]
@@ -59,7 +59,7 @@ class Fisher:
 
     @property
     def names(self) -> list[str]:
-        """The modules it covers."""
+        """Names of the modules in it."""
         return list(self.factors)
 
     @property
@@ -92,7 +92,7 @@ class Fisher:
         return replace(self, factors=factors)
 
     def to(self, device: torch.device) -> Fisher:
-        """With its tensors on `device`; itself where they are there."""
+        """The same with its tensors on `device`; itself if they are there already."""
         held: tuple[Mapping[str, tuple[torch.Tensor, ...]], ...] = (self.factors, self.others)
         if all(tensor.device == device for named in held for tensors in named.values() for tensor in tensors):
             return self
@@ -101,7 +101,7 @@ class Fisher:
         return replace(self, factors=factors, others=others)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears under its name only when it is whole."""
+        """Write a safetensors file, whole or not at all."""
         path = Path(path)
         tensors = {f"{n}|{part}": tensor for n, factor in self.factors.items() for part, tensor in enumerate(factor)}
         for name, pair in self.others.items():
@@ -115,7 +115,7 @@ class Fisher:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Fisher:
-        """Read what `save` wrote. Whether it fits a model shows when it is first used with one.
+        """Read what `save` wrote. That it fits a model is checked when it is first used with one.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -142,7 +142,7 @@ class Fisher:
         return cls(factors, saved["prompts"], tuple(saved["base"]), others, start)
 
     def check(self, scored: Scored) -> None:
-        """See that it was made for these scored modules.
+        """Check that it was made for these scored modules.
 
         Raises:
             ValueError: the modules are not the scored ones, or a shape differs.
@@ -177,7 +177,7 @@ class Fisher:
                 )
 
     def check_base(self, model: nn.Module) -> None:
-        """See that it was made for this base model, as far as the input embedding tells; precision does not matter.
+        """Check, by the input embedding, that it was made for this base model; precision does not matter.
 
         Raises:
             ValueError: the embedding is another one.
@@ -186,7 +186,7 @@ class Fisher:
 
 
 def check_same_base(made_for: Sequence[float], model: nn.Module, what: str) -> None:
-    """Raise ValueError where `base_of` another model was kept with the Fisher or the path."""
+    """Raise ValueError if the Fisher or the path was made with another base model (see `base_of`)."""
     here, made = torch.tensor(base_of(model)), torch.tensor(made_for)
     if len(made) and (made - here).norm() > 0.1 * made.norm():
         raise ValueError(

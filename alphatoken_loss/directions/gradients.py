@@ -22,7 +22,7 @@ Loss = Callable[[nn.Module], torch.Tensor]  # runs a model, and returns a scalar
 def loss_gradients(
     model: nn.Module, parameters: Mapping[str, torch.Tensor], loss: Batch | Loss, *, first: nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of a loss by an ordinary backward, `.grad` untouched; zeros where none comes.
+    """Gradient of a loss by an ordinary backward, which leaves `.grad` alone; zeros for a parameter that has none.
 
     Args:
         loss: a loss, or a batch for the sum of its token losses.
@@ -48,9 +48,12 @@ def loss_gradients(
 def scored_gradients(
     model: nn.Module, scored: Scored, batch: Batch, loss: Loss | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of a loss that runs the model on a batch (by default the sum of its token losses) at the scored
-    parameters: with a graph of the scored blocks and what follows, or where memory is short (the model is checkpointed)
-    without one, the blocks then being run again one at a time."""
+    """Gradient, at the scored parameters, of a loss that runs the model on a batch (by default the sum of its token
+    losses).
+
+    The graph holds the scored blocks and what follows. Not so for a checkpointed model, whose memory is short: then
+    the blocks are run again, one at a time.
+    """
     short = any(getattr(block, "gradient_checkpointing", False) for block in scored.blocks)
     if scored.in_blocks and short and runs_apart(model):
         capture, rows = capture_without_graph(model, scored, batch, loss or (lambda m: -token_logps(m, batch).sum()))

@@ -1,4 +1,4 @@
-"""The directions that tokens are valued along: toward the target, and back toward the reference."""
+"""The directions along which tokens are valued: toward the target, and back toward the reference."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def directions(
 
 
 def merged(parts: Parts, stability_weight: float) -> Parts:
-    """One direction, "total" = target + stability_weight * drift, of those there are."""
+    """One direction, "total" = target + stability_weight * drift; a part that is missing counts as zero."""
     total = parts.get("target")
     if "drift" in parts:
         drift = parts["drift"]

@@ -1,4 +1,4 @@
-"""theta*, where the path ends: what the validation examples and the drift would make of the adapter (follow.py)."""
+"""theta*, the end of the path: the adapter after some steps on validation examples and drift (follow.py)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _FORMAT = "alphatoken_loss.path.1"
 
 @dataclass(frozen=True)
 class Path:
-    """The end of a path.
+    """theta*, the end of a path.
 
     Attributes:
         parameters (`dict`): parameter name, as in `model.named_parameters()`, -> its value at theta*, of the
             parameter's shape, in float32 (float64 for a float64 model).
-        steps (`int`): how many steps away from its start it is.
-        base (`tuple`): some numbers out of the model's input embedding, by which another model is told apart.
+        steps (`int`): how many steps lead to it.
+        base (`tuple`): some numbers of the model's input embedding, by which another model is recognised.
     """
 
     parameters: Mapping[str, torch.Tensor]
@@ -48,7 +48,7 @@ class Path:
 
     @classmethod
     def of_adapter(cls, model: nn.Module, adapter: str, *, config: AlphaTokenConfig | None = None) -> Path:
-        """An adapter that was trained before, as theta* of the one in training.
+        """Take an adapter that was trained before as theta* for the one in training.
 
         Args:
             model (`nn.Module`): a PEFT model that holds both, the one in training being active.
@@ -76,7 +76,7 @@ class Path:
         return path
 
     def apply(self, model: nn.Module) -> None:
-        """Write theta* into the model's parameters, for training that starts there. Do it before the first step.
+        """Write theta* into the model's parameters, so that training starts there. Call it before the first step.
 
         Raises:
             ValueError: the model has no parameter of a name, or one of another shape.
@@ -106,7 +106,7 @@ class Path:
             return run_at(inner, placed, lambda m: token_logps(m, read))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; it appears under its name only when it is whole."""
+        """Write a safetensors file, whole or not at all."""
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {name: tensor.detach().cpu().contiguous() for name, tensor in self.parameters.items()}
@@ -115,7 +115,7 @@ class Path:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Path:
-        """Read what `save` wrote. Whether it fits a model shows when it is first used with one.
+        """Read what `save` wrote. That it fits a model is checked when it is first used with one.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -135,7 +135,7 @@ class Path:
         return cls(found, saved["steps"], tuple(saved["base"]))
 
     def check(self, scored: Scored) -> None:
-        """See that it was made for these scored parameters.
+        """Check that it was made for these scored parameters.
 
         Raises:
             ValueError: it lacks a scored parameter, has one more, or one of another shape; or it is not finite.
@@ -155,7 +155,7 @@ class Path:
             raise ValueError(f"The path moves {beyond[0]}, which is not scored. {_MADE_FOR_ANOTHER}")
 
     def check_base(self, model: nn.Module) -> None:
-        """See that it was made for this base model, as far as the input embedding tells; precision does not matter.
+        """Check, by the input embedding, that it was made for this base model; precision does not matter.
 
         Raises:
             ValueError: the embedding is another one.
@@ -163,7 +163,7 @@ class Path:
         check_same_base(self.base, model, "path")
 
     def to(self, device: torch.device) -> Path:
-        """With its tensors on `device`; itself where they are there."""
+        """The same with its tensors on `device`; itself if they are there already."""
         if all(tensor.device == device for tensor in self.parameters.values()):
             return self
         return replace(self, parameters={name: tensor.to(device) for name, tensor in self.parameters.items()})

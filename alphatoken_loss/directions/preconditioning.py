@@ -1,4 +1,4 @@
-"""The direction of token values as Adam will take it.
+"""Directions scaled as Adam scales its steps.
 
 A step of Adam moves the adapter by -P g, with P = lr / (sqrt(v) + eps) from its running average v of squared gradients
 and the learning rate of the parameter's group (LoRA+ gives B a higher one), so what training on token t does to an
@@ -6,9 +6,9 @@ objective with gradient D is, to first order,
 
     <P grad l_t, D> = <grad l_t, P D>:
 
-the ordinary value along P D. P is that of the steps so far; momentum, which no token of this batch can change, is left
-out, and so is a common scale. Entries whose sqrt(v) is below a hundredth of the root mean square over all scored
-parameters count as that, see `_FLOOR`.
+the ordinary value along P D. P is that of the steps so far. Momentum is left out, since no token of this batch can
+change it, and so is a common scale. A sqrt(v) below a hundredth of its root mean square over all scored parameters is
+raised to that, see `_FLOOR`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def preconditioned(
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Each direction times Adam's P; as they are before the optimizer's first step.
+    """Multiply each direction by Adam's P. Before the optimizer's first step they stay as they are.
 
     Args:
         parts (`dict`): part of the value -> parameter name -> direction.
@@ -48,13 +48,13 @@ def preconditioned(
     mean = tensors.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
     floor = _FLOOR * torch.where(mean > 0, mean, 1.0)
     rates = _rates(optimizer, parameters)
-    # At a rate of 0 nothing moves: the root is then inf.
+    # At a learning rate of 0 nothing moves; the root is then inf.
     roots = {name: root.maximum(floor.to(root.device)) / rates[name] for name, root in roots.items()}
     return {part: tensors.divided(direction, roots) for part, direction in parts.items()}
 
 
 def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """By parameter, what Adam adds to the root of its v, taken before the bias correction, one scale for all."""
+    """By the parameter's `id`: what Adam adds to the root of v, in the scale of v before its bias correction."""
     found = {}
     for group in optimizer.param_groups:
         states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
@@ -65,7 +65,7 @@ def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:
 
 
 def _rates(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """By name, the learning rate of the parameter's group over the largest of them; 1 for all where all are 0."""
+    """By name: the learning rate of the parameter's group, divided by the largest; 1 for all if all are 0."""
     of = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     rates = {name: of.get(id(p), 0.0) for name, p in parameters.items()}
     largest = max(rates.values())

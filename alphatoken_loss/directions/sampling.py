@@ -1,4 +1,4 @@
-"""Labels and completions drawn from the reference."""
+"""Labels and completions that are drawn from the reference."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sample_completions(
         use_cache=True,
     )
     with torch.no_grad(), without_noise(reference), Changes() as changes:
-        # What the model's own generation config adds (penalties, beams) would make this no sample of the reference.
+        # Penalties, beams and the like in the model's own generation config would change the distribution.
         changes.set(base, "generation_config", GenerationConfig())
         for settings in (base.config, base.config.get_text_config()):  # type: ignore[union-attr, operator]
             if getattr(settings, "output_router_logits", False):  # a mixture's router loss, which needs whole sequences

@@ -38,13 +38,13 @@ class Target:
         return f"<Target: {len(self.gradients)} parameters, from {self.tokens:g} tokens>"
 
     def averaged(self, newer: Target, decay: float) -> Target:
-        """An exponential average of validation sums over one of tokens: as unbiased at its start as later."""
+        """A running average of the gradient sums, divided by one of the token counts; so its start has no bias."""
         kept, added = decay * self.tokens, (1 - decay) * newer.tokens
         before = tensors.scaled(self.gradients, kept / (kept + added))
         return Target(tensors.added(before, newer.gradients, added / (kept + added)), kept + added)
 
     def check(self, scored: Scored) -> None:
-        """See that it was made for these scored parameters.
+        """Check that it was made for these scored parameters.
 
         Raises:
             ValueError: a scored parameter is missing or of another shape.
@@ -90,9 +90,10 @@ def target_gradient(
 
 
 def in_parts(batches: Sequence[Mapping[str, Any] | Batch], count: int) -> list[list[Batch]]:
-    """Share the rows of batches out over up to `count` parts, in their order.
+    """Divide the rows of batches into up to `count` parts, in their order.
 
-    Runs of rows, not every fourth: a process of several that holds every n-th row then has the n-th share of each part.
+    A part is a run of rows, not every n-th row: in a distributed run a process holds every n-th row, and so has an
+    equal share of each part.
     """
     read = [read_batch(batch).chosen() for batch in batches]
     total = sum(batch.shape[0] for batch in read)
@@ -115,7 +116,7 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
         batches = [batches]
     for raw in batches:
         batch = read_batch(raw).chosen()
-        tokens = int(batch.rows.sum())  # where the batch lies: on the host, an accelerator is not waited for
+        tokens = int(batch.rows.sum())  # before it is moved: for a batch on the host no accelerator is waited for
         if not tokens:
             continue
         gradients = scored_gradients(model, scored, batch.to(scored.device))
