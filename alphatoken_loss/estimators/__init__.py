@@ -1,4 +1,4 @@
-"""From a batch's forward and backward to token values: an estimator a module, and their table.
+"""From a batch's forward and backward to token values: one module for each estimator, and their table.
 
 base.py says what an estimator is. To add one, write its class in a module and add a line to `ESTIMATORS`.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .base import Estimator
 
-# Name -> where its class is, imported when the estimator is first used; a module outside the package is named whole.
+# Name -> its class, imported at first use. A module outside this package is written with its full name.
 ESTIMATORS = {
     "ghost": ".ghost:Ghost",
     "difference": ".difference:Difference",

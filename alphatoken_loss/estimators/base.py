@@ -1,8 +1,9 @@
 """What an estimator is.
 
-A batch meets it three times. Before the forward its `Memory` prepares what values are taken along (by default the
-directions: target gradient and Fisher drift). During the forward `watching` keeps what is needed, and passes the hidden
-state at the gate through a callback. In the backward `values` turns the gradient at that state into token values.
+A batch meets it three times. Before the forward, its `Memory` prepares the directions along which tokens are valued
+(by default the target gradient and the Fisher drift). During the forward, `watching` keeps what will be needed, and
+passes the hidden state at the gate through a callback. In the backward, `values` turns the gradient at that state into
+token values.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from .others import Others
 
 
 class NonFiniteRows(FloatingPointError):
-    """The gradient at the gate is itself not finite: the loss overflowed, not the valuation."""
+    """The gradient that reached the gate is not finite: the loss has overflowed, not the values."""
 
 
 def check_weights_finite(scored: Scored) -> None:
-    """Raise FloatingPointError for a scored parameter that is not finite, so that nothing can be valued."""
+    """Raise FloatingPointError if a scored parameter is not finite: then nothing can be valued."""
     for name, parameter in scored.parameters.items():
         if not parameter.isfinite().all():
             raise FloatingPointError(
@@ -41,16 +42,16 @@ def check_weights_finite(scored: Scored) -> None:
 
 
 class Memory:
-    """What an estimator carries from batch to batch. The default carries nothing."""
+    """What an estimator keeps from batch to batch. This default keeps nothing."""
 
     def __init__(self, config: AlphaTokenConfig) -> None:
         self.config = config
 
     def check(self, source: Source) -> None:
-        """See, before anything runs, that the source has what `prepare` needs.
+        """Check, before anything runs, that the source has what `prepare` needs.
 
         Raises:
-            ValueError: it has not, or what this estimator has no use for.
+            ValueError: something is missing, or this estimator has no use for something that was given.
         """
         if source.path is not None:
             raise ValueError(
@@ -59,10 +60,10 @@ class Memory:
             )
 
     def prepare(self, source: Source, scored: Scored, batch: Batch) -> Parts:
-        """Make ready, before a forward, what its values are taken along.
+        """Prepare, before a forward, the directions along which its tokens are valued.
 
         Returns:
-            `dict`: "target" and "drift", those there are -> parameter name -> direction of the parameter's shape.
+            `dict`: "target" and "drift", if they exist -> parameter name -> direction of the parameter's shape.
         """
         return source.directions(scored, batch)
 
@@ -76,7 +77,7 @@ class Memory:
         pass
 
     def figures(self) -> dict[str, float]:
-        """What a logger should see of it, by name."""
+        """Figures for a logger, by name."""
         return {}
 
 
@@ -86,15 +87,16 @@ class Task:
 
     Attributes:
         model (`nn.Module`): the model that runs.
-        scored (`Scored`): the parameters whose movement is valued.
+        scored (`Scored`): the parameters along whose directions tokens are valued.
         parts (`dict`): see `Memory.prepare`.
-        memory (`Memory`): the estimator's own.
-        apart (`bool`): report adaptation and stability apart; else the total is enough.
-        training (`bool`): the forward to watch is the one with grad; else the one without.
-        valued (`bool`): False where the forward is only to be masked, by weights that are known.
-        others (`Others`, *optional*): for estimators that set `values_others`, where there is no target.
+        memory (`Memory`): the estimator's memory.
+        apart (`bool`): report adaptation and stability separately; else the total is enough.
+        training (`bool`): whether the forward to watch is the one with grad, or the one without.
+        valued (`bool`): False where weights are known and only mask the forward.
+        others (`Others`, *optional*): for estimators with `values_others`, where there is no target.
         ref_model (`nn.Module`, *optional*): the reference.
-        kl_over (`str`, *optional*): what a KL to the estimator's own second forward is taken over, where one is wanted.
+        kl_over (`str`, *optional*): for a KL to the estimator's own second forward: what it is taken over; `None` for
+            no such KL.
     """
 
     model: nn.Module
@@ -115,16 +117,16 @@ class Estimator(ABC):
     """Values one batch by one forward and the gradient that comes back to the gate.
 
     Attributes:
-        layers: K where the config names none.
+        layers: K, if the config gives none.
         scope: which trained parameters it can score, see `find_scored`.
-        gate: where its hidden state is: the last block's output, or the decoder's.
-        values_others: whether it can value the sequences of a batch against each other in one walk (`Task.others`);
-            those of other estimators are valued one by one.
-        in_forward: whether its values are known as soon as the hidden state has passed the gate (`forward_values`),
-            whatever the loss; it then has a target of its own, in its `Memory`.
-        memory: the class of what it carries from batch to batch.
+        gate: where the gate is: at the output of the last block, or of the decoder.
+        values_others: without a target, the sequences of a batch are valued against each other. With True the estimator
+            does so in one backward (`Task.others`); with False they are valued one by one.
+        in_forward: its values do not depend on the loss, and are known when the hidden state has passed the gate
+            (`forward_values`). Such an estimator has a target of its own, in its `Memory`.
+        memory: the class of its memory.
         seen (`bool`): whether its forward has run.
-        seconds (`float`): spent inside that forward; going back is timed by the gate.
+        seconds (`float`): time spent inside that forward; the gate measures the backward.
     """
 
     layers: ClassVar[int | Literal["all"]] = "all"
@@ -161,14 +163,14 @@ class Estimator(ABC):
         """
 
     def forward_values(self) -> TokenValues:
-        """Value the batch as soon as its forward has passed the gate, where `in_forward` is set."""
+        """Value the batch when its forward has passed the gate; for estimators with `in_forward`."""
         raise NotImplementedError
 
     @property
     def compared(self) -> Compared | None:
-        """What a second forward of the estimator's own found beside this one, for a KL to it."""
+        """This forward compared with the estimator's own second one, for a KL to it."""
         return None
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of everything that the forward left."""
+        """Free everything that was kept from the forward."""

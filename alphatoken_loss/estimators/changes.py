@@ -1,7 +1,7 @@
 """What the difference and exact estimators share: values from how a hidden state changes along each direction.
 
-With r_t the gradient of the loss at the hidden state h_t, and dh_t what h_t changes by as the scored parameters go a
-step eps along a direction, the value of token t is <r_t, dh_t> / eps.
+Let r_t be the gradient of the loss at the hidden state h_t, and dh_t the change of h_t when the scored parameters make
+a step eps along a direction. The value of token t is <r_t, dh_t> / eps.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class ByChange(Estimator):
     """Values a batch by the change of its hidden state.
 
     Attributes:
-        parts (`tuple`): the parts of the value, "total" alone or "target" and "drift", those there are.
-        directions (`dict`): part -> parameter name -> direction; let go of as soon as it was followed.
-        changes (`dict`): part -> the change `(B, T, hidden)` and the step that made it; one that is missing is zero.
+        parts (`tuple`): the parts of the value: "total" alone, or "target" and "drift", if they exist.
+        directions (`dict`): part -> parameter name -> direction; freed when it was followed.
+        changes (`dict`): part -> the change `(B, T, hidden)`, and the step that made it; a missing part is zero.
     """
 
     def __init__(self, task: Task) -> None:
@@ -60,7 +60,7 @@ class ByChange(Estimator):
         return values
 
     def _blame(self, rows: torch.Tensor) -> None:
-        """Raise for what makes values not finite."""
+        """Raise an error that names what makes values not finite."""
         check_weights_finite(self.task.scored)
         for part, (_, step) in self.changes.items():
             if not 0 < step < float("inf"):

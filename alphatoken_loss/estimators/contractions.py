@@ -1,9 +1,10 @@
 """The ghost estimator: position-local token values as contractions d^T C h (arXiv 2606.01635, Eqs. 8 to 12).
 
-For a scored linear with input h_t and output gradient d_t, and a matrix C of the weight's shape (the validation
-gradient G, or the drift gradient V), the value of position t is d_t^T C h_t. On a LoRA layer y = W0 x + s B A x,
-with d the gradient at B's output, A's output gradient is B^T d, so both linears are contracted from d, x and A x, and
-every temporary has rank-sized rows.
+Take a scored linear with input h_t and output gradient d_t, and a matrix C of its weight's shape (the validation
+gradient G or the drift gradient V). The value of position t is d_t^T C h_t.
+
+On a LoRA layer y = W0 x + s B A x both linears are scored. If d is the gradient at B's output, the one at A's output is
+B^T d. So d, x and A x are enough for both, and the rows of all temporaries have the size of the rank.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class _LoraContraction:
         self.names = tuple(site.parameters)
 
     def set_direction(self, direction: Directions) -> None:
-        """`direction` holds J tensors of each parameter's shape, or of `(G, ...)`, one for each group."""
+        """`direction` has J tensors for each parameter, of its shape, or of `(G, ...)` with one for each group."""
         rank = self.b.shape[1]
         self.right: torch.Tensor | None = None
         if self.names[0] in direction:
             self.right = (self.x @ torch.cat(direction[self.names[0]], -2).mT).unflatten(-1, (-1, rank))
-        # Columns: B itself, which takes d to A's output, then each C_B.
+        # Columns: first B, since d B is the gradient at A's output; then each C_B.
         at_b = direction.get(self.names[1], [])
         self.columns = torch.cat([self.b.expand(*at_b[0].shape[:-2], -1, -1), *at_b], -1) if at_b else self.b
 
@@ -48,7 +49,7 @@ class _LoraContraction:
         return self.layout.to_batch(self._combine(self.left))
 
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        left = self.left  # of `direct`, where every row is a value
+        left = self.left  # from `direct`, if every output row is an attention value
         if rows.numel() < self.error.shape[-1]:
             left = self.layout.to_groups(self.error[..., rows]) @ self.columns[..., rows, :]
         left = attention.propagate(self.layout.to_batch(left), window, batch)
@@ -117,7 +118,7 @@ class _LinearContraction:
 
 
 class Contractor:
-    """Visitor that sums the contractions of all sites: `direct` and `causal` are `(B, T, J)`, `norms` `(B, T, 1)`."""
+    """Visitor that sums the contractions over all sites: `direct` and `causal` `(B, T, J)`, `norms` `(B, T, 1)`."""
 
     def __init__(
         self,

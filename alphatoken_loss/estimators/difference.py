@@ -1,16 +1,16 @@
-"""The difference estimator: what a token's loss changes by when the adapter is nudged, in one more forward.
+"""The difference estimator: by how much a token's loss changes when the adapter is nudged; one more forward.
 
 The first-order value of token t is <grad l_t, D>, D = target + lambda * drift. Nudge the scored parameters from theta
-to theta - eps D, and what stands before the LM head changes from h to h'; with r_t the gradient of the loss at h_t,
+to theta - eps D: the last hidden state changes from h to h'. With r_t, the gradient of the loss at h_t,
 
-    value(t) = <r_t, h_t - h'_t> / eps,
+    value(t) = <r_t, h_t - h'_t> / eps.
 
-which is the change of the token's loss with the head taken at first order: (l_t(theta) - l_t(theta - eps D)) / eps with
-less rounding, since no logits of the nudged model are formed, and in the units, sign and weight that any loss, SFT or
-preference, gives its tokens. Blocks, attention and linears need not be known.
+This is (l_t(theta) - l_t(theta - eps D)) / eps with the head replaced by its first order. It has less rounding error,
+since no logits of the nudged model are needed; and as r_t comes from the loss, the value has the units, sign and weight
+that the loss, SFT or preference, gives the token. Nothing need be known of blocks, attention and linears.
 
-The nudged forward runs at the very start of the forward that it belongs to, on the same inputs, under the same autocast
-and random state; parameters are swapped for prepared tensors, so theirs are never written to.
+The nudged forward runs at the very start of the forward that it belongs to, with the same inputs, autocast and random
+state. Prepared tensors take the place of the parameters, which are never written to.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Difference(ByChange):
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Nudge beside one forward, and pass its last hidden state `(B, T, hidden)` through `on_hidden`.
 
-        A training forward is nudged before it runs, so that nothing of its graph is held meanwhile.
+        In training, the nudged forward comes first, so that the memory of the training graph is not held during it.
         """
         nudged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def nudge(call: Call, hidden: torch.Tensor | None = None) -> None:
             nudged.update(self._nudge_all(call, hidden))
-            self.directions.clear()  # nothing of the adapters' size is held through the step
+            self.directions.clear()  # so that no copy of the adapters is held during the step
 
         def leave(call: Call, hidden: torch.Tensor) -> torch.Tensor:
             if not self.task.training:
@@ -70,14 +70,14 @@ class Difference(ByChange):
             yield
 
     def _nudge_all(self, call: Call, hidden: torch.Tensor | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Part -> the nudged hidden state and eps."""
+        """Part of the value -> the nudged hidden state and eps."""
         started = time.perf_counter()
         found = {}
         for part, direction in self.directions.items():
             norm = tensors.length_of(direction)
             if part not in self.steps.length:
                 if norm == 0:
-                    continue  # the drift before the first step
+                    continue  # zero, as the drift before the first step
                 hidden = self.forward.again(call, {}) if hidden is None else hidden
                 tried = self._search(call, hidden.detach(), part, norm)
                 if tried is not None:
@@ -97,7 +97,7 @@ class Difference(ByChange):
     def _search(
         self, call: Call, hidden: torch.Tensor, part: str, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Find the first step's length by trying, or nothing where no response token is reached by the nudge."""
+        """Find the first step's length by trying; find none if the nudge reaches no response token."""
         if not norm.isfinite():
             raise FloatingPointError(not_finite(part))
         wanted = self.steps.effect_wanted(self.forward.decoder, self.scored.device)

@@ -25,7 +25,7 @@ from .others import Others
 
 
 class Ghost(Estimator):
-    """Values one batch by going back through its scored blocks, in its forward's graph or by running them again."""
+    """Values one batch by going back through its scored blocks: in the forward's graph, or by running them again."""
 
     layers = 3
     scope = "lora"
@@ -85,14 +85,14 @@ def ghost_values(
     norms: bool = False,
     others: Others | None = None,
 ) -> TokenValues:
-    """Value every response token of a batch from the gradient at the last block's output.
+    """Value every response token of a batch by the gradient at the last block's output.
 
     Args:
-        capture (`Capture`): what the forward left.
+        capture (`Capture`): what was kept from the forward.
         rows (`torch.Tensor`): `(B, T, hidden)` gradient of the loss (a sum over tokens, times any positive factor).
         parts (`dict`): see `Ghost`.
         norms (`bool`): compute ghost norms too.
-        others (`Others`, *optional*): make the target from the rest of the batch; `parts` then has no "target".
+        others (`Others`, *optional*): the target is made of the other sequences; `parts` then has no "target".
 
     Raises:
         FloatingPointError: rows are finite and values are not; the message names the linear.
@@ -136,7 +136,7 @@ def ghost_values(
 
 
 def _blame(capture: Capture, rows: torch.Tensor, parts: Parts) -> None:
-    """Raise for what makes values not finite, where it lies before the walk."""
+    """Raise an error for values that are not finite, if the cause was there before the backward."""
     check_weights_finite(capture.scored)
     for name in capture.scored.parameters:
         if not all(part[name].isfinite().all() for part in parts.values()):

@@ -1,4 +1,4 @@
-"""Sequences of one batch valued against each other, where there is no target."""
+"""Without a target, the sequences of a batch are valued against each other."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..batches.batch import Batch
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of a batch arranged as groups that share a matrix C: `(B, T, n)` <-> `(G, N, n)`.
+    """Positions of a batch arranged in groups, each with one matrix C: `(B, T, n)` <-> `(G, N, n)`.
 
     Attributes:
         shape (`tuple`): `(B, T)`.
         index (`torch.Tensor`, *optional*): `(G, N)` positions in the flattened batch; without it one group holds all.
-        present (`torch.Tensor`, *optional*): `(G, N, 1)` bool, False where `index` only fills a group up.
+        present (`torch.Tensor`, *optional*): `(G, N, 1)` bool, False where `index` is only filling.
     """
 
     shape: tuple[int, int]
@@ -52,13 +52,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Others:
-    """Each group of sequences is valued against the mean gradient of the other groups, made in the same walk.
+    """Each group of sequences is valued against the mean gradient of the other groups, made in the same backward.
 
     Attributes:
         groups (`torch.Tensor`): `(B, T)` int64, 0 .. G - 1.
-        validating (`torch.Tensor`): `(B, T)` factors that turn a position's gradient into what counts for others: the
-            gradient of the response's negative log-likelihood, or 0.
-        counts (`torch.Tensor`): `(G,)` response tokens that a group validates with.
+        validating (`torch.Tensor`): `(B, T)` factors. A position's gradient times its factor is its share in the target
+            of the other groups: the gradient of the response's negative log-likelihood, or 0.
+        counts (`torch.Tensor`): `(G,)`, the number of response tokens in that share.
     """
 
     groups: torch.Tensor
@@ -67,10 +67,10 @@ class Others:
 
     @classmethod
     def of(cls, batch: Batch, omega: torch.Tensor | None = None) -> Others:
-        """Sequences against sequences; for pairs, pairs against the chosen answers of the other pairs.
+        """Each sequence against the others; for pairs, each pair against the chosen answers of the other pairs.
 
         Args:
-            omega (`torch.Tensor`, *optional*): `(P,)`, what multiplies each pair's gradients in a preference loss.
+            omega (`torch.Tensor`, *optional*): `(P,)`, by which a preference loss multiplies each pair's gradients.
 
         Raises:
             ValueError: there is only one sequence (one pair) with a response.

@@ -41,7 +41,7 @@ COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B
 
 
 class PathMemory(Memory):
-    """theta*, made when it is first needed and again every `path_every` steps."""
+    """Keeps theta*, which is made when it is first needed, and again every `path_every` steps."""
 
     def __init__(self, config: AlphaTokenConfig) -> None:
         super().__init__(config)
@@ -92,7 +92,7 @@ class PathMemory(Memory):
             self._applied = True
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
-        """theta*, which a resumed run cannot make again: it began where the adapter was."""
+        """theta*. A resumed run cannot make it again: the path began where the adapter was then."""
         return {} if source.path is None else {f"{_PART}.{n}": t for n, t in source.path.parameters.items()}
 
     def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
@@ -155,7 +155,7 @@ class AlongPath(Estimator):
 
     @contextlib.contextmanager
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Run beside one forward at theta*, before it, so that nothing of its graph is held meanwhile."""
+        """Run a forward at theta* before the watched one, so that the memory of that one's graph is not held during it."""
         ahead: list[torch.Tensor] = []
 
         def go_ahead(call: Call) -> None:
@@ -179,7 +179,9 @@ class AlongPath(Estimator):
 
     def _compare(self, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> Compared:
         length = self.batch.shape[1]
-        index = self.batch.rows.flatten().nonzero().flatten()  # a wait for the device; else prompts would cost a head
+        index = (
+            self.batch.rows.flatten().nonzero().flatten()
+        )  # a wait for the device; else the head would run on prompts too
         labels = self.batch.labels.roll(-1, 1).flatten()[index]
         own = rows_at(hidden, index, length)
         if self.task.config.path_from == "reference" and self.task.valued:
@@ -192,8 +194,10 @@ class AlongPath(Estimator):
         return compare(self.task.model, own, rows_at(ahead, index, length), index, labels, over=over)
 
     def _reference_logps(self, index: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """`(N,)` log-probabilities of the labels under the reference. Of whole pairs only sums count: those that the
-        batch brings are spread evenly over their tokens."""
+        """`(N,)` log-probabilities of the labels under the reference.
+
+        If pairs are kept whole, only their sums count: sums in the batch are then spread evenly over the tokens.
+        """
         batch, ref_model = self.batch, self.task.ref_model
         if batch.ref_logps is not None and self.task.config.threshold_scope == "pair":
             row = index // batch.shape[1]
@@ -216,11 +220,11 @@ class AlongPath(Estimator):
         return TokenValues(self.batch.at_labels(values))
 
     def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
-        """The gradient takes no part."""
+        """The gradient is not used."""
         return self.forward_values()
 
     def _blame(self) -> None:
-        """Raise for what makes values not finite."""
+        """Raise an error that names what makes values not finite."""
         assert self.found is not None
         check_weights_finite(self.task.scored)
         if not self.found.wanted_logps.isfinite().all():

@@ -1,4 +1,4 @@
-"""How far the difference estimator nudges."""
+"""The step length of the difference estimator's nudge."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..directions.source import Source
 from ..models.sites import Scored
 from .base import Memory
 
-# Of a 4-bit or 8-bit linear what it computes in counts, not how its weight is stored; 8-bit rounds activations too.
+# For 4-bit and 8-bit linears the dtype they compute in counts, not that of the weight; 8-bit rounds activations too.
 _INT8_ROUNDOFF = 2.0**-8
 _TF32_ROUNDOFF = 2.0**-11
 _KEPT = ("length", "longest", "effect")
-LONGEST = 100.0  # times the length of the parameters themselves
+LONGEST = 100.0  # times the norm of the parameters
 
 
 class Steps(Memory):
-    """Step lengths, carried from batch to batch: each step's effect sets the next one's length.
+    """Step lengths, kept from batch to batch: the effect of each step sets the length of the next.
 
     Attributes:
         length (`dict`): part of the value -> |eps D| of its next nudge, a 0-dim tensor.
-        longest (`dict`): part -> what no nudge goes beyond, however little it does.
-        effect (`dict`): part -> relative change of the hidden state at its last nudge that had one.
+        longest (`dict`): part -> upper limit of that length, however small the effect is.
+        effect (`dict`): part -> relative change of the hidden state by the last nudge that changed it.
     """
 
     def __init__(self, config: AlphaTokenConfig) -> None:
@@ -70,9 +70,9 @@ class Steps(Memory):
         return max(self._roundoff, torch.finfo(autocast).eps / 2) ** 0.5
 
     def learn(self, part: str, effect: torch.Tensor, wanted: float) -> None:
-        """Set the next step's length by this one's effect, which is nearly proportional; the device is not waited for.
+        """Set the next length by this step's effect, which is nearly proportional to it. The device is not waited for.
 
-        A batch that shows none (no response token, or none that the nudge reaches) teaches nothing.
+        A batch without an effect (no response token, or none that the nudge reaches) changes nothing.
         """
         shown = effect.isfinite() & (effect > 0)
         self.effect[part] = torch.where(shown, effect, self.effect.get(part, effect))
@@ -86,7 +86,7 @@ def _roundoff(decoder: nn.Module, device: torch.device) -> float:
         compute_dtype = getattr(module, "compute_dtype", None)
         if hasattr(module, "quant_state") and isinstance(compute_dtype, torch.dtype):
             computing.add(compute_dtype)
-    # A float64 model's norms compute in float32 all the same, as transformers writes them.
+    # Norms of a float64 model compute in float32 too: transformers writes them so.
     roundoff = max(torch.finfo(dtype).eps / 2 for dtype in computing | {torch.float32})
     if any(type(parameter).__name__ == "Int8Params" for parameter in decoder.parameters()):
         roundoff = max(roundoff, _INT8_ROUNDOFF)
