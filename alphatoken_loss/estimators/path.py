@@ -1,13 +1,13 @@
-"""The path estimator: what a token's loss changes by on the way to where the target leads.
+"""The path estimator: by how much a token's loss changes along the path to theta*.
 
-The other estimators ask how a token's gradient lies to D, the gradient of J(theta) = validation loss + lambda * drift.
-Here J is followed to theta* (directions/path.py), and the value of a token is the integral of <grad l_t, .> along the
-way, which needs no gradient:
+The other estimators multiply a token's gradient with D, the gradient of J(theta) = validation loss + lambda * drift.
+Here some steps down J lead to theta* (directions/follow.py), and the value of a token is the integral of its gradient
+along this path. That is a difference of losses, and needs no gradient:
 
     value(t) = l_t(theta) - l_t(theta*),    l_t = -log p(y_t | y_<t), in nats;
 
 for a rejected answer of a pair its negative. With lambda = 0 it is the excess loss of RHO-1 (arXiv 2404.07965). It
-takes one more forward without grad, none where the batch brings theta*'s log-probabilities, and the values are known as
+takes one more forward without grad (none if the batch has the log-probabilities at theta*). The values are known as
 soon as the forward has run.
 """
 
@@ -155,7 +155,7 @@ class AlongPath(Estimator):
 
     @contextlib.contextmanager
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Run a forward at theta* before the watched one, so that the memory of that one's graph is not held during it."""
+        """Run a forward at theta* before the watched one, so that the graph of the latter is not held during it."""
         ahead: list[torch.Tensor] = []
 
         def go_ahead(call: Call) -> None:

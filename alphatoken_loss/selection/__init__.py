@@ -1,4 +1,4 @@
-"""From token values to the tokens that are trained on, and other ways to choose them: a table of selections by name.
+"""Which tokens are trained on: by their values, or by other rules; a table of selections by name.
 
 base.py says what a selection is. To add one, write its class in a module and add a line to `SELECTIONS`.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..config import AlphaTokenConfig
     from .base import Selection
 
-# Name -> where its class is, imported when it is first used; a module outside the package is named whole.
+# Name -> its class, imported at first use. A module outside this package is written with its full name.
 SELECTIONS = {
     "alphatoken": ".base:ByValue",
     "given": ".base:Given",

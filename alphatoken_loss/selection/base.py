@@ -1,8 +1,7 @@
 """What chooses the tokens that are trained on: a selection.
 
-It gives weights, one per label, in one of two places: before a batch's forward, from whatever it runs itself
-(`before`), or from what the training forward has (`after`). The one whose tokens are valued gives neither: there an
-estimator does.
+It gives weights, one per label, in one of two places: before a batch's forward (`before`; it may run models itself), or
+from what the training forward has (`after`). The selection by value gives none: there an estimator makes them.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class Selection:
         config (`AlphaTokenConfig`): `rho` and `threshold_scope`, for those that keep a share.
 
     Attributes:
-        valued: tokens are chosen by their values, which need target, Fisher and an estimator.
-        pairs: it chooses tokens of preference pairs alone.
+        valued: it chooses tokens by their values, which need a target, a Fisher and an estimator.
+        pairs: it is for preference pairs alone.
         reference (`bool`): it compares with a reference model.
     """
 
@@ -48,10 +47,10 @@ class Selection:
         return ()
 
     def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> Any:
-        """`(B, T)` weights known before the forward of a batch, or None: then `after` gives them.
+        """`(B, T)` weights that are known before the forward of a batch; or None, and then `after` gives them.
 
         Args:
-            seed (`int`, *optional*): for those that draw; by default they take torch's own generator.
+            seed (`int`, *optional*): for random selections; by default they use torch's global generator.
         """
         return None
 
@@ -69,7 +68,7 @@ class ByValue(Selection):
 
 @dataclass
 class Given(Selection):
-    """Weights come with each batch, `with alphatoken(batch, weights=w)`, or in its column `column`."""
+    """Weights are given with each batch: `with alphatoken(batch, weights=w)`, or in its column `column`."""
 
     column: str | None = None
     negative: bool = False
@@ -91,7 +90,7 @@ class Given(Selection):
 
 @dataclass
 class ByFunction(Selection):
-    """Weights are what a user's function makes of the forward."""
+    """A user's function makes the weights from the forward."""
 
     function: Callable[[Forward], torch.Tensor] = lambda forward: forward.labels
     negative: bool = False
@@ -104,7 +103,7 @@ class ByFunction(Selection):
 def by_weights(
     config: AlphaTokenConfig, token_weights: Callable[[Forward], torch.Tensor] | str, negative: bool
 ) -> Given | ByFunction:
-    """The selection that takes a user's weights: the name of a column, or a function of the forward.
+    """The selection for a user's own weights: by the name of a column, or by a function of the forward.
 
     Raises:
         ValueError: `rho=1.0` switches the gate off.

@@ -1,8 +1,8 @@
 """Weights by what the model itself predicts, from the forward that trains: no validation data, no reference.
 
-Each is a function of a model and a batch, which makes a forward of its own, and a selection, which takes what the
-training forward has. Weights have no gradient of their own, as in their papers. In the gate, as there, the sum of
-weighted losses is divided by what the loss divides by (all response tokens); `sft_loss` divides by the sum of weights
+Each rule exists twice: as a function of a model and a batch, which runs a forward of its own, and as a selection, which
+uses the training forward. No gradient goes through the weights, as in the papers. In the gate the sum of the weighted
+losses is divided by what the loss divides by (all response tokens), as there; `sft_loss` divides by the sum of weights
 unless `num_items_in_batch` is given.
 """
 
@@ -29,9 +29,9 @@ def eaft_weights(
 ) -> torch.Tensor:
     """Weigh each token by how unsure the model is of it: w_t = (H_t / ln K)^alpha.
 
-    H_t is the entropy of the K likeliest tokens at t, their probabilities scaled to a sum of 1. This is
-    entropy-adaptive fine-tuning (arXiv 2601.02151): sum_t w_t l_t with the normalised entropy w_t in [0, 1], K = 20 and
-    alpha = 1, so that a token of which the model is sure, and wrong, moves it little.
+    H_t is the entropy over the K likeliest tokens at t, with their probabilities scaled to a sum of 1. This is
+    entropy-adaptive fine-tuning (arXiv 2601.02151), there with K = 20 and alpha = 1. Where the model is sure of a
+    prediction and wrong, the weight is small, and so is the step.
 
     Args:
         model (`nn.Module`): causal LM.
@@ -67,7 +67,7 @@ def dft_weights(model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Ten
 def low_loss_weights(
     model: nn.Module, batch: Mapping[str, Any] | Batch, *, rho: float = 0.5, threshold_scope: str = "batch"
 ) -> torch.Tensor:
-    """Keep the share of tokens of the lowest loss, l_t = -log p(y_t | y_<t): what the model nearly knows.
+    """Keep the share of tokens with the lowest loss, l_t = -log p(y_t | y_<t): what the model nearly knows.
 
     Args:
         model (`nn.Module`): causal LM.
@@ -84,7 +84,7 @@ def low_loss_weights(
 def high_loss_weights(
     model: nn.Module, batch: Mapping[str, Any] | Batch, *, rho: float = 0.5, threshold_scope: str = "batch"
 ) -> torch.Tensor:
-    """Keep the share of tokens of the highest loss, what the model has most to learn from. See `low_loss_weights`."""
+    """Keep the share of tokens with the highest loss: what the model knows least. See `low_loss_weights`."""
     return _weights(HighLoss(AlphaTokenConfig(rho=rho, threshold_scope=threshold_scope)), model, batch)  # type: ignore[arg-type]
 
 

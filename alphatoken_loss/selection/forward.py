@@ -1,5 +1,7 @@
-"""What a forward has, for those who make weights of it: no second forward, and the head once more only where its logits
-were not kept."""
+"""What a forward has, for rules that make weights from it.
+
+No second forward runs. The head runs once more only where the forward kept no logits.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,18 @@ from ..models.modes import without_noise
 from ..models.structure import causal_lm, unwrap
 from ..models.tensors import accumulation_dtype
 
-_ROWS, _LOGITS = 256, 2**25  # of which logits live at a time beside the model's own, and at most how many logits
+_ROWS, _LOGITS = 256, 2**25  # logits that exist beside the model's own: those of so many rows, at most so many
 
 
 class Forward:
     """One forward of the model, as a function of token weights sees it. Nothing here has a gradient.
 
-    All are aligned with the labels: what is said of a label stands in its column, and is made by the position before.
+    All is aligned with the labels: what concerns a label stands in its column, though the position before predicts it.
 
     Attributes:
-        labels (`torch.Tensor`): `(B, T)` int64, -100 where there is none; of pairs, chosen answers first.
+        labels (`torch.Tensor`): `(B, T)` int64, -100 where there is none; for pairs, chosen answers first.
         hidden (`torch.Tensor`): `(B, T, hidden)` last hidden state; the position t predicts the label t + 1.
-        batch (`Batch`): the batch, with the other inputs in `batch.inputs`, and further columns in `batch.columns`.
+        batch (`Batch`): the batch; the model's other inputs are in `batch.inputs`, further columns in `batch.columns`.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, hidden: torch.Tensor) -> None:
@@ -38,10 +40,10 @@ class Forward:
         self._model = model
         self._found: dict[str, torch.Tensor] = {}
         self._logits: torch.Tensor | None = None
-        self._columns: torch.Tensor | None = None  # where not all positions have logits, those that do
+        self._columns: torch.Tensor | None = None  # the positions that have logits, if not all have
         device = hidden.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        # As the model's own head ran; casts made here have no graph, and no one else is to go on with them.
+        # The autocast of the model's own head, without its cache: casts made here have no graph and must not be reused.
         self._autocast = torch.autocast(device, dtype, enabled, cache_enabled=False)
 
     @cached_property
@@ -59,11 +61,11 @@ class Forward:
         )
 
     def top_entropies(self, count: int) -> torch.Tensor:
-        """`(B, T)` entropy of the `count` likeliest tokens, whose probabilities are scaled to a sum of 1; in nats."""
+        """`(B, T)` entropy over the `count` likeliest tokens, probabilities scaled to a sum of 1; in nats."""
         return self._at_labels(lambda logits, _: _entropy(logits.topk(min(count, logits.shape[-1])).values))
 
     def take(self, output: Any, kwargs: Mapping[str, Any]) -> None:
-        """Take what the model's output has of this: its logits, or what TRL's fused head gives instead."""
+        """Take from the model's output what is there: logits, or the log-probabilities of TRL's fused head."""
         length = self.labels.shape[1]
         for name in ("log_probs", "entropy"):
             value = getattr(output, name, None)
@@ -82,7 +84,7 @@ class Forward:
             self._logits = logits.detach()[:, -length:]
 
     def release(self) -> None:
-        """Let go of logits and hidden state."""
+        """Free logits and hidden state."""
         self._logits = None
         del self.hidden
 
@@ -90,7 +92,7 @@ class Forward:
     def _at_labels(self, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`compute(logits (N, vocabulary), labels (N,))`, a chunk of the rows before labels at a time."""
         rows = self.batch.rows
-        index = rows.flatten().nonzero().flatten()  # the one wait for the device; else prompts would cost too
+        index = rows.flatten().nonzero().flatten()  # a wait for the device; else prompts would cost too
         labels = self.labels.roll(-1, 1).flatten()[index]
         vocabulary = causal_lm(self._model).config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         size = min(_ROWS, max(1, _LOGITS // vocabulary))
@@ -116,7 +118,7 @@ class Forward:
 
 
 def forward_of(model: nn.Module, batch: Batch) -> Forward:
-    """A forward made for this alone, without grad and dropout."""
+    """Run a forward for this purpose, without grad and dropout."""
     inner, seen = unwrap(model), []
 
     def keep(call: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -126,7 +128,7 @@ def forward_of(model: nn.Module, batch: Batch) -> Forward:
     watched = DecoderForward(inner, batch, {}, training=False)
     with torch.no_grad(), without_noise(inner), watched.watching(keep):
         logps = token_logps(inner, batch)
-    seen[0].logps = logps  # those of a head that has just run
+    seen[0].logps = logps  # the head has just run
     return seen[0]
 
 

@@ -1,6 +1,6 @@
-"""Weights that are known before a batch's forward: drawn, or by a reference. They are here to compare with.
+"""Weights that are known before a batch's forward: random ones, or by a reference model. They are here for comparison.
 
-Thresholds and alignment are those of `alphatoken_weights`, so at equal `rho` each that keeps a share keeps the same.
+Thresholds and alignment are those of `alphatoken_weights`: with the same `rho`, the same share is kept.
 """
 
 from __future__ import annotations
@@ -62,26 +62,25 @@ def excess_loss_weights(
     rho: float = 0.5,
     threshold_scope: str = "batch",
 ) -> torch.Tensor:
-    """Keep the tokens of the largest excess loss, l_t(model) - l_t(reference) with l_t = -log p(y_t | y_<t).
+    """Keep the tokens with the largest excess loss, l_t(model) - l_t(reference), l_t = -log p(y_t | y_<t).
 
-    This is the selective language modeling of RHO-1 (arXiv 2404.07965): `model` is the model in training and
-    `ref_model` one that was trained on clean data, and what is kept is what the first has still to learn and the second
-    has learned. Token Cleaning (arXiv 2502.01968) ranks by the same difference with its base model as `model` and its
-    tuned reference as `ref_model`; it takes one threshold over the whole data set, where this takes one per batch or
-    sequence.
+    This is the selective language modeling of RHO-1 (arXiv 2404.07965): `model` is in training, and `ref_model` was
+    trained on clean data. What the second has learned and the first has not yet is kept. Token Cleaning
+    (arXiv 2502.01968) ranks by the same difference, with its base model as `model` and its tuned reference as
+    `ref_model`. It has one threshold for a whole data set; here each batch or sequence has its own.
 
     Args:
         model (`nn.Module`): causal LM.
         ref_model (`nn.Module` or `None`): the reference. `None`: the same network with its adapter "ref" on (load the
-            adapter that was tuned on clean data under this name); without one the adapters are switched off, and then
-            the kept tokens are those that tuning has made worse, which is neither paper's rule.
-        batch (`Mapping`): an SFT batch or preference pairs; of pairs, either branch is ranked by this same difference.
+            adapter that was tuned on clean data under this name). Without one, adapters are switched off; then those
+            tokens are kept that tuning has made worse, which is neither paper's rule.
+        batch (`Mapping`): an SFT batch or preference pairs; both branches of pairs are ranked by the same difference.
         rho (`float`): share to keep, in (0, 1].
         threshold_scope (`str`): `"batch"` or `"sequence"`, see `random_weights`.
 
     Returns:
         `torch.Tensor`: `(B, T)` float32, 1 for tokens that are kept and 0 elsewhere, aligned with the labels. Ties with
-        the threshold are kept, so where model and reference agree on everything, so is everything.
+        the threshold are kept: if model and reference agree everywhere, all tokens are kept.
 
     Raises:
         ValueError: the batch or an option does not fit, or there is no reference.
@@ -100,15 +99,14 @@ def log_ratio_weights(
 ) -> torch.Tensor:
     """Keep the tokens of preference pairs by r_t = log pi(y_t | y_<t) - log pi_ref(y_t | y_<t), the implicit reward.
 
-    Of chosen answers the tokens of the highest r_t, of rejected answers those of the lowest, each branch with a
-    threshold of its own: the tokens on which the two models tell better from worse. SePO (arXiv 2408.13518) picks
-    tokens so, with a DPO-tuned oracle as `model`. With an adapter that has not been trained every r_t is 0, and every
-    token is kept.
+    In chosen answers the tokens with the highest r_t are kept, in rejected answers those with the lowest; each branch
+    has a threshold of its own. SePO (arXiv 2408.13518) chooses tokens so, with a DPO-tuned oracle as `model`. With an
+    adapter that has not been trained every r_t is 0, and every token is kept.
 
     Args:
         model (`nn.Module`): pi, the policy.
         ref_model (`nn.Module` or `None`): pi_ref; `None` for the same network with adapters off, or with its adapter
-            "ref". It is run in any case: sums that the batch brings say nothing of single tokens.
+            "ref". It always runs: sums in the batch do not tell single tokens apart.
         batch (`Mapping`): preference pairs, stacked (chosen first) or with separate `chosen_*` / `rejected_*` keys.
         rho (`float`): share to keep, in (0, 1].
         threshold_scope (`str`): `"batch"` or `"sequence"`, see `random_weights`.
@@ -143,11 +141,11 @@ def stm_weights(
         ref_model (`nn.Module` or `None`): the model that tuning starts from; `None` for `model` with adapters off, or
             with its adapter "ref". For the perplexity of the model as it is now, pass the model itself.
         batch (`Mapping`): an SFT batch or preference pairs, in any form `alphatoken_weights` takes.
-        perplexity (`float`): the largest that is kept, at least 1.
+        perplexity (`float`): the largest perplexity that is kept, at least 1.
 
     Returns:
         `torch.Tensor`: `(B, T)` float32, 1 for tokens that are kept and 0 elsewhere, aligned with the labels; chosen
-        rows first for pairs. No share is fixed: of a batch that is all unlikely nothing is kept.
+        rows first for pairs. No share is fixed: if all tokens are unlikely, none is kept.
 
     Raises:
         ValueError: the batch or an option does not fit, or there is no reference.
@@ -174,7 +172,7 @@ def _check_perplexity(perplexity: float) -> None:
 
 
 def _log_ratio(model: nn.Module, ref_model: nn.Module | None, batch: Batch, rho: float) -> torch.Tensor:
-    """`(B, T)` log p(model) - log p(reference) at the labels, without dropout; zeros where nothing depends on it."""
+    """`(B, T)` log p(model) - log p(reference) at the labels, without dropout; zeros if nothing depends on them."""
     if rho >= 1.0 or not bool(batch.rows.any()):
         return torch.zeros(batch.shape, device=batch.labels.device)
     with torch.no_grad():
@@ -224,9 +222,9 @@ class Stm(Selection):
     """See `stm_weights`.
 
     Args:
-        perplexity (`float`): the largest that is kept.
-        of (`str`): whose perplexity: the `"reference"`'s, as in the paper, by a forward of it; or the `"model"`'s as it
-            is, from the training forward.
+        perplexity (`float`): the largest perplexity that is kept.
+        of (`str`): the perplexity under the `"reference"`, as in the paper, which runs a forward; or under the
+            `"model"` as it is now, from the training forward.
     """
 
     perplexity: float = 2.5

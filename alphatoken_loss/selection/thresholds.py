@@ -1,4 +1,4 @@
-"""Token values -> the tokens that are kept. Knows tensors only."""
+"""From token values to the tokens that are kept; tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..values import TokenValues
 
 
 def keep_mask(values: torch.Tensor, groups: torch.Tensor, *, rho: float) -> torch.Tensor:
-    """Keep, in each group, the tokens valued at or above the group's (1 - rho) quantile.
+    """Keep, in each group, the tokens whose value is at least the group's (1 - rho) quantile.
 
     The quantile interpolates linearly between neighbours, as `torch.quantile` does. Ties with the threshold are
     kept, so a group in which every token has the same value is kept whole.
@@ -53,7 +53,7 @@ def keep_share(values: torch.Tensor, batch: Batch, rho: float, scope: str) -> to
 
 
 def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
-    """`(B, T)` at the labels: bool, the tokens that are kept; or float weights in (0, 1), for a soft threshold."""
+    """`(B, T)` at the labels: bool, True for tokens that are kept; for a soft threshold, float weights in (0, 1)."""
     if config.threshold_scope == "pair":
         return _whole_pairs(values.total, batch, config)
     groups = _groups(batch, config.threshold_scope)
@@ -65,11 +65,10 @@ def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch
 
 
 def soft_weights(values: torch.Tensor, groups: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """A weight for each token by its value: sigmoid(value / (temperature * s)), s being the root mean square of the
-    values of its group.
+    """A weight for each token: sigmoid(value / (temperature * s)), s the root mean square of the values of its group.
 
-    It is 0.5 at a value of 0, does not change when all values are scaled, and goes to 0 or 1 by the sign of the value
-    as the temperature goes to 0.
+    The weight is 0.5 at a value of 0. It does not change when all values are scaled. As the temperature goes to 0 it
+    goes to 1 for positive and to 0 for negative values.
 
     Args:
         values (`torch.Tensor`): `(B, T)` float.
@@ -90,7 +89,7 @@ def soft_weights(values: torch.Tensor, groups: torch.Tensor, *, temperature: flo
 
 
 def _whole_pairs(values: torch.Tensor, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
-    """`(B, T)`, each pair by the sum of its values, one weight for all of its tokens."""
+    """`(B, T)`: each pair counts by the sum of its values, and all of its tokens have one weight."""
     if not batch.pairs:
         raise ValueError(
             'threshold_scope is "pair", but the batch holds no preference pairs. Use "batch" or "sequence" for SFT.'
@@ -107,4 +106,4 @@ def _whole_pairs(values: torch.Tensor, batch: Batch, config: AlphaTokenConfig) -
 def _groups(batch: Batch, scope: str) -> torch.Tensor:
     if scope == "pair":
         raise ValueError('threshold_scope is "pair", which only values have. Use "batch" or "sequence".')
-    return batch.groups(scope).roll(1, 1)  # no row stands in the last column
+    return batch.groups(scope).roll(1, 1)  # the last column predicts nothing
