@@ -89,7 +89,7 @@ class Capture:
         self.autocast = (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
     def visit(self, rows: torch.Tensor, visitor: Visitor, *, causal: bool, at_layer: bool = False) -> None:
-        """Go back from the gradient `rows` `(B, T, hidden)` at the last block's output; show a visitor each scored site."""
+        """Go back from the gradient `rows` `(B, T, hidden)` at the last block's output; the visitor sees each site."""
         if self.graph is not None:
             taps, output = self.graph
             taps.walk(output, rows, [], visitor, retain_graph=True)
