@@ -23,9 +23,8 @@ from pathlib import Path
 import quiet  # noqa: F401  first, before the libraries that it silences
 import torch
 from peft import PeftModel
-from qlora import batches, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
+from qlora import batches, held_out, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
 from tiny_lm import chosen_answers, pieces, print_table, read_corpus, tiny_lm
-from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import get_peft_config
 
@@ -51,18 +50,18 @@ AlphaToken trains on fewer tokens, so it goes less far in the same steps."""
 def evaluate(model, pairs, prose, *, beta):
     """Accuracy and margin of the implicit reward, and losses in nats per token on chosen answers and on prose."""
     model.train()  # see qlora.py, load_base
+    chosen = [chosen_answers(batch) for batch in pairs]
     sums = {"accuracy": 0.0, "margin": 0.0}
-    for batch in tqdm(pairs, desc="held-out pairs", unit="batch", leave=False, dynamic_ncols=True):
-        _, metrics = dpo_loss(model, None, batch, beta=beta, return_metrics=True)
-        half = len(batch["input_ids"]) // 2
-        sums["accuracy"] += half * float(metrics["rewards/accuracies"])
-        sums["margin"] += half * float(metrics["rewards/margins"])
+    with held_out(pairs, chosen, prose) as bar:
+        for batch in pairs:
+            _, metrics = dpo_loss(model, None, batch, beta=beta, return_metrics=True)
+            half = len(batch["input_ids"]) // 2
+            sums["accuracy"] += half * float(metrics["rewards/accuracies"])
+            sums["margin"] += half * float(metrics["rewards/margins"])
+            bar.update()
+        losses = {"chosen": mean_loss(model, chosen, bar), "prose": mean_loss(model, prose, bar)}
     count = sum(len(batch["input_ids"]) // 2 for batch in pairs)
-    return {
-        **{name: total / count for name, total in sums.items()},
-        "chosen": mean_loss(model, [chosen_answers(batch) for batch in pairs], "held-out answers"),
-        "prose": mean_loss(model, prose, "held-out prose"),
-    }
+    return {**{name: total / count for name, total in sums.items()}, **losses}
 
 
 def main(argv=None):

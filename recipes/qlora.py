@@ -164,8 +164,16 @@ def batches(trainer, rows):
     return [{name: value.to(trainer.accelerator.device) for name, value in part.items()} for part in parts]
 
 
+def held_out(*parts):
+    """One bar for an evaluation, which goes over these lists of batches."""
+    return tqdm(total=sum(map(len, parts)), desc="held out", unit="batch", leave=False, dynamic_ncols=True)
+
+
 @torch.no_grad()
-def mean_loss(model, batches, name):
-    """Mean over batches of their loss, in nats per token."""
-    progress = tqdm(batches, desc=name, unit="batch", leave=False, dynamic_ncols=True)
-    return sum(float(sft_loss(model, batch)) for batch in progress) / len(batches)
+def mean_loss(model, batches, bar):
+    """Mean over batches of their loss, in nats per token; each moves the bar by one."""
+    total = 0.0
+    for batch in batches:
+        total += float(sft_loss(model, batch))
+        bar.update()
+    return total / len(batches)

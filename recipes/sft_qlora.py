@@ -20,7 +20,7 @@ from pathlib import Path
 
 import quiet  # noqa: F401  first, before the libraries that it silences
 from peft import PeftModel
-from qlora import batches, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
+from qlora import batches, held_out, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
 from tiny_lm import pieces, print_table, read_corpus, tiny_lm
 from transformers import set_seed
 from trl import get_peft_config
@@ -44,10 +44,8 @@ plain SFT learns the noise around the answers, too."""
 def evaluate(model, answers, prose):
     """Losses in nats per token on answers and on prose."""
     model.train()  # see qlora.py, load_base
-    return {
-        "answers": mean_loss(model, answers, "held-out answers"),
-        "prose": mean_loss(model, prose, "held-out prose"),
-    }
+    with held_out(answers, prose) as bar:
+        return {"answers": mean_loss(model, answers, bar), "prose": mean_loss(model, prose, bar)}
 
 
 def main(argv=None):
