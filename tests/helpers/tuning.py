@@ -125,10 +125,13 @@ def masked(trainer_class: type, masks: list[torch.Tensor]) -> type:
             original = inner.forward
 
             def forward(*a: Any, **k: Any) -> Any:
+                noise = torch.get_rng_state()
                 output = original(*a, **k)
                 if torch.is_grad_enabled():
                     if k.get("labels") is not None and getattr(output, "log_probs", None) is None:
-                        output["loss"] = loss_by_logits(inner, mask, *a, **k)  # made inside, as TRL 1.14 does
+                        with torch.random.fork_rng([]):  # made inside, as TRL 1.14 does
+                            torch.set_rng_state(noise)
+                            output["loss"] = loss_by_logits(inner, mask, *a, **k)
                     for name, kept in (("log_probs", mask[:, 1:]), ("logits", mask.roll(-1, 1)[..., None])):
                         value = getattr(output, name, None)
                         if value is not None:
