@@ -50,8 +50,9 @@ def _nf4() -> torch.nn.Module:
 
 
 def nf4() -> torch.nn.Module:
-    torch.manual_seed(0)  # as `base` does: adapters are drawn next
-    return copy.deepcopy(_nf4()).train()
+    model = copy.deepcopy(_nf4()).train()
+    torch.manual_seed(0)  # as after `base`: adapters are drawn next
+    return model
 
 
 def lora(**options: Any) -> LoraConfig:
