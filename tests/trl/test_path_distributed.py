@@ -22,7 +22,7 @@ def run(kind: str, folder: Path, *, size: int, together: int, fisher: Fisher) ->
     """Train on the same global batches, and to theta* by the same steps, whatever the number of processes."""
     args = arguments(
         kind, folder, per_device_train_batch_size=size, target_batch_size=together, target_size=8,
-        threshold_scope="sequence", gradient_checkpointing=False, estimator="path", num_layers=None, path_steps=4,
+        threshold_scope="sequence", gradient_checkpointing=False, estimator="path", path_steps=4,
         path_rate=2e-2, path_start=True, precompute_path_log_probs=True, learning_rate=0.1,
     )  # fmt: skip
     data: Dataset = (sft_data if kind == "sft" else dpo_data)(count=23)
