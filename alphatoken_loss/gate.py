@@ -28,6 +28,7 @@ from .directions.target import Target
 from .estimators import estimator_class
 from .estimators.base import Task
 from .figures import Figures
+from .losses.kl import refuse_inside_checkpoint
 from .losses.weighting import checked_weights
 from .models.changes import Changes
 from .models.reference import refuse_trained_reference
@@ -293,7 +294,10 @@ class AlphaToken:
         compares = self.config.path_kl > 0 and self.selection.valued
         if not self.selection.valued or (known and not compares):
             return Weighed(self.model, batch, None if known else self.selection.after)
-        task = Task(self.model, self._scored(), batch, self.config, {}, self._memory, apart=False, training=True)
+        scored = self._scored()
+        if asked.coef > 0 and self._estimator.gate == "block":
+            refuse_inside_checkpoint(scored.blocks)
+        task = Task(self.model, scored, batch, self.config, {}, self._memory, apart=False, training=True)
         task.valued, task.kl_over, task.ref_model = not known, asked.over if compares else None, self.ref_model
         task.parts = self._memory.prepare(self.source, task.scored, batch)
         self._memory.enter(self.source, task.scored)

@@ -22,7 +22,7 @@ from ..batches.batch import Batch
 from ..models.changes import Changes
 from ..models.decoder import last_hidden
 from ..models.forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
-from ..models.modes import HOOKS_INSIDE_CHECKPOINT, saved_tensors_hooked, unhooked, without_noise
+from ..models.modes import HOOKS_INSIDE_CHECKPOINT, checkpointed, saved_tensors_hooked, unhooked, without_noise
 from ..models.reference import reference_mode
 from ..models.start import start_of
 from ..models.structure import causal_lm, find_decoder, learns_prompts, unwrap
@@ -75,6 +75,19 @@ class _Attached(torch.autograd.Function):
         whole = rows.new_zeros(ctx.shape)
         whole.view(-1, ctx.shape[-1]).index_copy_(0, index, rows * scale)
         return None, whole, None, None, None, None, *(gradient * scale for gradient in of_head)
+
+
+INSIDE_CHECKPOINT = (
+    "This version of transformers runs a block's hooks inside its checkpoint, where a KL beside token values cannot be "
+    "taken. Use transformers 5.23 or newer, no gradient checkpointing, kl_coef=0, or "
+    'estimator="difference".'
+)
+
+
+def refuse_inside_checkpoint(blocks: list[nn.Module]) -> None:
+    """Raise ValueError, before the forward, where a gate at the last block would lie inside its checkpoint."""
+    if HOOKS_INSIDE_CHECKPOINT and any([checkpointed(block) for block in blocks]):
+        raise ValueError(INSIDE_CHECKPOINT)
 
 
 class Penalty:
@@ -136,11 +149,7 @@ class Penalty:
 
         def passing(hidden: torch.Tensor) -> torch.Tensor:
             if HOOKS_INSIDE_CHECKPOINT and saved_tensors_hooked():
-                raise ValueError(
-                    "This version of transformers runs a block's hooks inside its checkpoint, where a KL beside token "
-                    "values cannot be taken. Use transformers 5.23 or newer, no gradient checkpointing, kl_coef=0, or "
-                    'estimator="difference".'
-                )
+                raise ValueError(INSIDE_CHECKPOINT)
             gated = gate(hidden)
             self._gated = hidden, gated
             # The graph between gate and decoder's output is walked twice, but offloaded tensors come back only once.

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from ..batches.batch import Batch
 from .changes import Changes
-from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call
+from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call, renew_forward
 from .modes import may_draw, without_checkpointing
 from .structure import causal_lm, find_decoder, learns_prompts, runs_apart, unwrap
 
@@ -101,6 +101,7 @@ class DecoderForward:
             return output
 
         with Changes() as changes:
+            renew_forward(self.entry, changes)
             changes.hook(self.entry, before, before=True, with_kwargs=True)
             changes.hook(self.decoder, after)
             yield

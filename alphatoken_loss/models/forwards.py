@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ..batches.batch import Batch
+from .changes import Changes
 from .modes import refuse_inference_mode, without_noise
 from .structure import COMPILED, unwrap
 
@@ -29,6 +31,12 @@ def refuse_compiled_call() -> None:
 
         graph_break()  # so that the error is raised, and no reason to compile otherwise
         raise ValueError(f"What torch.compile returned was run: {COMPILED}")
+
+
+def renew_forward(module: nn.Module, changes: Changes) -> None:
+    """Let code that torch.compile made earlier, which is guarded against another `forward` but not against hooks, be
+    made again, where hooks refuse it."""
+    changes.put(vars(module), "forward", functools.partial(module.forward))
 
 
 def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) -> None:

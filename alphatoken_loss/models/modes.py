@@ -132,11 +132,19 @@ def refuse_inference_mode() -> None:
         raise RuntimeError("Token values need gradients, and torch.inference_mode() rules them out. Leave it first.")
 
 
+def overwrites_saved(module: nn.Module) -> bool:
+    """Whether kernels run in it whose backward writes its gradients into what autograd saved (Liger's SwiGLU and
+    GeGLU do, also from the Hub, and Unsloth's), unseen by autograd's own check."""
+    names = (getattr(child.forward, "__module__", None) or "" for child in module.modules())
+    return any(name.startswith(("liger", "unsloth")) for name in names)
+
+
 def walked_once(blocks: list[nn.Module]) -> bool:
     """Whether the graph of a training forward can be walked only once, or is not the one that values are taken in:
-    blocks are recomputed in backward, draw dropout noise, or what they save comes back only once.
+    blocks are recomputed in backward, draw dropout noise, or what they save comes back only once or overwritten.
 
     Raises:
         ValueError: a block's training forward is hidden from hooks.
     """
-    return any([checkpointed(block) or draws_noise(block) for block in blocks]) or saved_tensors_hooked()
+    once = [checkpointed(block) or draws_noise(block) or overwrites_saved(block) for block in blocks]
+    return any(once) or saved_tensors_hooked()

@@ -16,7 +16,14 @@ from transformers import Cache
 
 from ..batches.batch import Batch
 from .changes import Changes
-from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call, rows_without_graph
+from .forwards import (
+    PACKED_WITH_CACHE,
+    SECOND_FORWARD,
+    check_batch,
+    refuse_compiled_call,
+    renew_forward,
+    rows_without_graph,
+)
 from .modes import HOOKS_INSIDE_CHECKPOINT, unhooked, without_noise
 from .sites import Scored
 from .taps import Taps, Visitor, look_away
@@ -217,6 +224,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
         return on_output(output)
 
     with Changes() as changes:
+        renew_forward(blocks[0], changes)
         for index, block in enumerate(blocks):
             changes.hook(block, before(index), before=True, with_kwargs=True)
         changes.hook(blocks[-1], after)

@@ -47,7 +47,8 @@ COMPILED = (
 def refuse_compiled(model: nn.Module) -> None:
     """Raise ValueError if a model, or a part of it, was compiled."""
     for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        compiled = hasattr(module, "_orig_mod") or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"{name or 'The model'} ({type(module).__name__}) is compiled: {COMPILED}")
 
 

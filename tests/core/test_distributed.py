@@ -98,11 +98,9 @@ def test_the_target_is_averaged(results):
 
 
 def test_the_fisher_is_averaged(results):
-    from test_fisher import completions_fisher
-
     model = lora_model("llama")
     names = [layer.name for layer in reference.scored_layers(model, FAMILIES["llama"], 2)]
-    expected = completions_fisher(model, PROMPTS, 2, names)
+    expected = reference.completions_fisher(model, PROMPTS, 2, names)
     for result in results:
         for name in names:
             assert_close(result["fisher"][name], expected[name], TOL64, name)

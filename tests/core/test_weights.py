@@ -434,6 +434,10 @@ def test_no_attention_map_of_all_heads():
     """The model's own mask is one `(T, T)` map; probabilities of all heads would be four."""
     model = lora_model("llama", dtype=torch.float32)
     batch = {key: value[:1] for key, value in long_batch().items()}
+    with SquareTensors() as plain:
+        model(**batch, use_cache=False).loss.backward()
+    if plain.maps >= 2:
+        pytest.skip("this version of torch makes them in a plain step")
     with SquareTensors() as seen:
         found_values(model, "llama", batch, window=32)
     assert seen.operations > 100

@@ -65,31 +65,6 @@ def drawn(fisher, options, names, tol=TOL64):
     return fits[0]
 
 
-def greedy(model, ids, steps, ref="off", eos=None):
-    """Continue one prompt with the reference's likeliest tokens, one full forward per token."""
-    work = reference.frozen_copy(model, ref)
-    ids = list(ids)
-    for _ in range(steps):
-        with torch.no_grad():
-            logits = reference.logits_of(work, {"input_ids": torch.tensor([ids])})
-        ids.append(int(logits[0, -1].argmax()))
-        if ids[-1] == eos:
-            break
-    return ids
-
-
-def completions_fisher(model, prompts, steps, names, ref="off", eos=None):
-    """Mean over prompts of the greedy completions' dense Fisher, one prompt at a time."""
-    total = {name: 0.0 for name in names}
-    for prompt in prompts:
-        ids = torch.tensor([greedy(model, prompt, steps, ref, eos)])
-        labels = ids.clone()
-        labels[:, : len(prompt)] = -100
-        part = reference.dense_fisher(model, {"input_ids": ids, "labels": labels}, names, ref)
-        total = {name: total[name] + part[name] / len(prompts) for name in names}
-    return total
-
-
 PROMPTS = [[3, 17, 5, 9, 22], [8, 41], [30, 2, 2, 55, 7, 19, 4]]
 
 
@@ -213,7 +188,7 @@ def test_completions(family):
     model = lora_model(family)
     names = layer_names(model, family)
     fisher = estimate(model, PROMPTS, max_new_tokens=4, temperature=GREEDY)
-    expected = completions_fisher(model, PROMPTS, 4, names)
+    expected = reference.completions_fisher(model, PROMPTS, 4, names)
     for name in names:
         assert_close(fisher.diagonal(name), expected[name], TOL64, name)
 
@@ -223,7 +198,7 @@ def test_batch_size_changes_nothing(batch_size):
     model = lora_model("llama")
     names = layer_names(model)
     fisher = estimate(model, PROMPTS, max_new_tokens=3, temperature=GREEDY, batch_size=batch_size)
-    expected = completions_fisher(model, PROMPTS, 3, names)
+    expected = reference.completions_fisher(model, PROMPTS, 3, names)
     for name in names:
         assert_close(fisher.diagonal(name), expected[name], TOL64, name)
 
@@ -232,8 +207,8 @@ def test_completions_come_from_the_reference_adapter():
     model = lora_model("llama", others=["ref"])
     names = layer_names(model)
     fisher = estimate(model, PROMPTS, max_new_tokens=3, temperature=GREEDY)
-    expected = completions_fisher(model, PROMPTS, 3, names, ref="ref")
-    off = completions_fisher(model, PROMPTS, 3, names, ref="off")
+    expected = reference.completions_fisher(model, PROMPTS, 3, names, ref="ref")
+    off = reference.completions_fisher(model, PROMPTS, 3, names, ref="off")
     assert error(off[names[0]], expected[names[0]]) > 1e-2
     for name in names:
         assert_close(fisher.diagonal(name), expected[name], TOL64, name)
@@ -253,7 +228,7 @@ def test_prompts_are_cut_to_their_end():
     model = lora_model("llama")
     names = layer_names(model)
     fisher = estimate(model, PROMPTS, max_new_tokens=2, temperature=GREEDY, max_prompt_length=3)
-    expected = completions_fisher(model, [prompt[-3:] for prompt in PROMPTS], 2, names)
+    expected = reference.completions_fisher(model, [prompt[-3:] for prompt in PROMPTS], 2, names)
     for name in names:
         assert_close(fisher.diagonal(name), expected[name], TOL64, name)
 
@@ -265,16 +240,16 @@ def test_text_prompts_and_the_end_of_sequence():
     tokenizer = word_tokenizer()
     texts = ["a b c", "k", "x y z d e"]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    stop = greedy(model, prompts[0], 2)[-1]
-    assert stop not in greedy(model, prompts[1], 5)[len(prompts[1]) :][:1]
+    stop = reference.greedy(model, prompts[0], 2)[-1]
+    assert stop not in reference.greedy(model, prompts[1], 5)[len(prompts[1]) :][:1]
     tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(stop) or "<eos>"})
     if tokenizer.eos_token_id != stop:
         model.generation_config.eos_token_id = stop
         tokenizer.eos_token = None
     fisher = estimate(model, texts, tokenizer=tokenizer, max_new_tokens=5, temperature=GREEDY)
     eos = stop if tokenizer.eos_token is None else tokenizer.eos_token_id
-    expected = completions_fisher(model, prompts, 5, names, eos=eos)
-    endless = completions_fisher(model, prompts, 5, names)
+    expected = reference.completions_fisher(model, prompts, 5, names, eos=eos)
+    endless = reference.completions_fisher(model, prompts, 5, names)
     assert error(endless[names[0]], expected[names[0]]) > 1e-3
     for name in names:
         assert_close(fisher.diagonal(name), expected[name], TOL64, name)

@@ -6,14 +6,28 @@ Expectations are computed on a deep copy that was made before the first step.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
 from batches import pair_batch, response, sft_batch
 from checks import assert_close
 from models import FAMILIES, base_model, lora_model
-from peft import LoraConfig, get_peft_model
+from peft import (
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from peft.tuners.lora import layer as lora_layer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from peft.utils import loftq_utils
 from state import differences, snapshot
 
 from alphatoken_loss import (
@@ -29,9 +43,7 @@ from alphatoken_loss import (
 from alphatoken_loss.directions.drift import drift
 from alphatoken_loss.models.sites import find_scored
 
-# PEFT makes these two with a package and on a device that are not here: another split of the base under their name.
-NEED_MORE = ("corda", "loftq")
-MOVED = ("pissa", "pissa_niter_4", "olora", "lora_ga", *NEED_MORE)
+MOVED = ("pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "loftq")
 BESIDE = {"bias all": {"bias": "all"}, "bias lora_only": {"bias": "lora_only"}}
 OFF = {
     "lora": {},
@@ -42,29 +54,45 @@ OFF = {
     "head": {"modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": [3, 4, 5]},
 }
+NEEDED = {
+    "lora_ga": {"lora_ga_config": LoraGAConfig()},
+    "corda": {"corda_config": CordaConfig(corda_method="kpm", verbose=False)},
+    "loftq": {"loftq_config": LoftQConfig(loftq_bits=4)},
+    "eva": {"eva_config": EvaConfig()},
+}
 FORMS = {name: {"init_lora_weights": name} for name in MOVED} | BESIDE | OFF
+
+
+def loftq_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's own function, which names a GPU in its code."""
+    source = inspect.getsource(loftq_utils.loftq_init)
+    assert 'else "cuda"' in source
+    found: dict[str, Any] = {}
+    exec(source.replace('else "cuda"', 'else "cpu"'), vars(loftq_utils), found)
+    monkeypatch.setattr(lora_layer, "loftq_init", found["loftq_init"])
+
+
+@pytest.fixture(autouse=True)
+def _loftq(monkeypatch: pytest.MonkeyPatch) -> None:
+    loftq_on_a_cpu(monkeypatch)
 
 
 def started(form: str, seed: int = 0) -> torch.nn.Module:
     """A Qwen2 (it has biases) whose adapter was made by PEFT in one of the forms; float64 from then on."""
     options = dict(FORMS[form])
-    base = base_model("qwen2", dtype=torch.float32, seed=seed)
+    base, batch = base_model("qwen2", dtype=torch.float32, seed=seed), sft_batch("right", seed)
     targets = [name.split(".")[-1] for name in FAMILIES["qwen2"].linears]
-    if form == "lora_ga":
-        from peft import LoraGAConfig
-        from peft.tuners.lora.loraga import preprocess_loraga
-
-        options["lora_ga_config"] = LoraGAConfig()
-    if form in NEED_MORE:
-        options["init_lora_weights"] = "pissa"
+    options.update(NEEDED.get(form, {}))
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
     if form == "lora_ga":
-        preprocess_loraga(base, config, lambda: base(**sft_batch("right", seed)).loss.backward())
+        preprocess_loraga(base, config, lambda: base(**batch).loss.backward())
         base.zero_grad()
-    model = get_peft_model(base, config).double().train()
-    if form in NEED_MORE:
-        model.peft_config["default"].init_lora_weights = form
-    return model
+    elif form == "corda":
+        preprocess_corda(base, config, lambda: base(**batch))
+    model = get_peft_model(base, config)
+    if form == "eva":
+        initialize_lora_eva_weights(model, [batch], show_progress_bar=False)
+    return model.double().train()
 
 
 def step(model: torch.nn.Module, seed: int = 0) -> None:

@@ -273,6 +273,8 @@ def _nf4_base(name: str, attn: str, seed: int) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=quantization, attn_implementation=attn, dtype=torch.float32
         )
+    with torch.no_grad():
+        model.train()(input_ids=torch.ones(1, 2, dtype=torch.long))  # bitsandbytes 0.46 then sets flags of its own
     return model
 
 

@@ -640,3 +640,28 @@ def keep(values: torch.Tensor, batch: Batch, rho: float, scope: str = "batch") -
             threshold = torch.quantile(values[group].double(), 1 - rho, interpolation="linear")
             out |= group & (values >= threshold)
     return out
+
+
+def greedy(model, ids, steps, ref="off", eos=None):
+    """Continue one prompt with the reference's likeliest tokens, one full forward per token."""
+    work = frozen_copy(model, ref)
+    ids = list(ids)
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = logits_of(work, {"input_ids": torch.tensor([ids])})
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids
+
+
+def completions_fisher(model, prompts, steps, names, ref="off", eos=None):
+    """Mean over prompts of the greedy completions' dense Fisher, one prompt at a time."""
+    total = {name: 0.0 for name in names}
+    for prompt in prompts:
+        ids = torch.tensor([greedy(model, prompt, steps, ref, eos)])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        part = dense_fisher(model, {"input_ids": ids, "labels": labels}, names, ref)
+        total = {name: total[name] + part[name] / len(prompts) for name in names}
+    return total

@@ -506,3 +506,7 @@ def test_hooks_inside_a_checkpoint_are_refused(monkeypatch, estimator):
         sft_loss(model, batch, alphatoken, kl_coef=0.3)
     assert not differences(before, snapshot(model)) and alphatoken.kl is None
     sft_loss(model, batch, alphatoken, kl_coef=0.3).backward()  # without a checkpoint it may
+    checkpointed(model, "non_reentrant")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    with pytest.raises(ValueError, match=r"hooks inside its checkpoint.*transformers 5.21"):
+        sft_loss(model, batch, alphatoken, kl_coef=0.3)

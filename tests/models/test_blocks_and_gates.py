@@ -10,6 +10,7 @@ import torch
 import transformers
 from batches import Batch, response, sft_batch
 from checks import TOL64, assert_close, assert_same_grads, grads_of
+from gates import checkpointed
 from models import HEAD_DIM, ROTARY, add_lora, base_model, lora_model
 from peft import LoraConfig, get_peft_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -186,17 +187,39 @@ def test_the_decoder_of_an_lm_that_gives_itself_is_its_body():
     assert type(find_decoder(model)).__name__ == "Llama4TextModel"
 
 
-@pytest.mark.parametrize("how", ["model", "block", "returned"])
+@pytest.mark.parametrize("how", ["model", "block", "forward", "returned"])
 def test_compiled_code_is_refused(how):
     model, batch = lora_model("llama", dtype=torch.float32), sft_batch("right")
     alphatoken = AlphaToken(model, target=[sft_batch("none")], config=AlphaTokenConfig(stability_weight=0))
-    running = torch.compile(model, backend="eager") if how == "returned" else model
+    running, block = torch.compile(model, backend="eager") if how == "returned" else model, find_blocks(model)[1]
     if how == "model":
         model.compile(backend="eager")
     elif how == "block":
-        find_blocks(model)[1].compile(backend="eager")
+        block.compile(backend="eager")
+    elif how == "forward":
+        block.forward = torch.compile(block.forward, backend="eager")
     with pytest.raises(ValueError, match=r"compile.* does not run the hooks"), alphatoken(batch):
         running(**batch, use_cache=False).loss.backward()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "checkpointing"),
+    [("ghost", "non_reentrant"), ("difference", "off"), ("exact", "off"), ("given", "off")],
+)
+def test_code_that_was_compiled_before_the_context_is_refused(estimator, checkpointing):
+    """It runs as before after it."""
+    model, batch = checkpointed(lora_model("llama", dtype=torch.float32), checkpointing), sft_batch("right")
+    running = torch.compile(model, backend="eager")
+    before = running(**batch, use_cache=False).loss.detach()
+    given = estimator == "given"
+    config = AlphaTokenConfig(stability_weight=0, **({} if given else {"estimator": estimator}))
+    alphatoken = AlphaToken(model, target=None if given else [sft_batch("none")], config=config)
+    options = {"weights": response(batch).float()} if given else {}
+    with pytest.raises(ValueError, match=r"What torch.compile returned was run"), alphatoken(batch, **options):
+        running(**batch, use_cache=False).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(running(**batch, use_cache=False).loss, before)
     torch._dynamo.reset()
 
 
@@ -204,7 +227,7 @@ def test_an_encoder_decoder_is_refused_by_name():
     sizes = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
     config = transformers.BartConfig(vocab_size=61, encoder_ffn_dim=40, decoder_ffn_dim=40, **sizes)
     base = transformers.BartForConditionalGeneration(config)
-    model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="SEQ_2_SEQ_LM"))
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
         AlphaToken(model, target=[sft_batch("none")])
     with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
