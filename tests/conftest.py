@@ -29,19 +29,6 @@ def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
         raise
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call() -> Iterator[None]:
-    """What the library refuses on an old transformers, which runs hooks inside checkpoints, is skipped there."""
-    try:
-        return (yield)
-    except ValueError as error:
-        from alphatoken_loss.models.modes import HOOKS_INSIDE_CHECKPOINT
-
-        if HOOKS_INSIDE_CHECKPOINT and "his version of transformers" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.set_num_threads(1)
