@@ -107,16 +107,15 @@ def path_gaps() -> str:
 PAIR_FIGURES = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", "retention": "retention"}
 
 
-def _pairs(share: str) -> dict[str, str]:
-    plain = {"DPO: all tokens": "plain DPO"} if share == "0%" else {}
-    clean = ("validation only", "validation only, with likelihood")  # the same pairs, whatever the others' labels are
-    found = {**plain, **{f"DPO: {name}": PAIRED[name] for name in clean}}
-    return {**found, **{f"DPO {share} flipped: {name}": title for name, title in PAIRED.items() if name not in clean}}
+FLIPPED, PLAIN = "DPO 30% flipped: ", "DPO: "
+# The clean pairs alone are the same, whatever the others' labels are.
+PAIR_TITLES = {(PLAIN if "validation" in name else FLIPPED) + name: title for name, title in PAIRED.items()}
 
 
-def _all_rates(share: str) -> str:
-    titles, rows = _pairs(share), []
-    for name, title in titles.items():
+@table
+def path_pairs() -> str:
+    rows = []
+    for name, title in PAIR_TITLES.items():
         for rate in PAIR_RATES:
             runs = by_setting([name], rate).get(name, {})
             if runs:
@@ -127,41 +126,26 @@ def _all_rates(share: str) -> str:
     return markdown(["trained on", "lr", *PAIR_FIGURES.values(), "seeds"], [first, *rows], "path")
 
 
-def _at_worst(share: str) -> str:
+@table
+def path_pairs_gaps() -> str:
     """The preset at its worst rate minus each rival at its best, by accuracy on the test pairs."""
-    titles = _pairs(share)
     have: dict[str, list[dict[int, dict[str, Any]]]] = {}
-    for name in titles:
+    for name in PAIR_TITLES:
         have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate).get(name))]
 
     def accuracy(runs: dict[int, dict[str, Any]]) -> float:
         return statistics.mean(run["accuracy"] for run in runs.values())
 
-    ours = f"DPO {share} flipped: best(pairs=True)"
+    ours = f"{FLIPPED}best(pairs=True)"
     worst, rows = min(have.pop(ours), key=accuracy), []
     for name, groups in have.items():
         if groups:
             best = max(groups, key=accuracy)
             leads = [paired(worst, best, lambda run, f=f: run[f]) for f in PAIR_FIGURES]
-            rows.append([titles[name], f"{next(iter(best.values()))['lr']:g}", *leads])
+            rows.append([PAIR_TITLES[name], f"{next(iter(best.values()))['lr']:g}", *leads])
     return markdown(
         ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values()], rows, "path"
     )
-
-
-@table
-def path_pairs() -> str:
-    return _all_rates("30%")
-
-
-@table
-def path_pairs_gaps() -> str:
-    return _at_worst("30%")
-
-
-@table
-def path_pairs_clean() -> str:
-    return _all_rates("0%")
 
 
 @table
