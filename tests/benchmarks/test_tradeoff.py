@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
 
 
 def test_no_path_of_this_machine_is_written():
-    argv = ["/somewhere/benchmarks/real.py", "--data", "/secret/place", "--quick", "--output=/secret", "--workers", "2"]
+    script = Path(runner.__file__).parents[1] / "real.py"
+    argv = [str(script), "--data", "/secret/place", "--quick", "--output=/secret", "--workers", "2"]
     assert runner.about(argv=argv)["command"] == "python benchmarks/real.py --quick --workers 2"
 
 

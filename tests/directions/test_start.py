@@ -88,7 +88,8 @@ def started(form: str, seed: int = 0) -> torch.nn.Module:
         preprocess_loraga(base, config, lambda: base(**batch).loss.backward())
         base.zero_grad()
     elif form == "corda":
-        preprocess_corda(base, config, lambda: base(**batch))
+        rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(len(batch["input_ids"]))]
+        preprocess_corda(base, config, lambda: [base(**row) for row in rows])  # its hooks take one row at a time
     model = get_peft_model(base, config)
     if form == "eva":
         initialize_lora_eva_weights(model, [batch], show_progress_bar=False)

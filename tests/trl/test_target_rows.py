@@ -68,7 +68,7 @@ def test_a_text_field_is_the_targets_where_it_has_one(column, tmp_path):
 
 @pytest.mark.parametrize("trainer_class", [SFT, DPO])
 @pytest.mark.parametrize(("target", "message"), [
-    (PAIRS, r"preference pairs \(chosen, rejected\).*prompt and completion"),
+    (PAIRS, r"holds preference pairs.*as prompt and completion.*estimator=\"path\""),
     (sft_data().select([]), "has no rows"),
     (QUESTIONS, r"has the columns a, q\. They must hold prompt and completion"),
 ])  # fmt: skip

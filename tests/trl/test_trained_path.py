@@ -286,6 +286,7 @@ def test_a_column_that_the_data_bring(tmp_path, monkeypatch):
         processing_class=tokenizer(), peft_config=lora(),
     )  # fmt: skip
     assert len(trainer.train_dataset) == len(data) and trainer.alphatoken.source.batches is None
+    trainer.before = dict(trained(trainer.model))
     trainer.train()
     assert_same_training(trainer, once)
 
