@@ -19,7 +19,7 @@ from ..selection.base import Selection
 
 
 def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tuple[str, Any, Any]:
-    """A setting as a field that `HfArgumentParser` can read; where it may be a number or a word, a word comes in."""
+    """A setting as a field that `HfArgumentParser` can read; one that may be a number or a word is read as a word."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     several = NoneType in get_args(hint) and len(kinds) > 1
     help = about.replace("%", "%%") or None
@@ -27,7 +27,7 @@ def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tupl
 
 
 def _settings() -> list[tuple[str, Any, Any]]:
-    """The fields of `AlphaTokenConfig` with the words its docstring has for them."""
+    """The fields of `AlphaTokenConfig`, each with its text from the docstring."""
     words = inspect.cleandoc(AlphaTokenConfig.__doc__ or "")
     about = {
         name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+) \(.*\):\n((?: {8}.*\n?)+)", words, re.M)
@@ -48,41 +48,40 @@ class AlphaTokenArguments(_Settings):
 
     Args:
         selection (`str`, *optional*, defaults to `"alphatoken"`):
-            What chooses the tokens that are trained on: `"alphatoken"`, their values; or, with neither target nor
-            Fisher and no row held out, `"random"`, `"excess_loss"`, `"log_ratio"` (preference pairs), `"stm"`,
-            `"eaft"`, `"dft"`, `"low_loss"` or `"high_loss"`, each as the function of this name with `_weights` says.
+            What chooses the tokens that are trained on: `"alphatoken"`, their values. The others need no target, no
+            Fisher and no held-out rows: `"random"`, `"excess_loss"`, `"log_ratio"` (preference pairs), `"stm"`,
+            `"eaft"`, `"dft"`, `"low_loss"`, `"high_loss"`. For each, see the function of this name with `_weights`.
         selection_options (`dict` or `str`, *optional*):
-            Options of that selection, on a command line as JSON: `{"perplexity": 2.5}` for `"stm"`.
+            Options of that selection (JSON on a command line): `{"perplexity": 2.5}` for `"stm"`.
         negative_weights (`bool`, *optional*, defaults to `False`):
-            Whether token weights below 0, from a column or a function, are meant.
+            Allow token weights below 0, from a column or a function.
         kl_coef (`float`, *optional*, defaults to 0.0):
-            Weight of a KL to the reference over all response tokens, kept or not, beside the loss of SFT training
-            steps, divided by what that loss is divided by. Also with `rho=1.0`. Other trainers have no such penalty.
+            Weight of a KL to the reference over all response tokens, kept or not. It is added to the loss of SFT
+            training steps and has the same divisor. Also with `rho=1.0`. Other trainers have no such penalty.
         kl_on (`str`, *optional*, defaults to `"all"`):
             Take that KL, and the one to theta*, on `"all"` response tokens or on the `"dropped"` alone.
         kl_over (`str`, *optional*, defaults to `"vocabulary"`):
-            Over the whole `"vocabulary"`, or `"without_label"`, each token's label left out.
+            Take them over the whole `"vocabulary"`, or `"without_label"`: each token's label is left out.
         precondition (`bool`, *optional*, defaults to `False`):
-            Value tokens by the step that the trainer's Adam will take rather than by one along the gradient.
+            Value tokens by the step that the trainer's Adam will take, not by one along the gradient.
         target_size (`int`, *optional*, defaults to 32):
-            Rows of the training data that are held out as the target where no `target_dataset` is given.
+            Rows of the training data that are held out as the target if no `target_dataset` is given.
         target_batch_size (`int`, *optional*):
-            Target rows run together; for `estimator="path"`, what one step to theta* is taken on in each process. By
-            default `per_device_train_batch_size`.
+            Target rows run together; for `estimator="path"`, the rows of one step to theta* in each process. By default
+            `per_device_train_batch_size`.
         fisher_path (`str`, *optional*):
             A saved Fisher. By default it is estimated when training starts, and saved in `output_dir`.
         fisher_prompts (`int`, *optional*, defaults to 1000):
             Prompts of the training data that the Fisher is estimated from.
         fisher_prompt_length (`int`, *optional*, defaults to 256):
-            Tokens that these prompts are cut to, from the left.
+            Of a longer prompt the last so many tokens are used.
         fisher_new_tokens (`int`, *optional*, defaults to 128):
-            Tokens sampled after each of them.
+            Tokens sampled after each of them, at most.
         fisher_batch_size (`int`, *optional*, defaults to 8):
             Prompts sampled together.
         precompute_path_log_probs (`bool`, *optional*, defaults to `False`):
-            For `estimator="path"` with a theta* that stays: compute its log-probabilities of the training data once,
-            when training starts, so that a step takes no second forward. The data must be a `Dataset`. Not with
-            `path_kl` or `path_every`.
+            For `estimator="path"`: compute the training data's log-probabilities at theta* once, when training starts,
+            so that a step needs no second forward. The data must be a `Dataset`. Not with `path_kl` or `path_every`.
         sample_every (`int`, *optional*, defaults to 50):
             Optimizer steps between two valued batches that are recorded in `output_dir`, for
             `python -m alphatoken_loss report`; 0 records nothing.

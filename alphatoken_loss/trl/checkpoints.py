@@ -24,7 +24,7 @@ _STEPS = "steps|"  # no parameter's name holds a bar
 
 
 class Checkpoints(_Trainer):
-    """The part of [`AlphaTokenMixin`] that saves and loads target, Fisher and what the estimator carries."""
+    """The part of [`AlphaTokenMixin`] that saves and loads target and estimator state, and loads the Fisher."""
 
     args: Any
     alphatoken_args: AlphaTokenArguments
@@ -32,7 +32,7 @@ class Checkpoints(_Trainer):
 
     @property
     def _gate(self) -> AlphaToken | None:
-        """What masks, rather than only holding to the reference."""
+        """The `AlphaToken` if it masks, else None."""
         return None if self.alphatoken is None or self.alphatoken.config.rho >= 1.0 else self.alphatoken
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -54,7 +54,7 @@ class Checkpoints(_Trainer):
             gate.source.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
         if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
-            gate.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": {}})  # but training has started
+            gate.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": {}})  # or path_start would apply again
             return
         what = "state of token values (delete it to resume with a target that is estimated anew)"
         tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what)

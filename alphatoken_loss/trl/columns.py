@@ -1,8 +1,8 @@
-"""A number per token from the data set to the batch: through a trainer's own preparing, truncating, packing, collating.
+"""Brings a number per token from the data set to the batch, as a trainer prepares, cuts, packs and collates.
 
-Rows carry a column beside their token ids. Once TRL has tokenised them, each column is laid along the ids. Where ids
-are cut or packed, the column goes along; and where they are collated, the collator is asked twice: the second time with
-each id replaced by the number of its token, so that its own output says where each token went.
+Rows have a column beside their token ids. When TRL has tokenised them, each column is aligned with the ids, and is cut
+and packed as they are. To collate, the collator is called twice. The second time each id is replaced by the number of
+its token, so that the output says where each token went.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..batches.read import COLUMNS
 
 _Trainer: Any = object
 
-# What a row has of ids that a column goes along with -> the prefix of that column: preference pairs; KTO; SFT.
+# Key of token ids in a row -> prefix of their columns: for preference pairs, KTO and (below) SFT.
 _COMPLETIONS = {"chosen_ids": "chosen_", "rejected_ids": "rejected_", "completion_ids": ""}
 BRANCHES = {"input_ids": "", **_COMPLETIONS}
 _FIRST = 2**40  # above every token id
@@ -32,7 +32,7 @@ class TokenColumns(_Trainer):
     """The part of [`AlphaTokenMixin`] that brings columns of the data set to the batches.
 
     Attributes:
-        token_columns (`tuple`): the columns that are brought along, where rows have them.
+        token_columns (`tuple`): the columns that are brought to the batches, if rows have them.
     """
 
     args: Any
@@ -48,7 +48,7 @@ class TokenColumns(_Trainer):
             return super()._prepare_dataset(dataset, tokenizer, args, *rest)
         if tokenised_pairs(dataset):
             dataset = dataset.map(_ids_of_pair, fn_kwargs={"column": self.token_columns[:1]})
-            if args.max_length is not None and args.truncation_mode == "keep_start":  # as TRL's
+            if args.max_length is not None and args.truncation_mode == "keep_start":  # as TRL does
                 dataset = dataset.filter(_completed, fn_kwargs={"length": args.max_length})
         else:
             dataset = super()._prepare_dataset(dataset, tokenizer, args, *rest)
@@ -58,10 +58,10 @@ class TokenColumns(_Trainer):
     def _prepare_sft(
         self, dataset: Any, names: list[str], tokenizer: Any, args: Any, packing: bool, formatting: Any, about: str
     ) -> Any:
-        """Tokenised by TRL, then columns along the ids, then cut or packed as TRL would."""
+        """Let TRL tokenise, align the columns with the ids, and cut or pack both as TRL does."""
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
-        if "response_mask" in get_dataset_column_names(dataset):  # of `score`: its labels are of the tokens it kept
+        if "response_mask" in get_dataset_column_names(dataset):  # written by `score`: only kept tokens have labels
             dataset = dataset.map(_whole_labels)
         rows = super()._prepare_dataset(dataset, tokenizer, whole, False, formatting, about)
         rows = aligned(rows, names, args.dataset_num_proc)
@@ -83,13 +83,13 @@ class TokenColumns(_Trainer):
         self._signature_columns += [name for name in names if name not in self._signature_columns]
 
     def _collate_columns(self) -> None:
-        """Once the trainer is made: let its collator lay out the columns that its rows have."""
+        """When rows are prepared: let the collator lay out the columns that they have."""
         known = isinstance(self.data_collator, ColumnCollator)
         if columns_in(self.train_dataset, self.token_columns) and not known:
             self.data_collator = ColumnCollator(self.data_collator, self.token_columns)
 
     def _without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch as the trainer's own loss takes it."""
+        """A batch without the columns, for the trainer's own loss."""
         if not any(name in inputs for name in self.token_columns):
             return inputs
         return {key: value for key, value in inputs.items() if key not in self.token_columns}
@@ -99,7 +99,7 @@ class TokenColumns(_Trainer):
 
 
 def columns_in(dataset: Any, names: Sequence[str]) -> list[str]:
-    """Those columns of a data set, by their names there (`chosen_*` and `rejected_*` too)."""
+    """Those columns that a data set has, by their names there (`chosen_*` and `rejected_*` too)."""
     if not isinstance(dataset, Dataset | IterableDataset):
         return []
     present = set(get_dataset_column_names(dataset))
@@ -109,11 +109,11 @@ def columns_in(dataset: Any, names: Sequence[str]) -> list[str]:
 
 
 def aligned(rows: Any, names: list[str], num_proc: int | None = None) -> Any:
-    """Tokenised rows with each column laid along their ids: a number per id, 0 for prompts.
+    """Tokenised rows with each column aligned with their ids: a number per id, 0 for prompts.
 
     Raises:
-        ValueError: a column is as long as neither the row nor its completion, holds what is no finite number, is not 0
-            where there is no label, or is 0 in every row.
+        ValueError: a column has neither the length of the row nor that of its completion, has a number that is not
+            finite, is not 0 where there is no label, or is 0 in every row.
     """
     options: dict[str, Any] = {"num_proc": num_proc} if isinstance(rows, Dataset) else {}
     rows = rows.map(_align, with_indices=True, fn_kwargs={"names": names}, **options)
@@ -184,8 +184,10 @@ def _completed(row: dict[str, Any], length: int) -> bool:
 
 
 def _ids_of_pair(row: dict[str, Any], column: Sequence[str]) -> dict[str, Any]:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a row that holds whole sequences with labels, as `score` writes
-    them; where no weights come along, the labels say which tokens count."""
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a row that has whole sequences with labels, as `score` writes.
+
+    Without weights, a token with a label gets 1, another 0.
+    """
     if "prompt_ids" in row:
         return {}
     branches = ("chosen", "rejected")
@@ -209,14 +211,13 @@ def _ids_of_pair(row: dict[str, Any], column: Sequence[str]) -> dict[str, Any]:
 
 
 def _cut(row: dict[str, Any], names: list[str], from_start: bool) -> dict[str, Any]:
-    """To what is left of the ids."""
+    """Cut columns to the ids that TRL left."""
     length = len(row["input_ids"])
     return {name: row[name][:length] if from_start else row[name][len(row[name]) - length :] for name in names}
 
 
 def numbered(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, range]], int]:
-    """Rows with the numbers of their tokens in the place of ids; each row's numbers, by the name of ids that they stand
-    for; and how many there are."""
+    """Rows with token numbers in the place of ids; each row's numbers, by the key of these ids; and their count."""
     count, renumbered, ranges = 0, [], []
     for row in rows:
         row, where = dict(row), {}
@@ -225,7 +226,7 @@ def numbered(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
                 where[ids] = range(count, count + len(row[ids]))
                 row[ids] = [_FIRST + number for number in where[ids]]
                 count += len(row[ids])
-        if "KL_completion_ids" in row:  # KTO's other completions, which are not weighed
+        if "KL_completion_ids" in row:  # KTO's other completions, which have no weights
             row["KL_completion_ids"] = [_FIRST] * len(row["KL_completion_ids"])
         renumbered.append(row)
         ranges.append(where)
@@ -233,7 +234,7 @@ def numbered(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
 
 
 def places_of(batch: dict[str, Any]) -> torch.Tensor:
-    """Which token stands where in a batch of such rows, below 0 where none does."""
+    """The token number at each place of a batch of such rows, below 0 where there is no token."""
     return batch["input_ids"] - _FIRST
 
 
@@ -242,7 +243,7 @@ class ColumnCollator:
 
     Args:
         collator (`Callable`): the trainer's own, which puts `input_ids` into its batches.
-        names (`Sequence[str]`): columns, which batches then have in the shape of `input_ids`, 0 elsewhere.
+        names (`Sequence[str]`): columns; in a batch they have the shape of `input_ids`, and are 0 without a token.
     """
 
     def __init__(self, collator: Callable[..., Any], names: Sequence[str]) -> None:
@@ -275,7 +276,7 @@ class ColumnCollator:
 
     @staticmethod
     def _behind(name: str, length: int, column: Sequence[float] | None) -> list[float]:
-        """What of a column belongs to the ids at the end of a row."""
+        """The part of a column for the ids at the end of a row; 0s without a column."""
         if column is None:
             return [0.0] * length
         if len(column) < length:

@@ -1,7 +1,7 @@
 """`alphatoken sft` and `alphatoken dpo`: the trainers with TRL's arguments, on the command line or in a YAML file.
 
-What `trl sft` and `trl dpo` take is taken here (`--config file.yaml` too), with the fields of `AlphaTokenArguments`
-beside it, and `--target`, the clean examples.
+They take what `trl sft` and `trl dpo` take (`--config file.yaml` too), the fields of `AlphaTokenArguments`, and
+`--target`, the clean examples.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def build(kind: str, argv: Sequence[str]) -> Any:
 
 
 def _rows(script: Any) -> Any:
-    """The training data: a file here, or what `datasets` loads by its name."""
+    """The training data: a local file, or a data set that `datasets` loads by its name."""
     from datasets import load_dataset
 
     from ..tools.score.rows import load_rows
@@ -120,7 +120,7 @@ def _trainer(kind: str, args: Any, model: Any, rows: Any, target: Any) -> Any:
 
 
 def _group(parser: argparse.ArgumentParser, groups: dict[str, tuple[type, ...]]) -> None:
-    """Show the options of a parser in groups, each in the first one that one of its dataclasses belongs to."""
+    """Show the options of a parser in groups: each in the first group with a dataclass that has it."""
     actions = [action for action in parser._actions if action.dest != "help"]
     for title, types in groups.items():
         names = {each.name for cls in types for each in fields(cls)}

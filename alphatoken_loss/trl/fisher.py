@@ -53,7 +53,7 @@ class FisherOfPrompts:
         return fisher
 
     def _prompts(self, count: int) -> Iterator[list[int]]:
-        """Token ids of prompts in the training data; of rows without one, their first half."""
+        """Token ids of prompts in the training data; if a row has no prompt, its first half."""
         rows: Any = self.train_dataset
         if hasattr(rows, "__len__"):
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()

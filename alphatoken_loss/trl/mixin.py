@@ -1,8 +1,8 @@
 """TRL's trainers with token values inside.
 
-The gate sits at the last block's output, so every loss, collator and metric stays TRL's own: `compute_loss` runs in an
-`AlphaToken` context, and that is all that training changes, but for the KL that `kl_coef` adds to the loss of SFT.
-Evaluation, prediction and `rho=1.0` are TRL's untouched.
+The gate is in the model, so loss, collator and metrics stay TRL's own. In training, `compute_loss` runs in an
+`AlphaToken` context, and the KLs of `kl_coef` (SFT) and `path_kl` are added to the loss. Evaluation, prediction, and
+`rho=1.0` without `kl_coef` are TRL's untouched.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _Trainer: Any = object  # what the mixin is put in front of
 
 
 class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Selecting, TokenColumns, _Trainer):
-    """Token values for a trainer of Transformers' kind: put it in front of the trainer, and [`AlphaTokenArguments`] in
-    front of its arguments.
+    """Token values for a trainer of Transformers' kind. Put it first among the bases of a trainer, and
+    [`AlphaTokenArguments`] first among those of its arguments.
 
-    The loss keeps its value; what changes is its gradient, in which response tokens of low value count nothing. What a
-    loss divides by stays as it is: TRL's SFT divides by all response tokens of the accumulated batch, kept or not, so
-    the kept gradient is about `rho` of a mean over kept tokens, and gradient accumulation does not change its scale.
-    Weights of any size multiply each token's gradient, and nothing is divided by their sum.
+    The loss keeps its value. In its gradient, response tokens of low value count nothing. The divisor of the loss stays
+    as it is: TRL's SFT divides by all response tokens of the accumulated batch, kept or not. So the gradient is about
+    `rho` times that of a mean over kept tokens, and gradient accumulation does not change its scale. Weights of any
+    size multiply each token's gradient; nothing is divided by their sum.
 
     Args:
         target_dataset ([`~datasets.Dataset`], *optional*):
@@ -52,13 +52,13 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
             of them define the target. With `estimator="path"`, a DPO trainer also takes preference pairs, in the form
             of its training data. By default `args.target_size` rows of the training data are held out.
         fisher ([`Fisher`] or `str`, *optional*):
-            The reference's Fisher, or where it was saved. By default `args.fisher_path`, or estimated from prompts of
-            the training data when training starts.
+            The reference's Fisher, or where it was saved. By default `args.fisher_path`; without it, estimated
+            from prompts of the training data when training starts.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference, for trainers that have none of their own; needed where linears are trained themselves. With
-            adapters it is the model without them, or its adapter "ref".
+            The reference, for trainers that have none of their own. Needed if linears are trained themselves. With
+            adapters, by default the model without them, or with its adapter "ref".
         token_weights (`Callable` or `str`, *optional*):
-            Weights in the place of values: a function of what the training forward has (see [`AlphaToken`]), or the
+            Weights instead of values: a function of what the training forward has (see [`AlphaToken`]), or the
             name of a column of the training data with one number per token of `input_ids` or of the completion (for
             pairs, of `chosen_*` and `rejected_*`). A column "token_weights" is read without being named.
 
@@ -66,7 +66,8 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0` and no `kl_coef`.
 
     Raises:
-        ValueError: the model, the data or the way of distribution rule token values out; the message says what to do.
+        ValueError: tokens cannot be valued with this model, data or distribution; the message says what to do.
+        TypeError: `args` has no fields for token values, or `target_dataset` is no `Dataset`.
 
     Example:
         >>> @dataclass
@@ -147,7 +148,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, **options)
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A training or target batch as `AlphaToken` reads it. Override it where the trainer's has another form."""
+        """A training or target batch as `AlphaToken` reads it. Override it if the trainer's has another form."""
         return inputs
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +171,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
     def _make_ready(self, alphatoken: AlphaToken) -> None:
-        """Give it what is known or made only when training starts."""
+        """Give it what exists only when training starts: Fisher, optimizer, batch size."""
         if self._gate is not None and alphatoken.selection.valued:
             if alphatoken.source.needs_fisher:
                 alphatoken.source.fisher = self._estimate_fisher()
@@ -198,7 +199,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.alphatoken is not None and "loss" in logs:  # those of training steps, which every rank logs
+        if self.alphatoken is not None and "loss" in logs:  # training steps, which every rank logs
             ranks = gather_object([self.alphatoken.metrics()])
             ranks = [metrics for metrics in ranks if "kept" in metrics]  # else no batch was valued since the last time
             for name in dict.fromkeys(itertools.chain(*ranks)):

@@ -1,7 +1,7 @@
-"""theta*'s log-probabilities of the training data, computed once, as TRL precomputes those of a reference.
+"""The training data's log-probabilities at theta*, computed once, as TRL precomputes those of a reference.
 
-theta* is made when training starts, and one forward at it gives every token of the prepared rows its log-probability.
-They go along as the column `path_logps`, so that a step needs no second forward.
+When training starts, theta* is made, and a forward at theta* gives each token of the prepared rows its log-probability.
+The column `path_logps` brings them to the batches, so that a step needs no second forward.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class PathColumn(_Trainer):
         return super().get_train_dataloader()
 
     def _check_path_column(self, target_dataset: Any, valued: bool) -> None:
-        """See that nothing speaks against `path_logps`, from the data or computed here.
+        """Check that `path_logps`, from the data or computed here, can be used.
 
         Raises:
-            ValueError: something does.
+            ValueError: they cannot.
         """
         args, brought = self.alphatoken_args, self._has_path_column
         if brought and args.estimator == "path":
@@ -87,7 +87,7 @@ class PathColumn(_Trainer):
             )
 
     def _add_path_column(self, gate: AlphaToken) -> None:
-        """Make theta*, where it is not there yet, and the column."""
+        """Make theta*, if there is none yet, and the column."""
         noisy = sorted({name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0})
         if noisy and gate.config.path_from == "present":
             logger.warning(
@@ -119,7 +119,7 @@ class PathColumn(_Trainer):
         return self.accelerator.is_local_main_process and not self.args.disable_tqdm
 
     def _path_logps(self, path: Path) -> dict[str, list[np.ndarray]]:
-        """Each row's log-probabilities at theta*, by the column's name in the rows; shared out between processes."""
+        """Name of a column -> each row's log-probabilities at theta*. Every process computes a share of the rows."""
         rows, size, count = self.train_dataset, self._train_batch_size, self.accelerator.num_processes
         if self.args.remove_unused_columns:
             rows = self._remove_unused_columns(rows, "training")
@@ -139,7 +139,7 @@ class PathColumn(_Trainer):
         return {name: [whole[i][name] for i in range(len(rows))] for name in names}
 
     def _logps_of(self, rows: list[dict[str, Any]], path: Path) -> list[dict[str, np.ndarray]]:
-        """Of some rows, collated as for training: each token's number says where the collator put it."""
+        """Those of some rows, collated as in training. Each token's number says where the collator put it."""
         batch = self._prepare_inputs(self.data_collator(rows))
         logps = path.logps(self.model, self.alphatoken_batch(batch)).float().cpu()
         renumbered, ranges, total = numbered(rows)

@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 class Selecting:
-    """The part of [`AlphaTokenMixin`] that says which selection there is, and sees that it has what it needs."""
+    """The part of [`AlphaTokenMixin`] that finds the selection, and checks that it has what it needs."""
 
     args: Any
     accelerator: Any
@@ -31,7 +31,7 @@ class Selecting:
     _micro_batch = (-1, 0)
 
     def _found_weights(self, token_weights: Any) -> Any:
-        """`token_weights`, or the name of the column that the training data has without being asked for it."""
+        """`token_weights`; if there are none, the name of the training data's column "token_weights", if it has one."""
         args, columns = self.alphatoken_args, columns_in(self.train_dataset, COLUMNS[:1])
         if args.rho >= 1.0:
             if token_weights is not None:
@@ -55,7 +55,7 @@ class Selecting:
         return COLUMNS[0]
 
     def _checked_selection(self) -> Selection:
-        """The selection; see that a reference and pairs are there for a selection that needs them."""
+        """The selection. An error if it needs a reference or pairs, and there are none."""
         args = self.alphatoken_args
         selection = args.alphatoken_selection
         without = self._alphatoken_ref is None and not has_adapters(self.model)
@@ -77,8 +77,8 @@ class Selecting:
         return selection
 
     def _draw(self) -> int:
-        """The seed of a selection that draws. It depends on nothing but the run's seed, the optimizer step, the number
-        of the micro-batch in it and the process, so that a resumed run draws what an uninterrupted one does."""
+        """The seed of a random selection. It depends only on the run's seed, the optimizer step, the number of the
+        micro-batch in it and the process, so that a resumed run draws the same as an uninterrupted one."""
         step, number = self._micro_batch
         self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
         key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)

@@ -76,10 +76,10 @@ class TargetRows:
         return self._remove_unused_columns(held, "target") if self.args.remove_unused_columns else held
 
     def _read_as(self, dataset: Dataset) -> tuple[Any, str]:
-        """The training data's formatting function, where the target has its columns, and the column that holds text.
+        """The training data's formatting function, if the target has its columns, and the name of the text column.
 
         Raises:
-            ValueError: the target is empty, or has no columns that could be read.
+            ValueError: the target is empty, or has no columns that can be read.
         """
         columns = set(dataset.column_names)
         if not len(dataset):
@@ -100,7 +100,7 @@ class TargetRows:
         )
 
     def _pair_rows(self, dataset: Dataset) -> Dataset:
-        """Preference pairs, prepared by TRL as it would to train on them.
+        """Preference pairs, prepared by TRL as for training.
 
         Raises:
             ValueError: the trainer or its estimator has no use for pairs, or none is left within `max_length`.
@@ -124,10 +124,10 @@ class TargetRows:
 
     @staticmethod
     def _tell_cut(dataset: Dataset, rows: Dataset, args: Any, what: str) -> None:
-        """Warn of rows that truncation leaves nothing of.
+        """Warn if some rows have no response token left after truncation.
 
         Raises:
-            ValueError: those are all.
+            ValueError: no row has one.
         """
         cut = (
             f"{len(dataset) - len(rows)} of {len(dataset)} target {what} have no response token within "
@@ -138,7 +138,7 @@ class TargetRows:
         logger.warning(f"{cut}.")
 
     def _sft_rows(self, dataset: Any) -> tuple[Dataset, DataCollatorForLanguageModeling]:
-        """Rows in SFT form, tokenised by TRL as it would to train on them: unpacked, and each for itself."""
+        """Rows in SFT form, tokenised by TRL as for training but not packed, and a collator for them."""
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"target_dataset is a {type(dataset).__name__}; it must be a datasets.Dataset in SFT form: "

@@ -10,9 +10,9 @@ from .mixin import AlphaTokenMixin
 
 
 class AlphaTokenSFTTrainer(AlphaTokenMixin, SFTTrainer):
-    """[`~trl.SFTTrainer`] that trains on the tokens of value; its arguments, and those of [`AlphaTokenMixin`].
+    """[`~trl.SFTTrainer`] that trains on the tokens of value. It takes its arguments and those of [`AlphaTokenMixin`].
 
-    Training an existing adapter further, the reference is the model without adapters.
+    If an existing adapter is trained further, the reference is the model without adapters.
 
     Example:
         >>> args = AlphaTokenSFTConfig(output_dir="out", rho=0.5)
@@ -26,10 +26,10 @@ class AlphaTokenSFTTrainer(AlphaTokenMixin, SFTTrainer):
 
 
 class AlphaTokenDPOTrainer(AlphaTokenMixin, DPOTrainer):
-    """[`~trl.DPOTrainer`] that trains on the tokens of value; its arguments, and those of [`AlphaTokenMixin`].
+    """[`~trl.DPOTrainer`] that trains on the tokens of value. It takes its arguments and those of [`AlphaTokenMixin`].
 
-    The reference of token values is that of the loss. Of a target held out of the training data the chosen answers
-    count; with `estimator="path"` that target, and a `target_dataset` that holds pairs, leads to theta* by pairs.
+    Token values have the reference of the loss. If the target is held out of the training data, its chosen answers
+    count. With `estimator="path"`, theta* is trained on the pairs of that target, or of a `target_dataset` of pairs.
 
     Example:
         >>> args = AlphaTokenDPOConfig(output_dir="out", rho=0.5)
