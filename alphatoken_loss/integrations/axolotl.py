@@ -54,8 +54,8 @@ class AlphaTokenPlugin(BasePlugin):
     model: Any = None
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Leave Axolotl's fused LoRA kernels off, which it switches on by itself: they compute an adapter without
-        calling its linears, where ghost values are taken.
+        """Switch off the fused LoRA kernels that Axolotl switches on by itself: they compute an adapter without calling
+        its linears, where ghost values are taken.
 
         Raises:
             ValueError: the configuration asks for them.
@@ -84,10 +84,10 @@ class AlphaTokenPlugin(BasePlugin):
         self.model = model
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
-        """Axolotl's trainer with token values, or None where the configuration has no `alphatoken`.
+        """Axolotl's trainer with token values, or None if the configuration has no `alphatoken`.
 
         Raises:
-            ValueError: the configuration asks for another kind of training than SFT or DPO.
+            ValueError: the configuration asks for other training than SFT, DPO or IPO, or for DPO without adapter.
         """
         if cfg.alphatoken is None:
             return None
@@ -111,7 +111,7 @@ class AlphaTokenPlugin(BasePlugin):
 
 
 def _settings(given: Any) -> dict[str, Any]:
-    """Those of AlphaTokenArguments."""
+    """The keys that are fields of AlphaTokenArguments."""
     return {name: value for name, value in dict(given or {}).items() if name not in _OWN}
 
 

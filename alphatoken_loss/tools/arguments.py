@@ -1,4 +1,4 @@
-"""What the commands take: their arguments alone, so that help and mistakes in them need no torch.
+"""The arguments of the commands and nothing else, so that help, and errors in arguments, need no torch.
 
 To add a command, write its `run(args) -> int` in a module of its own, and here its arguments and a line in `COMMANDS`.
 """
@@ -108,7 +108,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=6, help="sequences (or pairs) shown in full")
 
 
-REPORT_FILE = "_alphatoken_report.html"  # not pushed to the hub either
+REPORT_FILE = "_alphatoken_report.html"  # Trainer.push_to_hub leaves out what begins with "_"
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: help with defaults, kinds of arguments, mistakes told in a line, quiet libraries."""
+"""What the commands share: help with defaults, kinds of arguments, errors in one line, quiet libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, where there are any."""
+    """Help that shows defaults, if there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -32,7 +32,7 @@ def layers(text: str) -> int | str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -40,23 +40,23 @@ def positive(text: str) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, with the first of the sizes that torch lists below it; or its kind."""
+    """The first line of an error, with the first size mismatch that torch lists below it; or the error's type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     sizes = [line.strip() for line in lines[1:] if "size mismatch" in line]
     return " ".join([lines[0], *sizes[:1]]) + (f" And {len(sizes) - 1} more of this kind." if sizes[1:] else "")
 
 
 def as_typed(message: str, args: argparse.Namespace) -> str:
-    """A message of the library with its arguments named as they are typed: `num_layers is 9` -> `--num-layers is 9`."""
+    """A message of the library with arguments named as they are typed: `num_layers is 9` -> `--num-layers is 9`."""
     names = "|".join(re.escape(name) for name in vars(args) if name not in ("run", "command"))
     return re.sub(rf"(?<![-\w'\"])({names})(?= is |=)", lambda found: "--" + found[1].replace("_", "-"), message)
 
 
 def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
-    """Tell a command's errors in a line, without a traceback; ALPHATOKEN_DEBUG=1 in the environment shows it.
+    """Print errors in a line, with no traceback; ALPHATOKEN_DEBUG=1 in the environment shows that of a user's mistake.
 
     Args:
-        memory (`str`): what to do where the memory did not suffice.
+        memory (`str`): what to do if there was too little memory.
         again (`str`): what to do after an interruption.
 
     Returns:
@@ -94,8 +94,8 @@ def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Switch off, where it is made, what libraries say to a user who cannot act on it: their bars for loading weights
-    and tokenising, PEFT's word on a base without a hub page, bitsandbytes' on a CPU. Errors are told all the same."""
+    """Silence libraries where a user cannot act on what they say: bars for loading weights and tokenising, PEFT's
+    warning about a base without a hub page, bitsandbytes' about a CPU. Errors are still shown."""
     import datasets
     from transformers.utils import logging as words
 

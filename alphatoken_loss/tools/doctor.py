@@ -1,7 +1,7 @@
-"""`alphatoken doctor MODEL`: what a user wants to know before a night's run.
+"""`alphatoken doctor MODEL`: what a user wants to know before a long run.
 
-Which estimators take this model with its adapter, and what they say where they do not; what is scored and what is not;
-what a step costs beside a plain one, in time and memory, on this machine.
+Which estimators take this model with its adapter, and why the others refuse; what is scored and what is not; how much
+time and memory a step takes on this machine, beside a plain one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Step = Callable[[], None]
 
 @or_exit("Lower --batch-size or --length.")
 def run(args: argparse.Namespace) -> int:
-    """The command. Returns the exit status: 0, or 1 where no estimator takes the model."""
+    """The command. Returns the exit status: 0, or 1 if no estimator takes the model."""
     from .score.scorer import load_model
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ def _scored(model: nn.Module, name: str) -> str:
 
 
 def _batch(model: nn.Module, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Random tokens, the second half of each sequence being the response."""
+    """Random tokens; the second half of each sequence is the response."""
     size = causal_lm(model).get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(size, (args.batch_size, args.length), generator=generator)
@@ -112,7 +112,7 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> Step |
     plain = _plain(model, batch)
     try:
         config = AlphaTokenConfig(estimator=name, stability_weight=0.0)
-        alphatoken = AlphaToken(model, target=[batch], config=config)  # made at the first step, and kept: nothing moves
+        alphatoken = AlphaToken(model, target=[batch], config=config)  # the target is made once: nothing moves
 
         def step() -> None:
             with alphatoken(batch):
@@ -126,7 +126,7 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> Step |
 
 
 def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, tuple[float, int]]:
-    """Median seconds, and peak bytes of tensors that a step allocates; rounds alternate between the steps."""
+    """Median seconds of each step, and peak bytes of tensors that it allocates; a round runs each once."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -140,7 +140,7 @@ def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[s
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """High-water mark of tensor memory allocated within one step."""
+    """Peak of the tensor memory that one step allocates, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -158,7 +158,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 @contextlib.contextmanager
 def _no_native_messages() -> Iterator[None]:
-    """The profiler's native code writes of its own doings to the process' error stream, past `logging`."""
+    """Silence the profiler's native code, which writes to the process' error stream and not to `logging`."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

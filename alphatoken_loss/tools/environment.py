@@ -1,4 +1,4 @@
-"""`alphatoken env`: what a report of a fault needs to say of the machine."""
+"""`alphatoken env`: what a bug report has to say about the machine."""
 
 from __future__ import annotations
 
