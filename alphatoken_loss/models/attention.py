@@ -1,8 +1,8 @@
-"""The band of attention probabilities that carries the causal terms, for the scored blocks only.
+"""Attention probabilities near the diagonal, which the causal terms need, for the scored blocks only.
 
-Whatever kernel a model uses, transformers calls it through its attention registry with queries, keys and values.
-While scored blocks run, the registry's entry is wrapped so that queries and keys can be kept; probabilities near the
-diagonal are computed from them later, in query chunks, when the value projection's gradient is at hand.
+Whatever kernel a model uses, transformers calls it through its attention registry with queries, keys and values. While
+scored blocks run, the registry's entry is wrapped, and queries and keys are kept. The probabilities are computed from
+them later, in query chunks, when the gradient of the value projection is known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .sites import Scored, Site
 
 # Probabilities of one query chunk, all heads, are held in full precision: 32 MiB of float32 at this many elements.
 CHUNK_ELEMENTS = 1 << 23
-CHUNK_ROWS = 64  # more queries at once than this only compute more of what causality makes zero
+CHUNK_ROWS = 64  # with more queries at once, only more zeros of the causal mask are computed
 
 
 @dataclass
@@ -36,7 +36,7 @@ class AttentionCall:
     Attributes:
         query (`torch.Tensor`): `(B, heads, T, head_dim)`, positions already encoded, detached.
         key (`torch.Tensor`): `(B, key_value_heads, T, head_dim)`, likewise.
-        mask (`torch.Tensor` or `None`): the kernel's own `(B, 1, T, T)` mask, boolean or additive, where it has one.
+        mask (`torch.Tensor` or `None`): the kernel's own `(B, 1, T, T)` mask, boolean or additive, if it has one.
         scaling, softcap, sliding_window: as the kernel got them.
     """
 
@@ -80,7 +80,7 @@ class AttentionCall:
         d_value: torch.Tensor,
         batch: Batch,
     ) -> torch.Tensor:
-        """How the output `(B, T, heads, head_dim)` moves as queries, keys and values do, in chunks of queries."""
+        """Velocity of the output `(B, T, heads, head_dim)`, from those of its inputs (`d_`), in chunks of queries."""
         size, heads, length, width = query.shape
         groups, shared = size * key.shape[1], heads // key.shape[1]
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -119,9 +119,9 @@ class AttentionCall:
         A is averaged over query heads (Eq. 9); it is zero across padding and sequence borders.
 
         Args:
-            errors (`torch.Tensor`): `(B, T, n)`, float32 or float64, which is also what is computed in.
+            errors (`torch.Tensor`): `(B, T, n)`, float32 or float64, in which the softmax is computed too.
             window (`int`): W, at least 1.
-            batch (`Batch`): tells padding and sequences apart where the kernel was given no explicit mask.
+            batch (`Batch`): tells padding and sequences apart if the kernel was given no explicit mask.
 
         Returns:
             `torch.Tensor`: `(B, T, n)`.
@@ -160,7 +160,7 @@ def _bias(
     stop: int,
     first: int,
 ) -> torch.Tensor:
-    """Additive mask for queries start:stop and keys first:stop, from the kernel's own mask where it has one."""
+    """Additive mask for queries start:stop and keys first:stop, from the kernel's own mask if it has one."""
     if mask is not None:
         mask = mask[:, :, start:stop, first:stop]
         if mask.dtype != torch.bool:
@@ -183,17 +183,17 @@ Kernel = Callable[..., Any]
 
 
 def eager_attention(module: nn.Module) -> Kernel:
-    """Eager attention is no entry of the registry but a function beside the model's own classes."""
+    """Eager attention: not an entry of the registry, but a function in the module of the model's own classes."""
     function: Kernel = sys.modules[type(module).__module__].eager_attention_forward
     return function
 
 
 class _Dispatch:
-    """What stands in the registry for one kernel while it is replaced, by any thread for modules of its own; others go
-    on with what was registered.
+    """The registry's entry for one kernel while any thread replaces it, each for its own modules. Other modules still
+    call what was registered.
 
-    The registry is the process': contexts of two threads may end in the order they began. So each has an entry here,
-    and what was registered comes back when the last entry goes.
+    The registry belongs to the process, and contexts of two threads may end in the order they began. So each context
+    has an entry here, and what was registered is put back when the last entry goes.
     """
 
     def __init__(self, kernel: str) -> None:
@@ -212,7 +212,7 @@ class _Dispatch:
             )
         changes.note_unless(self._own, self._put_back)
         changes.put(self._own, object(), (modules, replacement(self.kernel, self.before)))
-        local[self.kernel] = self  # after its entry, with which a thread that leaves now lets it stand
+        local[self.kernel] = self  # after its entry: a thread that leaves now sees it, and puts nothing back
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         latest_first = reversed(list(self._own.values()))
@@ -226,7 +226,7 @@ _dispatches: dict[str, _Dispatch] = {}  # by kernel
 @contextlib.contextmanager
 def replaced_attention(blocks: list[nn.Module], replacement: Callable[[str, Kernel | None], Kernel]) -> Iterator[None]:
     """Replace the registry's entries for the kernels that blocks use, for these blocks alone; they are put back on
-    leaving. Other threads may run other models meanwhile, and replace the attention of these.
+    leaving. Meanwhile other threads may run other models, and replace their attention.
 
     Args:
         replacement (`Callable`): from a kernel's name and its entry (None: eager, which has none) to another function.
@@ -252,17 +252,17 @@ class AttentionWatch:
 
     def __init__(self, scored: Scored) -> None:
         self.scored = scored
-        self.outputs: dict[int, dict[str, torch.Tensor]] = {}  # by block: those of others lead to these values too
+        self.outputs: dict[int, dict[str, torch.Tensor]] = {}  # by block: values depend on those of earlier blocks too
         self.calls: dict[str, AttentionCall] = {}
         self._block_of = {id(module): i for i, block in enumerate(scored.blocks) for module in block.modules()}
 
     def saw_output(self, site: Site, output: torch.Tensor) -> None:
-        """A tapped linear ran; its output is held until its block's attention has shown whether it is values."""
+        """Hold the output of a tapped linear until its block's attention shows whether it is values."""
         if site.block not in self.scored.value_rows:
             self.outputs.setdefault(site.block, {})[site.name] = output
 
     def watching(self) -> AbstractContextManager[None]:
-        """While entered, the calls of the kernels in use are kept."""
+        """A context in which the calls of the kernels in use are kept."""
         return replaced_attention(self.scored.blocks, lambda kernel, registered: self._wrapped(registered))
 
     def _wrapped(self, registered: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -305,7 +305,7 @@ class AttentionWatch:
         self.calls.update(dict.fromkeys(carriers, call))
 
     def _carriers(self, module: nn.Module, value: torch.Tensor) -> list[str]:
-        """Names of the sites whose output becomes `value`; which of their rows do is found by differentiating."""
+        """Names of the sites whose output becomes `value`. Which of their rows do is found by a gradient."""
         block = self._block_of[id(module)]
         own = self.outputs.get(block, {})
         if block not in self.scored.value_rows:

@@ -4,8 +4,8 @@ Ctrl-C raises KeyboardInterrupt between any two bytecodes: inside a `finally` to
 context and its exit. So that nothing of a change survives,
 
 - what undoes it is noted in a journal before it is made;
-- a context undoes its part of the journal by one call into C, between whose steps no signal's handler runs;
-- that part holds what was changed in contexts within it, should one of their exits have been cut short.
+- a context undoes its part of the journal in one call into C, during which no signal handler runs;
+- that part still has the changes of inner contexts whose exit was cut short.
 
 The outermost context of a call is left twice (`undoing`), since one interrupt cuts one exit short.
 """
@@ -56,7 +56,7 @@ class Changes:
         if kind is not GeneratorExit:
             _call_all(iter(entries.pop, mark))
             return
-        # A generator that an interrupt left may be closed at any time: what was begun since is not its own.
+        # A generator that an interrupt left open may be closed at any later time: contexts begun since are not its own.
         start = entries.index(mark)
         after = (i for i, entry in enumerate(entries[start + 1 :], start + 1) if isinstance(entry, _Mark))
         stop = next(after, len(entries))
@@ -73,14 +73,14 @@ class Changes:
         self.note(deque, starmap(undo, compress([()], map(operator.not_, [held]))), 0)
 
     def begin(self, begin: Callable[[], _R], end: Callable[[_R], Any]) -> _R:
-        """Call `begin()` now, and `end` with what it returned on leaving; both are of C."""
+        """Call `begin()` now, and `end` with what it returned on leaving; both must be C functions."""
         begun: list[_R] = []
         self.note(deque, map(end, begun), 0)
         begun.extend(starmap(begin, [()]))
         return begun[0]
 
     def keep(self, places: dict[Any, Any], key: Any) -> None:
-        """What stands at a key now, or nothing, will stand there again."""
+        """On leaving, put back what is at a key now, or remove the key if it is not there."""
         if key in places:
             self.note(places.__setitem__, key, places[key])
         else:
@@ -99,7 +99,7 @@ class Changes:
         parameter.requires_grad_(flag)
 
     def replace(self, module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
-        """Let a module run with other tensors in the place of parameters, by their `id`; nothing is written to."""
+        """Put other tensors in the place of a module's parameters, by their `id`; parameters are not written to."""
         for child in module.modules() if tensors else ():
             for name, parameter in child._parameters.items():
                 if id(parameter) in tensors:
@@ -108,7 +108,7 @@ class Changes:
     def hook(
         self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
     ) -> None:
-        """What `register_forward_hook` does, or `register_forward_pre_hook`, in an order that can be cut short."""
+        """As `register_forward_hook`, or `register_forward_pre_hook`, but undone even if it is cut short."""
         hooks = module._forward_pre_hooks if before else module._forward_hooks
         key = RemovableHandle(hooks).id
         if with_kwargs:
@@ -116,9 +116,9 @@ class Changes:
         self.put(hooks, key, hook)
 
     def keep_modes(self) -> None:
-        """Grad mode and autocast as they are now; casts that were made meanwhile, maybe without a graph, go."""
-        # Autocast lets its casts go when the outermost context ends, which it knows by their depth: one that an
-        # interrupt left would keep casts of parameters over optimizer steps. Back to this depth, from one above it.
+        """On leaving, put grad mode and autocast on or off as now, and drop casts, which may have no graph."""
+        # Autocast frees its casts when the outermost context ends, which it knows by the depth. After an interrupt the
+        # depth could stay too high, and casts outlive an optimizer step. Go back to this depth, from one above it.
         depth = torch.autocast_increment_nesting() - 1
         torch.autocast_decrement_nesting()
         self.note(deque, iter(torch.autocast_decrement_nesting, depth), 0)
@@ -135,7 +135,7 @@ def _call_all(entries: Any) -> None:
 
 
 def undoing(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Leave nothing of what a function changes through `Changes`, also when Ctrl-C cuts one of its exits short."""
+    """Undo all that a function changes through `Changes`, even if Ctrl-C cuts one of its exits short."""
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:

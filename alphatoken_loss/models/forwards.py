@@ -27,20 +27,20 @@ SECOND_FORWARD = (
 def refuse_compiled_call() -> None:
     """Raise ValueError in a hook that torch.compile traces: the code that it makes would run without the hooks."""
     if torch.compiler.is_dynamo_compiling():  # `is_compiling` is also true where another thread compiles
-        from torch._dynamo import graph_break  # there already
+        from torch._dynamo import graph_break  # imported already
 
-        graph_break()  # so that the error is raised, and no reason to compile otherwise
+        graph_break()  # so that the error is raised; without it, dynamo would compile in another way
         raise ValueError(f"What torch.compile returned was run: {COMPILED}")
 
 
 def renew_forward(module: nn.Module, changes: Changes) -> None:
-    """Let code that torch.compile made earlier, which is guarded against another `forward` but not against hooks, be
-    made again, where hooks refuse it."""
+    """Make torch.compile compile again, where hooks refuse it. Code that it made earlier is guarded against another
+    `forward`, but not against hooks."""
     changes.put(vars(module), "forward", functools.partial(module.forward))
 
 
 def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) -> None:
-    """See that a forward ran on the batch that is valued; `virtual` tokens may stand before its own.
+    """Check that a forward ran on the batch that is valued; `virtual` tokens may come before its own.
 
     Raises:
         ValueError: it did not.
@@ -57,7 +57,7 @@ def rows_without_graph(
     watching: Callable[[Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]],
     loss_sum: Callable[[nn.Module], torch.Tensor],
 ) -> torch.Tensor:
-    """The gradient at the hidden state that a watched forward passes through its callback, and no graph before it."""
+    """The loss's gradient at the hidden state that a watched forward passes to its callback; no graph before it."""
     leaves: list[torch.Tensor] = []
 
     def cut(hidden: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,14 @@
-"""Where training started, for models that switching their adapters off does not take back there.
+"""Where training started, for models that adapters off do not take back there.
 
-Most adapters begin as nothing: off, the network is the one that training started from. Not so where
+Most adapters add nothing at first: with adapters off, the network is the one that training started from. Not so if
 
-- an initialisation moved part of the base into the adapter (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): off, the network is
-  what is left of the base. Its reference has the adapters on, with the values they started from;
-- something beside the adapters is trained (LoRA with `bias="all"` or `"lora_only"`, parameters unfrozen by hand), which
-  stays as it is when they are off. Its reference has these at the values they started from.
+- the initialisation moved a part of the base into the adapter (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): with adapters off,
+  only the rest of the base runs. The reference has the adapters on, with the values they started from;
+- something beside the adapters is trained (LoRA with `bias="all"` or `"lora_only"`, parameters unfrozen by hand): it
+  stays trained with adapters off. The reference has adapters off, and these at the values they started from.
 
-Those values are copied when this library first meets the model (an `AlphaToken` or a trainer is made, a Fisher
-estimated, a reference asked for), which has to be before its first step; a Fisher keeps them in its file.
+Those values are copied when this library first sees the model (an `AlphaToken` or a trainer is made, a Fisher is
+estimated, a reference is needed). This must be before the first step. A Fisher keeps them in its file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from .changes import Changes
 from .structure import unwrap
 
-REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained on
+REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained further
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of LoraConfig.init_lora_weights
 
 
@@ -35,8 +35,8 @@ class Start:
     Attributes:
         tensors (`dict`): parameter name, as in `model.named_parameters()`, -> its value when training started.
         adapters_on (`bool`): the reference is the network with adapters on, at these values; else with them off.
-        base (`torch.Tensor` or `None`): some numbers out of the adapted weights, which tell whether an initialisation
-            left another base here.
+        base (`torch.Tensor` or `None`): some numbers of the adapted weights, which tell if an initialisation left
+            another base.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -49,7 +49,7 @@ _starts: WeakKeyDictionary[nn.Module, Start] = WeakKeyDictionary()
 
 
 def start_of(model: nn.Module) -> Start:
-    """The start of a model, copied now where this is the first time that it is asked for."""
+    """The start of a model. At the first call for a model it is copied."""
     model = unwrap(model)
     if model not in _starts:
         moved = _moved_bases(model)
@@ -58,11 +58,11 @@ def start_of(model: nn.Module) -> Start:
 
 
 def remember_start(model: nn.Module) -> None:
-    """Make what the model computes now its reference, wherever `ref_model` is None and it has no adapter "ref".
+    """Make the model as it is now its reference, wherever `ref_model` is None and it has no adapter "ref".
 
-    For an adapter that holds a part of its base and does not say so (LoftQ's and PiSSA's, loaded from their files), or
-    that is trained further and to be held to where it is rather than to the base. Call it before the first step; it
-    takes the place of an earlier start.
+    For an adapter that holds a part of its base and does not say so (of LoftQ or PiSSA, loaded from a file), or that is
+    trained further and whose drift is to be measured from where it is, not from the base. Call it before the first
+    step; it replaces an earlier start.
 
     Args:
         model (`nn.Module`): a model with adapters.
@@ -71,9 +71,9 @@ def remember_start(model: nn.Module) -> None:
 
 
 def adopt_start(model: nn.Module, start: Start) -> None:
-    """Take over the start that a Fisher kept, as a resumed run does whose adapters were trained before it was made.
+    """Use the start that a Fisher kept. A resumed run needs it: its adapters are trained already.
 
-    One of another base is left alone: where an initialisation draws random numbers, this run's own start is right.
+    The start of another base is not used: if an initialisation draws random numbers, this run's own start is right.
     """
     model = unwrap(model)
     own = dict(model.named_parameters())
@@ -89,7 +89,7 @@ def adopt_start(model: nn.Module, start: Start) -> None:
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Run a model with other tensors in the place of parameters, also of those tied to them; nothing is written to."""
+    """Run a model with other tensors in the place of parameters, tied ones too; nothing is written to these."""
     named = dict(model.named_parameters())
     wanted = {id(named[name]): tensor.to(named[name]) for name, tensor in tensors.items()}
     with Changes() as changes:
@@ -98,13 +98,13 @@ def replaced(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[
 
 
 def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> None:
-    """Give a model whose start adapters off don't bring back the adapter "ref", which TRL's own losses go by.
+    """Add the adapter "ref", which TRL's own losses use, to a model that adapters off do not take back to its start.
 
     Args:
-        precomputed (`bool`): those losses' reference has been run already.
+        precomputed (`bool`): the reference of those losses has been run already.
 
     Raises:
-        ValueError: it has been, with adapters off; or what is trained beside the adapters can be no part of one.
+        ValueError: it has been run, with adapters off, or parameters are trained that an adapter cannot hold.
     """
     model = unwrap(model)
     start = start_of(model)
@@ -136,7 +136,7 @@ def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> Non
             if f".{REFERENCE_ADAPTER}." in own:
                 of = own.replace(f".{REFERENCE_ADAPTER}.", f".{name}.")
                 tensor.copy_(start.tensors.get(of, named[of]))
-    _starts[model] = NOWHERE_ELSE  # the adapter says it now
+    _starts[model] = NOWHERE_ELSE  # the adapter "ref" has it now
 
 
 def _copied(model: nn.Module, *, adapters_on: bool) -> Start:
@@ -160,7 +160,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def _wrappers(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
-    """PEFT's modules that can be switched off, each with what is then left."""
+    """PEFT's modules that can be switched off, each with the module that then runs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -174,7 +174,7 @@ def _wrappers(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
 
 
 def _moved_bases(model: nn.Module) -> bool:
-    """Whether the initialisation of an active adapter took its part out of the base."""
+    """Whether the initialisation of an active adapter moved a part of the base into it."""
     config = getattr(model, "peft_config", {})
     active = {name for module, _ in _wrappers(model) for name in getattr(module, "active_adapters", ())}
     inits = (str(getattr(config[name], "init_lora_weights", "")).lower() for name in active if name in config)
