@@ -1,8 +1,8 @@
-"""The way to theta*: a few Adam steps along the validation loss and the drift.
+"""The path to theta*: a few Adam steps down the validation loss and the drift.
 
-J(theta) = validation loss + lambda * 0.5 * sum F dW^2, whose gradient D the other estimators value tokens along, is
-lowered from where the adapter is. The steps are taken on copies of the scored parameters, which take the place of the
-model's own while it runs; these are never written to.
+They begin where the adapter is, and lower J(theta) = validation loss + lambda * 0.5 * sum F dW^2. The other estimators
+value tokens along its gradient D. The steps are taken on copies of the scored parameters, which take their place while
+the model runs. The model's own are never written to.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ def make_path(
     rate: float | None = None,
     progress: bool = True,
 ) -> Path:
-    """Go from where the adapter is to theta*: Adam steps along the validation loss and the drift.
+    """Go from where the adapter is to theta*: Adam steps down the validation loss and the drift.
 
-    Each step takes the next batch, in turn; dropout is off and nothing is drawn at random, so the same batches give the
-    same theta*. Rate and number of steps, where they are not given, are those that lower the loss of a held-out quarter
-    of the rows most; theta* is then made with all rows. For SFT batches the loss is the mean over response tokens of
-    -log p; for preference pairs it is the DPO loss and, `path_likelihood` times, the mean of -log p over the tokens of
-    their chosen answers. Parameters, their gradients, modes and the random state are left as they were, also when an
-    error is raised. In distributed runs each process gives its share of the batches and gets the same theta*.
+    Each step takes the next batch. Dropout is off and nothing is random, so the same batches give the same theta*. For
+    SFT batches the loss is the mean of -log p over response tokens. For preference pairs it is the DPO loss plus
+    `path_likelihood` times the mean of -log p over the tokens of chosen answers. If rate or number of steps is not
+    given, a trial finds those that lower the loss of a held-out quarter of the rows most, and theta* is then made with
+    all rows; with `path_holdout`, theta* is where the loss of that share was lowest. Parameters, gradients, modes and
+    the random state are left as they were, also when an error is raised. In distributed runs each process gives its
+    share of the batches and gets the same theta*.
 
     Args:
         model (`nn.Module`): the model in training; the path begins at its present values.
@@ -69,7 +70,7 @@ def make_path(
 
     Raises:
         ValueError: there is no batch, none has a response token, or SFT batches and pairs are mixed; steps or rate are
-            not above 0.
+            not above 0; `path_holdout` can hold nothing out.
         FloatingPointError: theta* is not finite.
 
     Example:
@@ -97,7 +98,7 @@ def follow(
     config: AlphaTokenConfig,
     hide: bool | None = None,
 ) -> Path:
-    """`make_path` of what was found and read already; `hide` the bar, by default where there is no terminal."""
+    """`make_path` for scored modules and batches that are read; `hide=None` shows the bar in a terminal only."""
     refuse_inference_mode()
     inner = unwrap(model)
     drifting = fisher if config.stability_weight > 0 else None
@@ -134,9 +135,9 @@ class _Walk:
     """Steps at one rate.
 
     Attributes:
-        end: parameters behind the last step.
-        losses: of the held-out rows behind each step; infinite where none are held out, or where it is not finite.
-        lowest: parameters where it was lowest.
+        end: parameters after the last step.
+        losses: loss of the held-out rows after each step; infinite if there are none, or if it is not finite.
+        lowest: parameters where this loss was lowest.
     """
 
     rate: float
@@ -150,12 +151,12 @@ class _Walk:
 
     @property
     def turn(self) -> int:
-        """The step behind which the loss was lowest, from 1; 0 where nothing is known of it."""
+        """The step after which the loss was lowest, from 1; 0 if it is not known."""
         return self.losses.index(self.least) + 1 if self.losses and math.isfinite(self.least) else 0
 
 
-_HELD_OUT = 0.25  # share of the rows by which rate and number of steps are told
-_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # the first where nothing tells
+_HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
+_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # the first if no row can be held out
 
 
 class _Goal:
@@ -164,7 +165,7 @@ class _Goal:
     Attributes:
         pairs (`bool`): whether its batches are preference pairs.
         held_out (`list`): the last `share` of each batch's rows, on which no step is taken.
-        judges (`bool`): whether any process has such.
+        judges (`bool`): whether any process has such rows.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class _Goal:
         self.judges = self._held[0] > 0
 
     def walk(self, steps: int, rate: float, bar: tqdm[Any]) -> _Walk:
-        """Adam steps along the loss of the batches in turn and the drift, from where the adapter is."""
+        """Adam steps from where the adapter is, down the loss of the next batch and the drift."""
         there = accumulated({name: tensor.clone() for name, tensor in self.scored.parameters.items()})
         optimizer, walk = torch.optim.Adam(list(there.values()), lr=rate), _Walk(rate)
         for step in range(steps):
@@ -215,7 +216,7 @@ class _Goal:
         return walk
 
     def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Of the mean loss of the step's batch, over all processes, at `there`."""
+        """Gradient at `there` of the mean loss of a step's batch, over all processes."""
         batch, ref_logps = self.batches[step % len(self.batches)] if self.batches else (None, None)
         counts = _counts_of([] if batch is None else [(batch, ref_logps)], self.scored.device)
         if batch is None:  # a process without a batch still takes part in the sum
@@ -231,7 +232,7 @@ class _Goal:
         return found
 
     def held_out_loss(self, there: Mapping[str, torch.Tensor]) -> float:
-        """The mean loss of what no step is taken on, over all processes."""
+        """The mean loss of the held-out rows, over all processes."""
         moved = _placed(self.scored.parameters, there)
         total = torch.zeros((), dtype=next(iter(there.values())).dtype, device=self.scored.device)
         with torch.no_grad(), without_noise(self.model):
@@ -260,7 +261,7 @@ def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None)
 
 
 def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> list[int]:
-    """Response tokens (of pairs, those of the chosen answers) and pairs of batches, over all processes."""
+    """Numbers of response tokens (for pairs, of chosen answers) and of pairs in batches, over all processes."""
     counts = torch.zeros(2, dtype=torch.int64)
     for batch, _ in batches:
         counts += torch.tensor([int(batch.chosen().rows.sum()), batch.shape[0] // 2 if batch.pairs else 0])
@@ -270,7 +271,7 @@ def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> li
 
 
 def _split(batch: Batch, share: float) -> tuple[Batch, Batch | None]:
-    """A batch less the last `share` of its rows (pairs), and these."""
+    """A batch without the last `share` of its rows (pairs), and a batch of these, or None."""
     size = batch.shape[0] // 2 if batch.pairs else batch.shape[0]
     if not share or size < 2:
         return batch, None
@@ -285,7 +286,7 @@ def _placed(
 
 
 def _live(scored: Scored, moved: Mapping[str, torch.Tensor]) -> Scored:
-    """The same scored modules, with what stands in the place of their parameters now."""
+    """The same scored modules, with the tensors that are in the place of `others` now."""
     return replace(scored, others={name: moved[name] for name in scored.others})
 
 

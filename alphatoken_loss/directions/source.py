@@ -1,4 +1,4 @@
-"""Where directions come from in a run: the target, estimated anew as the model moves, and the Fisher."""
+"""Where a run's directions come from: the target, estimated anew as the model moves, and the Fisher."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Source:
     """Target, Fisher and optimizer of a run, and the schedule by which the target is estimated anew.
 
     Args:
-        target (`Target`, SFT batches or `None`): a `Target` is used as it is, batches are estimated from.
+        target (`Target`, SFT batches or `None`): a `Target`, used as it is, or batches to estimate it from.
         fisher (`Fisher`, *optional*): by default estimated at the first step, from the target batches or, without
             them, from the first batch.
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam whose steps are valued.
         path (`Path` or `str`, *optional*): theta*, or the name of an adapter of the model that holds it.
 
     Attributes:
-        drifts (`bool`): whether the drift is a direction; by default where it has a weight.
-        age (`int`): optimizer steps that `target`, or the path, is old.
+        drifts (`bool`): whether the drift is a direction; by default if its weight is above 0.
+        age (`int`): age of `target`, or of the path, in optimizer steps.
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class Source:
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether something is still to be made with a Fisher, and there is none."""
+        """Whether a Fisher will be needed, and there is none."""
         stays = self.path is not None and self.config.path_every is None
         return self.fisher is None and self.drifts and self.validates and not stays
 
     @property
     def drift_fisher(self) -> Fisher | None:
-        """The Fisher, where the drift counts."""
+        """The Fisher if the drift counts, else None."""
         return self.fisher if self.drifts else None
 
     def check(self, scored: Scored) -> None:
-        """Read the target's batches, and see that a target and a Fisher that were given are of these parameters.
+        """Read the target's batches, and check that a given target and Fisher fit the model.
 
         Raises:
-            ValueError: a batch can't be read, or one was made for other parameters.
+            ValueError: a batch can't be read, or one was made for other parameters or (a Fisher) another base.
         """
         self._parts = in_parts(self.batches or [], self.config.target_parts)
         for part in (self.target, self.drift_fisher):
@@ -110,18 +110,18 @@ class Source:
             self.drift_fisher.check_base(self.model)
 
     def limit_rows(self, rows: int) -> None:
-        """Estimate from no more rows at a time: what ran out of memory is tried again in smaller batches."""
+        """Divide the target's batches into smaller ones, of at most `rows` rows (pairs): memory ran out."""
         self.batches = self.batches and _at_most(map(read_batch, self.batches), rows)
         self._parts = [_at_most(part, rows) for part in self._parts]
 
     def directions(self, scored: Scored, batch: Batch) -> Parts:
-        """The directions for the next forward; a target that is old enough is estimated anew first."""
+        """The directions for the next forward. Before, a target that is old enough is estimated anew."""
         self.ensure_fisher(scored, batch)
         self._refresh(scored)
         return directions(scored, self.target, self.drift_fisher, self.ref_model, self.optimizer)
 
     def ensure_fisher(self, scored: Scored, batch: Batch) -> None:
-        """Estimate the Fisher where none was given."""
+        """Estimate the Fisher if it is needed and none was given."""
         if not self.drifts:
             return
         if self.fisher is None:
@@ -129,13 +129,13 @@ class Source:
             if self.batches is not None:
                 batches = [part.chosen() for part in self.target_batches(scored)]
             elif not bool(batch.rows.any()):
-                return  # nothing to value here, nor to estimate from
+                return  # nothing to value, and nothing to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
-        self.fisher = self.fisher.to(scored.device)  # one that was loaded; else each step would copy it, and wait
+        self.fisher = self.fisher.to(scored.device)  # else each step would copy a loaded one, and wait
 
     def target_batches(self, scored: Scored) -> list[Batch]:
-        """The target's batches, read, where the scored parameters are."""
+        """The target's batches, read, on the device of the scored parameters."""
         return [read_batch(batch).to(scored.device) for batch in self.batches or []]
 
     def count(self, scored: Scored) -> None:
@@ -144,11 +144,11 @@ class Source:
             self.age += 1
 
     def forget(self, scored: Scored) -> None:
-        """The parameters were written to by other than the optimizer."""
+        """Do not count a change of the parameters that the optimizer did not make."""
         self._moved(scored)
 
     def state_dict(self, scored: Scored) -> dict[str, Any]:
-        """The target that was estimated from batches, if it was by now, and its age with the step just taken."""
+        """The target, if it was estimated from batches, and the age of it or of the path, after the last step."""
         if self.batches is None or (self.target is None and self.path is None):
             return {"target": None, "age": 0, "turn": 0}
         self.count(scored)
@@ -162,7 +162,7 @@ class Source:
         self._state = None
 
     def drop_bad_target(self) -> bool:
-        """Forget a target that was estimated and is not finite, if so; the next one is made from all of its batches."""
+        """Drop an estimated target if it is not finite, and return whether. The next is made from all batches."""
         if self.batches is None or self.target is None:
             return False
         if all(bool(gradient.isfinite().all()) for gradient in self.target.gradients.values()):
@@ -181,7 +181,7 @@ class Source:
             self.target = estimate_target(self.model, scored, self.batches)
             return
         held = self.target
-        if not self._turn:  # the first, from all of it, is worth as much as one of those that follow
+        if not self._turn:  # the first is from all parts, but counts as a later one, from one part
             held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
         part = self._parts[self._turn % len(self._parts)] if self._parts else []
         self._turn += 1
@@ -190,7 +190,7 @@ class Source:
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored parameters have changed since the last call.
 
-        Optimizers that write through raw pointers (bitsandbytes) do not move version counters; then the bits tell.
+        Optimizers that write through raw pointers (bitsandbytes) leave version counters alone; then the bits tell.
         """
         parameters = [p.detach() for p in scored.parameters.values()]
         versions = [p._version for p in parameters]
