@@ -1,9 +1,9 @@
 """The exact estimator: first-order token values by forward-mode differentiation.
 
-The value of token t is <grad l_t, D>, D = target + lambda * drift. Moving the parameters of the scored blocks along D
-moves the last block's output h with velocity dh; with r_t the gradient of the loss at h_t the value is <r_t, dh_t>. The
-blocks are run again from the saved input of the first, in one pass, with duals in the place of their parameters. What
-lies behind (norm, head, vocabulary) takes no part, so no [tokens, vocabulary] tangent exists.
+The value of token t is <grad l_t, D>, D = target + lambda * drift. If the parameters of the scored blocks move along D,
+the last block's output h moves with velocity dh. With r_t, the gradient of the loss at h_t, the value is <r_t, dh_t>.
+The blocks run again from the saved input of the first, in one pass, with dual tensors in the place of their parameters.
+Norm and head take no part, so there is no [tokens, vocabulary] tangent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Exact(ByChange):
         super().__init__(task)
         self.capture = Capture(task.scored, task.batch)
         if task.training:
-            walked_once(task.scored.blocks)  # an error, before the forward, where hooks would not see it
+            walked_once(task.scored.blocks)  # an error now, if hooks would not see the forward
 
     @property
     def seen(self) -> bool:
@@ -46,7 +46,7 @@ class Exact(ByChange):
             started = time.perf_counter()
             for part, direction in self.directions.items():
                 length = tensors.length_of(direction)
-                # Along a direction of length 1: small gradients would vanish in float16.
+                # The direction is scaled to length 1: small gradients would vanish in float16.
                 unit = {name: along / torch.where(length > 0, length, 1.0) for name, along in direction.items()}
                 step = torch.where(length > 0, 1 / length, torch.where(length == 0, 1.0, torch.nan))
                 self.changes[part] = hidden_velocity(self.capture, unit), step
@@ -68,7 +68,7 @@ _forward_ad = threading.Lock()
 
 @contextlib.contextmanager
 def _dual_level() -> Iterator[None]:
-    """`forward_ad.dual_level`, of which torch has one in a process, in one thread after the other."""
+    """`forward_ad.dual_level`. Torch has one in a process, so one thread after the other enters it."""
     with _forward_ad, Changes() as changes:
         level = changes.begin(torch._C._enter_dual_level, torch._C._exit_dual_level)
         changes.put(vars(forward_ad), "_current_level", level)

@@ -1,4 +1,4 @@
-"""What a block needs to be run in forward mode: rules for attention and for frozen or LoRA linears."""
+"""What a block needs to run in forward mode: rules for attention, and for quantised and LoRA linears."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class _LoraLinear(torch.autograd.Function):
 
 @contextlib.contextmanager
 def forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
-    """Give blocks what forward mode needs: attention in plain operations, and a rule for quantised linears.
+    """Give blocks what forward mode needs: rules for attention, and for quantised and LoRA linears.
 
     Raises:
         NotImplementedError: some module drops or refuses tangents; the message names it.
@@ -110,7 +110,7 @@ def forward_mode(scored: Scored, batch: Batch) -> Iterator[None]:
 
 
 def _only_factors_move(site: LoraSite) -> bool:
-    """Whether `_LoraLinear` says all of a layer: no bias is trained, and the base is y = W x + b."""
+    """Whether `_LoraLinear` describes a layer: nothing but A and B is trained, and the base is y = W x + b."""
     moving = [p for p in site.layer.parameters() if p.requires_grad]
     return isinstance(site.layer.get_base_layer(), nn.Linear) and all(
         p is site.a.weight or p is site.b.weight for p in moving
@@ -142,8 +142,8 @@ def _moves(value: Any) -> bool:
 
 
 class _MathAttention(TorchFunctionMode):
-    """Torch's attention, where it is called outside transformers' interface and what it is given moves: by the math
-    kernel, which alone has a rule. In this thread; `torch.nn.attention.sdpa_kernel` would be the process'."""
+    """Compute torch's attention by the math kernel, which alone has a rule, if it is called outside transformers'
+    interface and an input moves. In this thread; `torch.nn.attention.sdpa_kernel` would act on the whole process."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and any(_moves(x) for x in (*args, *(kwargs or {}).values())):
@@ -152,7 +152,7 @@ class _MathAttention(TorchFunctionMode):
 
 
 def _calls_attention(kind: type[nn.Module]) -> bool:
-    """Whether a module's forward calls it by itself (Falcon's does); `_MathAttention` costs every call some time."""
+    """Whether a module's forward calls torch's attention (Falcon's does); else `_MathAttention` only costs time."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "scaled_dot_product_attention" in code.co_names
 
@@ -212,7 +212,7 @@ class _Attention(torch.autograd.Function):
 
 
 def forward_mode_attention(registered: Kernel | None, batch: Batch) -> Callable[..., Any]:
-    """What stands in the place of a registry's entry while blocks run in forward mode."""
+    """What replaces a registry's entry while blocks run in forward mode."""
 
     def attention(
         module: nn.Module,
@@ -228,7 +228,7 @@ def forward_mode_attention(registered: Kernel | None, batch: Batch) -> Callable[
 
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             output: torch.Tensor = function(module, query, key, value, attention_mask, *args, **kwargs)[0]
-            return output.clone(memory_format=torch.contiguous_format)  # no view: a velocity has its own memory
+            return output.clone(memory_format=torch.contiguous_format)  # not a view: a velocity has its own memory
 
         return _Attention.apply(query, key, value, run, call, batch), None
 
