@@ -13,7 +13,8 @@ from .trl.command import KINDS, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for a mistake in what was asked for, 130 when interrupted."""
+    """Run a command; the exit status is 0, 1 for too little memory or values that
+    are not finite, 2 for a mistake in what was asked for, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="alphatoken",

@@ -128,6 +128,7 @@ class Changes:
         self.note(torch._C._set_grad_enabled, torch.is_grad_enabled())
         for device in ("cpu", "cuda"):
             self.note(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device))
+            self.note(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device))
 
 
 def _call_all(entries: Any) -> None:

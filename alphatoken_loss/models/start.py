@@ -117,7 +117,14 @@ def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> Non
             "took its part out of the base, which is no reference. Set precompute_ref_log_probs=False, or initialise "
             "the adapter with init_lora_weights=True."
         )
-    (name,) = model.active_adapters  # type: ignore[misc]
+    active: list[str] = list(model.active_adapters)  # type: ignore[arg-type]
+    if len(active) != 1:
+        raise ValueError(
+            f"The adapters {', '.join(active)} are active together, and what is trained does not go back to its start "
+            "when they are off, so that this trainer's reference would need a copy of each. Choose one with "
+            "set_adapter(), or pass ref_model."
+        )
+    name = active[0]
     beside = [n for n in start.tensors if f".{name}." not in n]
     if beside:
         raise ValueError(

@@ -53,7 +53,7 @@ def as_typed(message: str, args: argparse.Namespace) -> str:
 
 
 def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
-    """Print errors in a line, with no traceback; ALPHATOKEN_DEBUG=1 in the environment shows that of a user's mistake.
+    """Print errors in a line, with no traceback; ALPHATOKEN_DEBUG=1 in the environment shows it.
 
     Args:
         memory (`str`): what to do if there was too little memory.
@@ -70,19 +70,16 @@ def or_exit(memory: str = "", again: str = "") -> Callable[[Command], Command]:
             try:
                 with quiet_libraries():
                     return command(args)
-            except (UserError, ValueError, OSError) as error:
-                if os.environ.get("ALPHATOKEN_DEBUG"):
+            except (UserError, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+                short_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+                fault = isinstance(error, RuntimeError) and not short_of_memory
+                if fault or os.environ.get("ALPHATOKEN_DEBUG"):
                     raise
-                print(f"error: {as_typed(str(error), args)}", file=sys.stderr)
-                return 2
-            except FloatingPointError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
-            except RuntimeError as error:
-                if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
-                    raise
-                print(f"error: {first_line(error)} {memory}".rstrip(), file=sys.stderr)
-                return 1
+                if short_of_memory:
+                    print(f"error: {first_line(error)} {memory}".rstrip(), file=sys.stderr)
+                else:
+                    print(f"error: {as_typed(str(error), args)}", file=sys.stderr)
+                return 1 if isinstance(error, (FloatingPointError, RuntimeError)) else 2
             except KeyboardInterrupt:
                 print(f"\nInterrupted. {again}".rstrip(), file=sys.stderr)
                 return 130

@@ -119,6 +119,8 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor], name: str) -> Step |
                 plain()
 
         step()
+    except torch.OutOfMemoryError:  # which is no refusal
+        raise
     except (ValueError, RuntimeError, KeyError) as error:
         model.zero_grad(set_to_none=True)
         return f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)

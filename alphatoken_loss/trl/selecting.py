@@ -28,7 +28,8 @@ class Selecting:
     state: Any
     train_dataset: Any
     _alphatoken_ref: Any
-    _micro_batch = (-1, 0)
+    _train_batch_size: int
+    _micro_batch = (-1, 0, 0)  # the optimizer step, the batch size, the number in the step
 
     def _found_weights(self, token_weights: Any) -> Any:
         """`token_weights`; if there are none, the name of the training data's column "token_weights", if it has one."""
@@ -79,7 +80,9 @@ class Selecting:
     def _draw(self) -> int:
         """The seed of a random selection. It depends only on the run's seed, the optimizer step, the number of the
         micro-batch in it and the process, so that a resumed run draws the same as an uninterrupted one."""
-        step, number = self._micro_batch
-        self._micro_batch = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
-        key = (self.args.seed, *self._micro_batch, self.accelerator.process_index)
+        *where, number = self._micro_batch
+        step, size = self.state.global_step, self._train_batch_size  # a size that ran out of memory begins anew
+        number = number + 1 if where == [step, size] else 0
+        self._micro_batch = (step, size, number)
+        key = (self.args.seed, step, number, self.accelerator.process_index)
         return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")

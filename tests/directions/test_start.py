@@ -42,6 +42,7 @@ from alphatoken_loss import (
 )
 from alphatoken_loss.directions.drift import drift
 from alphatoken_loss.models.sites import find_scored
+from alphatoken_loss.models.start import add_reference_adapter
 
 MOVED = ("pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "loftq")
 BESIDE = {"bias all": {"bias": "all"}, "bias lora_only": {"bias": "lora_only"}}
@@ -219,6 +220,14 @@ def test_remember_start_holds_an_adapter_that_is_trained_further_to_where_it_is(
     assert abs(float(dpo_loss(model, None, pair_batch()).detach()) - math.log(2)) > 1e-3, "by default: the base"
     remember_start(model)
     assert float(dpo_loss(model, None, pair_batch()).detach()) == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_several_active_adapters_have_no_single_start():
+    model = started("pissa")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"adapters default, other are active together.*set_adapter\(\)"):
+        add_reference_adapter(model)
 
 
 @pytest.mark.parametrize("use", ["dpo", "kl", "drift", "fisher"])

@@ -92,7 +92,7 @@ def process_state() -> dict[str, Any]:
         "sdpa": id(nn.functional.scaled_dot_product_attention),
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         "default dtype": torch.get_default_dtype(),
         "anomaly": torch.is_anomaly_enabled(),
         "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True) is None,

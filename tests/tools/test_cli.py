@@ -76,6 +76,15 @@ def test_doctor_says_what_fits_and_what_it_costs(files, capsys):
     assert out.count("scores the last 3 of 3 blocks: q_proj (3)") == len(ESTIMATORS)
 
 
+def test_too_little_memory_is_no_refusal(files, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(doctor, "AlphaToken", full)
+    assert main(["doctor", str(files / "model"), "--length", "16", "--steps", "1", "--device", "cpu"]) == 1
+    assert "error: CUDA out of memory. " in capsys.readouterr().err
+
+
 def test_doctor_says_why_an_estimator_refuses(files, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 

@@ -347,6 +347,9 @@ def test_values_that_are_not_finite_name_their_rows(files, tmp_path, monkeypatch
     monkeypatch.setattr(scoring, "alphatoken_weights", overflow)
     assert main(arguments(files, tmp_path / "out", tokens_per_batch=1)) == 1
     assert "rows [1], counted from 1: values are not finite" in capsys.readouterr().err
+    monkeypatch.setenv("ALPHATOKEN_DEBUG", "1")
+    with pytest.raises(FloatingPointError):
+        main(arguments(files, tmp_path / "again", tokens_per_batch=1))
 
 
 # ------------------------------------------------------------------------------------ formats

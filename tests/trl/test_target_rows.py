@@ -90,32 +90,42 @@ def test_a_target_cut_away_by_truncation(tmp_path, caplog):
     assert len(texts(trainer_of(tmp_path, sft_data(), Dataset.from_list(long), max_length=None))) == 3
 
 
+def with_room_for_two(folder, size, options=None, **args):
+    """Training on a device with room for two rows, and the batch sizes that were tried."""
+    case = feature(options=options, per_device_train_batch_size=size, max_steps=3, **args)
+    trainer = make("sft", SFT, case, folder)
+    sizes, limit = [], 2
+
+    def room(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].shape[0])
+        if sizes[-1] > limit:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.base_model.model.model.register_forward_pre_hook(room, with_kwargs=True)
+    trainer.train()
+    return trainer, sizes
+
+
 @pytest.mark.parametrize("estimator", ["ghost", "difference"])
-def test_a_batch_size_that_is_found_is_the_targets_and_the_fishers_too(estimator, tmp_path, monkeypatch):
-    """On a device with room for two rows, training begins with eight; then it is as if it had begun with two."""
-
-    def run(folder, size, **args):
-        case = feature(options=lambda: {"target_dataset": sft_data(count=4, first=50)}, estimator=estimator,
-                       per_device_train_batch_size=size, max_steps=3, **args)  # fmt: skip
-        trainer = make("sft", SFT, case, folder)
-        sizes, limit = [], 2
-
-        def room(module, args, kwargs):
-            sizes.append(kwargs["input_ids"].shape[0])
-            if sizes[-1] > limit:
-                raise RuntimeError("CUDA out of memory.")
-
-        trainer.model.base_model.model.model.register_forward_pre_hook(room, with_kwargs=True)
-        trainer.train()
-        return trainer, sizes
-
-    found, sizes = run(tmp_path / "found", 8, auto_find_batch_size=True)
-    wanted, _ = run(tmp_path / "two", 2, fisher_batch_size=2)
+def test_a_batch_size_that_is_found_is_the_targets_and_the_fishers_too(estimator, tmp_path):
+    """Training begins with eight rows where two have room; then it is as if it had begun with two."""
+    ours = {"estimator": estimator, "options": lambda: {"target_dataset": sft_data(count=4, first=50)}}
+    found, sizes = with_room_for_two(tmp_path / "found", 8, auto_find_batch_size=True, **ours)
+    wanted, _ = with_room_for_two(tmp_path / "two", 2, fisher_batch_size=2, **ours)
     assert found.state.global_step == 3 and found._train_batch_size == 2
     first = next(i for i, size in enumerate(sizes) if max(sizes[i:]) <= 2)
     assert max(sizes) > 2 and len(sizes) - first > 3 * 2
     for name, gradient in wanted.alphatoken.target.gradients.items():
         assert_close(found.alphatoken.target.gradients[name], gradient, 1e-3, name)  # padding differs
+    for (name, after), (_, expected) in zip(trained(found.model), trained(wanted.model), strict=True):
+        assert_close(after.detach(), expected.detach(), 1e-3, name)
+
+
+def test_a_batch_size_that_is_found_draws_what_it_would_have_drawn(tmp_path):
+    ours = {"selection": "random", "num_layers": None, "options": dict}
+    found, sizes = with_room_for_two(tmp_path / "found", 8, auto_find_batch_size=True, **ours)
+    wanted, _ = with_room_for_two(tmp_path / "two", 2, **ours)
+    assert max(sizes) > 2 and found._train_batch_size == 2
     for (name, after), (_, expected) in zip(trained(found.model), trained(wanted.model), strict=True):
         assert_close(after.detach(), expected.detach(), 1e-3, name)
 
