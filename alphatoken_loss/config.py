@@ -47,8 +47,8 @@ class AlphaTokenConfig:
             roundoff of the coarsest precision in use (2^-12 for float32, 2^-4 for bf16): a smaller nudge has more
             rounding error, a larger one more curvature.
         threshold (`str`, *optional*, defaults to `"quantile"`):
-            `"quantile"` keeps the top `rho` share; `"zero"` keeps every token of positive value; `"soft"` drops none,
-            and weighs each by the sigmoid of its value. For the last two, `rho` only has to be below 1.
+            `"quantile"` keeps the top `rho` share; `"zero"` drops every token whose value is below 0; `"soft"` drops
+            none, and weighs each by the sigmoid of its value. For the last two, `rho` only has to be below 1.
         soft_temperature (`float`, *optional*, defaults to 1.0):
             For the soft threshold: before the sigmoid, a value is divided by this number times the root mean square of
             all values of its `threshold_scope`. The smaller it is, the nearer to `"zero"`.
@@ -72,9 +72,10 @@ class AlphaTokenConfig:
             the rank-one matrix with the same row and column sums, d_out + d_in numbers a layer. The two rank tokens
             nearly alike.
         path_steps (`int`, *optional*):
-            Adam steps to theta*, each on the next of the target's batches. By default it is found by a trial, with at
-            most 16 of them (for pairs 24): a quarter of the target's rows is held out, and the step behind which their
-            loss is lowest counts. theta* itself is then made with all rows.
+            Adam steps to theta*, each on the next of the target's batches, or the next few until they are 8 rows
+            (pairs). By default it is found by a trial, with at most 16 of them (for pairs 24): a quarter of the
+            target's rows is held out, and the step behind which their loss is lowest counts. theta* itself is then made
+            with no row held out.
         path_rate (`float`, *optional*):
             Adam's learning rate in these steps. By default the same trial chooses 3e-3, 1e-3 or 3e-4 (for pairs 1e-3,
             3e-4 or 1e-4). If no row can be held out, it is the first of them, and all steps are taken.
@@ -225,6 +226,13 @@ class AlphaTokenConfig:
     def scope(self) -> Scope:
         """Which trained parameters the estimator can score, see `find_scored`."""
         return estimator_class(self.estimator).scope
+
+
+def read_config(config: AlphaTokenConfig | None) -> AlphaTokenConfig:
+    """The settings that were given, or the default ones."""
+    if config is not None and not isinstance(config, AlphaTokenConfig):
+        raise TypeError(f"config is a {type(config).__name__}; it must be an AlphaTokenConfig.")
+    return config or AlphaTokenConfig()
 
 
 def _is_number(value: object) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from .batches.batch import Batch
 from .batches.read import read_batch
-from .config import AlphaTokenConfig
+from .config import AlphaTokenConfig, read_config
 from .directions.fisher import Fisher
 from .directions.path import Path
 from .directions.source import Source
@@ -116,7 +116,7 @@ class AlphaToken:
         self.model = model
         self.strict = strict
         self.ref_model = ref_model
-        self.config = config or AlphaTokenConfig()
+        self.config = read_config(config)
         self.selection = make_selection(selection, self.config, selection_options)
         self.negative_weights = negative_weights
         if token_weights is not None:
@@ -292,6 +292,8 @@ class AlphaToken:
 
     def _weigher(self, batch: Batch, asked: Asked, *, known: bool) -> Weigher:
         compares = self.config.path_kl > 0 and self.selection.valued
+        if known and self.selection.valued and not compares:  # theta* is no later step's start
+            self._memory.enter(self.source, self._scored())
         if not self.selection.valued or (known and not compares):
             return Weighed(self.model, batch, None if known else self.selection.after)
         scored = self._scored()

@@ -12,7 +12,7 @@ from torch import nn
 
 from .batches.batch import Batch
 from .batches.read import read_batch
-from .config import AlphaTokenConfig
+from .config import AlphaTokenConfig, read_config
 from .directions.estimate import fisher_of_batches
 from .directions.fisher import Fisher
 from .directions.gradients import loss_gradients
@@ -122,7 +122,7 @@ def alphatoken_weights(
         >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
         >>> sft_loss(model, batch, weights).backward()
     """
-    config = config or AlphaTokenConfig()
+    config = read_config(config)
     read = read_batch(batch)
     check_loss("sigmoid", beta, 0.0)
     if config.rho >= 1.0 and not return_values:

@@ -26,7 +26,8 @@ import torch
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
-PATHS = ("--data", "--output", "--cache", "--model")  # options whose values say something of a machine, not of a run
+# Options whose values say something of a machine, not of a run.
+PATHS = ("--data", "--output", "--cache", "--model", "--json", "--plot")
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _SPREAD = re.compile(r"([+-]?\d+\.\d+) ±(\d+\.\d+)")
 
@@ -79,6 +80,7 @@ def write(
 ) -> None:
     """Write figures with the date, the command, the machine and the versions they were made with."""
     settings = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
+    settings = {name: value for name, value in settings.items() if f"--{name}" not in PATHS}
     head = {"date": str(date.today()), "command": command(), "machine": machine(device), "versions": versions()}
     text = json.dumps(
         {**head, "settings": settings, **more, "results": results}, indent=1, ensure_ascii=False, default=str

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from .batch import IGNORE, Batch
 
-_NOT_FOR_THE_MODEL = {"labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "num_items_in_batch"}
+REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+_NOT_FOR_THE_MODEL = {"labels", "completion_mask", *REFERENCE_LOGPS, "num_items_in_batch"}
 COLUMNS = ("token_weights", "path_logps")  # a batch may have these: one number per token
 
 
@@ -143,6 +144,8 @@ def _check_shapes(batch: Batch) -> None:
                     f"({batch.shape[0] // 2},)."
                 )
     for name, column in batch.columns.items():
+        if not isinstance(column, torch.Tensor):
+            raise TypeError(f"{name} is a {type(column).__name__}; a column of a batch must be a tensor.")
         if name == "path_logps" and column.shape != batch.labels.shape:
             raise ValueError(
                 f"path_logps have shape {tuple(column.shape)} and the labels {batch.shape}; they must agree, one "

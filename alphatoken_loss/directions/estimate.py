@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
-from ..config import AlphaTokenConfig
+from ..config import AlphaTokenConfig, read_config
 from ..losses.logps import token_logps
 from ..models.attention import AttentionCall
 from ..models.changes import Changes, undoing
@@ -199,7 +199,7 @@ def estimate_fisher(
         >>> fisher = estimate_fisher(model, prompts, tokenizer=tokenizer)
         >>> fisher.save("fisher.safetensors")
     """
-    config = config or AlphaTokenConfig()
+    config = read_config(config)
     scored = find_scored(model, config.scored_layers, config.scope)
     dense = config.fisher == "dense"
     if not generate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
+from ..losses.compare import autocast_without_cache
 from ..losses.logps import token_logps
 from ..losses.preference import LOSSES, pair_logps, reference_logps
 from ..models import tensors
@@ -46,13 +48,13 @@ def make_path(
 ) -> Path:
     """Go from where the adapter is to theta*: Adam steps down the validation loss and the drift.
 
-    Each step takes the next batch. Dropout is off and nothing is random, so the same batches give the same theta*. For
-    SFT batches the loss is the mean of -log p over response tokens. For preference pairs it is the DPO loss plus
-    `path_likelihood` times the mean of -log p over the tokens of chosen answers. If rate or number of steps is not
-    given, a trial finds those that lower the loss of a held-out quarter of the rows most, and theta* is then made with
-    all rows; with `path_holdout`, theta* is where the loss of that share was lowest. Parameters, gradients, modes and
-    the random state are left as they were, also when an error is raised. In distributed runs each process gives its
-    share of the batches and gets the same theta*.
+    Each step takes the next batch, or the next few until they are 8 rows (pairs). Dropout is off and nothing is random,
+    so the same batches give the same theta*. For SFT batches the loss is the mean of -log p over response tokens. For
+    preference pairs it is the DPO loss plus `path_likelihood` times the mean of -log p over the tokens of chosen
+    answers. If rate or number of steps is not given, a trial finds those that lower the loss of a held-out quarter of
+    the rows most, and theta* is then made with no row held out; with `path_holdout`, theta* is where the loss of that
+    share was lowest. Parameters, gradients, modes and the random state are left as they were, also when an error is
+    raised. In distributed runs each process gives its share of the batches and gets the same theta*.
 
     Args:
         model (`nn.Module`): the model in training; the path begins at its present values.
@@ -78,10 +80,14 @@ def make_path(
         >>> alphatoken = AlphaToken(model, path=path, config=AlphaTokenConfig(estimator="path"))
     """
     config = config or AlphaTokenConfig(estimator="path")
+    if isinstance(batches, Mapping | Batch):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}; it must be validation batches, of SFT or of pairs.")
     given: dict[str, Any] = {"path_steps": steps, "path_rate": rate}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})
     scored = find_scored(model, config.scored_layers, config.scope)
-    read = [read_batch(batch).to(scored.device) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
+    read = [read_batch(batch).to(scored.device) for batch in batches]
     if config.stability_weight > 0 and fisher is None:
         chosen = [batch.chosen() for batch in read]
         fisher = fisher_of_batches(model, scored, ref_model, chosen, dense=config.fisher == "dense")
@@ -105,8 +111,8 @@ def follow(
     goal = _Goal(inner, ref_model, scored, batches, config, drifting, config.path_holdout)
     if config.path_holdout > 0 and not goal.judges:
         raise ValueError(
-            f"path_holdout is {config.path_holdout}, but the target's batches hold one row each, or no response "
-            "token in their last rows: nothing can be held out. Give larger batches, or set path_holdout=0."
+            f"path_holdout is {config.path_holdout}, but the target is one row, or the rows to be held out have no "
+            "response token. Give more rows, or set path_holdout=0."
         )
     steps, rate = config.path_steps, config.path_rate
     most, known = (24, _PAIR_RATES) if goal.pairs else (16, _RATES)
@@ -116,9 +122,11 @@ def follow(
         searched = _Goal(inner, ref_model, scored, batches, config, drifting, _HELD_OUT)
     tries = len(rates) if searched.judges else 0
     again = searched is not goal or not tries  # on all rows
-    with tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide) as bar:
+    bar = tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide)
+    with bar, autocast_without_cache(scored.device.type):  # each step has tensors of its own, which a cache would keep
         walks = [searched.walk(steps or most, each, bar) for each in rates[:tries]]
-        best = min(walks, key=lambda walk: walk.losses[-1] if steps else walk.least, default=_Walk(rates[0]))
+        to_the_end = steps and again  # else it may end before, where the loss is lowest
+        best = min(walks, key=lambda walk: walk.losses[-1] if to_the_end else walk.least, default=_Walk(rates[0]))
         if again:
             best = goal.walk(steps or best.turn or most, best.rate, bar)
     found = best.end if again else best.lowest
@@ -127,7 +135,7 @@ def follow(
             f"theta* is not finite after {len(best.losses)} steps at a rate of {best.rate}. Lower path_rate, and look "
             "at the validation batches and the Fisher."
         )
-    return Path(found, len(best.losses), base_of(inner))
+    return Path(found, len(best.losses) if again else best.turn, base_of(inner))
 
 
 @dataclass
@@ -155,6 +163,7 @@ class _Walk:
         return self.losses.index(self.least) + 1 if self.losses and math.isfinite(self.least) else 0
 
 
+_ROWS = 8  # rows (pairs) in each process that a step is taken on at least, if there are so many
 _HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
 _RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # the first if no row can be held out
 
@@ -164,6 +173,7 @@ class _Goal:
 
     Attributes:
         pairs (`bool`): whether its batches are preference pairs.
+        groups (`list`): for each step, the batches that it is taken on.
         held_out (`list`): the last `share` of each batch's rows, on which no step is taken.
         judges (`bool`): whether any process has such rows.
     """
@@ -189,9 +199,9 @@ class _Goal:
         if pairs and plain:
             raise ValueError("The target holds SFT batches and preference pairs. Give batches of one kind.")
         self.pairs = pairs > 0
-        apart = [_split(batch, share) for batch in with_rows]
-        self.batches = [_with_reference(batch, model, ref_model) for batch, _ in apart]
-        self.held_out = [_with_reference(batch, model, ref_model) for _, batch in apart if batch is not None]
+        stepped_on, held_out = _apart(with_rows, share)
+        self.groups = _grouped([_with_reference(batch, model, ref_model) for batch in stepped_on])
+        self.held_out = [_with_reference(batch, model, ref_model) for batch in held_out]
         self._held = _counts_of(self.held_out, scored.device)
         self.judges = self._held[0] > 0
 
@@ -216,18 +226,15 @@ class _Goal:
         return walk
 
     def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gradient at `there` of the mean loss of a step's batch, over all processes."""
-        batch, ref_logps = self.batches[step % len(self.batches)] if self.batches else (None, None)
-        counts = _counts_of([] if batch is None else [(batch, ref_logps)], self.scored.device)
-        if batch is None:  # a process without a batch still takes part in the sum
-            found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
-        else:
-            loss = self._loss(batch, ref_logps, counts)
+        """Gradient at `there` of the mean loss of a step's batches, over all processes."""
+        group = self.groups[step % len(self.groups)] if self.groups else []
+        counts = _counts_of(group, self.scored.device)
+        found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
+        for batch, ref_logps in group:  # a process without a batch still takes part in the sum
             moved = _placed(self.scored.parameters, there, grad=True)
-            found = run_at(
-                self.model, moved, lambda model: scored_gradients(model, _live(self.scored, moved), batch, loss)
-            )
-        found = {name: tensor.to(there[name].dtype) for name, tensor in found.items()}
+            run = partial(scored_gradients, scored=_live(self.scored, moved), batch=batch,
+                          loss=self._loss(batch, ref_logps, counts))  # fmt: skip
+            found = tensors.added(found, run_at(self.model, moved, run), 1.0)
         all_sum(list(found.values()), 0)
         return found
 
@@ -256,7 +263,10 @@ class _Goal:
         return loss
 
 
-def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> tuple[Batch, torch.Tensor | None]:
+_Read = tuple[Batch, torch.Tensor | None]  # pairs with their log-probabilities under the reference
+
+
+def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> _Read:
     return batch, reference_logps(model, ref_model, batch) if batch.pairs else None
 
 
@@ -270,13 +280,44 @@ def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> li
     return counts.tolist()
 
 
-def _split(batch: Batch, share: float) -> tuple[Batch, Batch | None]:
-    """A batch without the last `share` of its rows (pairs), and a batch of these, or None."""
-    size = batch.shape[0] // 2 if batch.pairs else batch.shape[0]
-    if not share or size < 2:
-        return batch, None
-    kept = size - min(max(int(size * share + 0.5), 1), size - 1)
-    return batch.part(slice(kept)), batch.part(slice(kept, size))
+def _size(batch: Batch) -> int:
+    return batch.shape[0] // 2 if batch.pairs else batch.shape[0]
+
+
+def _apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """The batches without the last `share` of the rows (pairs) of each, and batches of these.
+
+    Of batches that hold one row, about every (1 / share)th is held out whole.
+    """
+    if not share:
+        return list(batches), []
+    kept: list[Batch] = []
+    held: list[Batch] = []
+    alone = 0
+    for batch in batches:
+        size = _size(batch)
+        if size > 1:
+            end = size - min(max(int(size * share + 0.5), 1), size - 1)
+            kept.append(batch.part(slice(end)))
+            held.append(batch.part(slice(end, size)))
+        else:
+            alone += 1
+            out = int(alone * share + 0.5) > int((alone - 1) * share + 0.5)
+            (held if out else kept).append(batch)
+    return (kept, held) if kept else (held, [])
+
+
+def _grouped(batches: Sequence[_Read]) -> list[list[_Read]]:
+    """Neighbours together, until they are `_ROWS` rows: how many rows run together does not decide what a step is."""
+    groups: list[list[_Read]] = []
+    rows = _ROWS
+    for batch, ref_logps in batches:
+        if rows >= _ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append((batch, ref_logps))
+        rows += _size(batch)
+    return groups
 
 
 def _placed(

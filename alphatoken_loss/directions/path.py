@@ -81,15 +81,20 @@ class Path:
         Raises:
             ValueError: the model has no parameter of a name, or one of another shape.
         """
-        own = dict(unwrap(model).named_parameters())
+        own = self._places(unwrap(model))
+        with torch.no_grad():
+            for name, tensor in self.parameters.items():
+                own[name].copy_(tensor)
+
+    def _places(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters by name; those of the path are among them."""
+        own = dict(model.named_parameters())
         for name, tensor in self.parameters.items():
             if name not in own or own[name].shape != tensor.shape:
                 raise ValueError(
                     f"The model has no parameter {name} of shape {tuple(tensor.shape)}. {_MADE_FOR_ANOTHER}"
                 )
-        with torch.no_grad():
-            for name, tensor in self.parameters.items():
-                own[name].copy_(tensor)
+        return own
 
     def logps(self, model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Tensor:
         """Log-probabilities of a batch's labels at theta*, without dropout: what `path_logps` of a batch holds.
@@ -97,10 +102,13 @@ class Path:
         Returns:
             `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model) in nats, aligned with the labels, 0 where
             there is none; chosen rows first for pairs.
+
+        Raises:
+            ValueError: the model has no parameter of a name, or one of another shape.
         """
         read = read_batch(batch)
         inner = unwrap(model)
-        own = dict(inner.named_parameters())
+        own = self._places(inner)
         placed = {name: tensor.to(own[name]) for name, tensor in self.parameters.items()}
         with torch.no_grad(), without_noise(inner):
             return run_at(inner, placed, lambda m: token_logps(m, read))

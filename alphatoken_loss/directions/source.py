@@ -47,6 +47,8 @@ class Source:
         optimizer: torch.optim.Optimizer | None = None,
         path: Path | str | None = None,
     ) -> None:
+        _check_kind("fisher", fisher, Fisher, "Read a saved one with Fisher.load.")
+        _check_kind("path", path, (Path, str), "Read a saved one with alphatoken_loss.Path.load.")
         if target is None and optimizer is not None:
             raise ValueError(
                 "An optimizer was given without a target. The other sequences of a batch, which stand in for one, are "
@@ -200,6 +202,11 @@ class Source:
         bits = fingerprint(parameters)
         before, self._state = self._state, (versions, bits)
         return before is not None and not torch.equal(before[1], bits)
+
+
+def _check_kind(name: str, value: object, kinds: Any, how: str) -> None:
+    if value is not None and not isinstance(value, kinds):
+        raise TypeError(f"{name} is a {type(value).__module__}.{type(value).__name__}. {how}")
 
 
 def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
-from ..config import AlphaTokenConfig
+from ..config import AlphaTokenConfig, read_config
 from ..models import tensors
 from ..models.changes import undoing
 from ..models.processes import all_sum
@@ -85,7 +85,7 @@ def target_gradient(
         >>> target = target_gradient(model, validation_batches)
         >>> weights = alphatoken_weights(model, None, batch, target=target, fisher=fisher)
     """
-    config = config or AlphaTokenConfig()
+    config = read_config(config)
     return estimate_target(model, find_scored(model, config.scored_layers, config.scope), batches)
 
 

@@ -161,7 +161,9 @@ class AlongPath(Estimator):
         def go_ahead(call: Call) -> None:
             started = time.perf_counter()
             if self.there is not None:
-                ahead.append(self.forward.again(call, self.there))
+                still = self.task.config.path_from == "reference"  # dropout would change the sign of values
+                with without_noise(self.task.model) if still else contextlib.nullcontext():
+                    ahead.append(self.forward.again(call, self.there))
             self.seconds += time.perf_counter() - started
 
         def leave(call: Call, hidden: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch
         return _whole_pairs(values.total, batch, config)
     groups = _groups(batch, config.threshold_scope)
     if config.threshold == "zero":
-        return (groups >= 0) & (values.total > 0)
+        return (groups >= 0) & (values.total >= 0)  # all, where theta is theta*
     if config.threshold == "soft":
         return soft_weights(values.total, groups, temperature=config.soft_temperature)
     return keep_mask(values.total, groups, rho=config.rho)
@@ -98,8 +98,10 @@ def _whole_pairs(values: torch.Tensor, batch: Batch, config: AlphaTokenConfig) -
     groups = torch.where(batch.rows.any(1).view(2, -1).any(0, keepdim=True), 0, -1)
     if config.threshold == "soft":
         kept = soft_weights(totals, groups, temperature=config.soft_temperature)
+    elif config.threshold == "zero":
+        kept = (groups >= 0) & (totals >= 0)
     else:
-        kept = (groups >= 0) & (totals > 0) if config.threshold == "zero" else keep_mask(totals, groups, rho=config.rho)
+        kept = keep_mask(totals, groups, rho=config.rho)
     return batch.rows.roll(1, 1) * kept[0].repeat(2)[:, None]
 
 

@@ -67,8 +67,8 @@ class AlphaTokenArguments(_Settings):
         target_size (`int`, *optional*, defaults to 32):
             Rows of the training data that are held out as the target if no `target_dataset` is given.
         target_batch_size (`int`, *optional*):
-            Target rows run together; for `estimator="path"`, the rows of one step to theta* in each process. By default
-            `per_device_train_batch_size`.
+            Target rows run together; one step to theta* (`estimator="path"`) takes as many, at least 8, in each
+            process. By default `per_device_train_batch_size`.
         fisher_path (`str`, *optional*):
             A saved Fisher. By default it is estimated when training starts, and saved in `output_dir`.
         fisher_prompts (`int`, *optional*, defaults to 1000):

@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
+from ..batches.read import REFERENCE_LOGPS
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
 from ..models.start import add_reference_adapter, has_adapters
@@ -149,7 +150,10 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training or target batch as `AlphaToken` reads it. Override it if the trainer's has another form."""
-        return inputs
+        if getattr(self.args, "ld_alpha", None) is None:
+            return inputs
+        # With ld_alpha, TRL's precomputed sums leave out a part of the longer answer's end: no log-probability of it.
+        return {name: value for name, value in inputs.items() if name not in REFERENCE_LOGPS}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         columns = {name: inputs[name] for name in self.token_columns if name in inputs}

@@ -18,8 +18,21 @@ KINDS = {  # row of step_cost.json -> what the pages call it, what it scores, it
         ("difference, float32, default", "difference, nf4, default"),
     ),
     "difference, bf16": ("the same under bf16 autocast", "", ("difference, bf16 autocast, default",)),
+    "path": ('`"path"`, a forward at theta* in each step', "all that is trained", ()),
+    "path, KL to theta*": ("the same with its KL, as in `best()`", "", ()),
+    "path, precomputed": ("the same, its log-probabilities in the data", "", ()),
     "exact, K=3": ('`"exact"`, K = 3', "all that is trained in three blocks", ("exact, K=3",)),
     "exact, all": ('`"exact"`, all blocks', "all that is trained in the blocks", ()),
+}
+
+
+WEIGHED = {  # the gate with other weights
+    "weights given": "weights given with the batch",
+    "DFT": "DFT",
+    "STM of the model": "STM, by the model's own probabilities",
+    "EAFT": "EAFT",
+    "STM of the reference": "STM, by the reference's",
+    "plain + KL to the reference": "for comparison: all tokens and a KL to the reference",
 }
 
 
@@ -50,6 +63,16 @@ def costs() -> str:
     header = ["", "scores", "step, without / with checkpointing", "with the target's refresh",
               "rank correlation with exact values", "same half kept"]  # fmt: skip
     return markdown(header, rows, "step_cost", "fidelity")
+
+
+@table
+def costs_weighed() -> str:
+    found = load("step_cost")["results"]
+    rows = [
+        [title, " / ".join(f"{kind[name]['time ratio']:.2f}" for kind in found.values())]
+        for name, title in WEIGHED.items()
+    ]
+    return markdown(["", "step, without / with checkpointing"], rows, "step_cost")
 
 
 @table

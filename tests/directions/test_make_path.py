@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import cases
 import pytest
@@ -16,6 +18,7 @@ from paths import at, explicit_path, given_fisher, names_of, validation_loss
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, Path, make_path
+from alphatoken_loss.directions import follow
 
 STEPS, RATE = 5, 2e-2
 
@@ -44,16 +47,44 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("least", [1, 8])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", list(TARGETS))
-def test_against_adam_on_a_copy(kind, seed):
+def test_against_adam_on_a_copy(kind, seed, least, monkeypatch):
+    """A step takes the next batches, until they are so many rows; batches of one row or more give the same."""
+    monkeypatch.setattr("alphatoken_loss.directions.follow._ROWS", least)
     with norms_in_own_dtype():
         model, batches = lora_model("llama", seed=seed), TARGETS[kind](seed)
         found = made(model, batches).parameters
-        expected = explicit_path(model, batches, steps=STEPS, rate=RATE)
+        expected = explicit_path(model, batches, steps=STEPS, rate=RATE, least=least)
         assert farthest(found, expected, model) < 1e-8
         for wrong in ("drift", *(["first batch"] if len(batches) > 1 else [])):
-            assert farthest(found, explicit_path(model, batches, steps=STEPS, rate=RATE, wrong=wrong), model) > 1e-2
+            wrongly = explicit_path(model, batches, steps=STEPS, rate=RATE, least=least, wrong=wrong)
+            assert farthest(found, wrongly, model) > 1e-2
+
+
+def row_by_row(batch):
+    return [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(batch["input_ids"]))]
+
+
+@pytest.mark.parametrize("changes", [{}, {"path_steps": None}, {"path_rate": None}, {"path_holdout": 0.25}])
+def test_how_many_rows_run_together_is_nothing_to_theta_star(changes, monkeypatch):
+    """12 rows as 3 batches of 4, or one by one: of either, every fourth is held out, and the others are stepped on."""
+    monkeypatch.setattr("alphatoken_loss.directions.follow._ROWS", 12)
+
+    def one_by_one(rows):
+        order = [row for i in range(0, 12, 4) for row in (i, i + 3, i + 1, i + 2)]  # of four, the second is held out
+        return made(model, [rows[i] for i in order], **changes)
+
+    with norms_in_own_dtype():
+        model = lora_model("llama")
+        rows = [row for seed in range(4) for row in row_by_row(sft_batch("none", seed=seed))]
+        together = [{name: torch.cat([row[name] for row in rows[i : i + 4]]) for name in rows[0]} for i in (0, 4, 8)]
+        together, alone = made(model, together, **changes), one_by_one(rows)
+        assert alone.steps == together.steps > 0
+        assert farthest(alone.parameters, together.parameters, model) < 1e-8
+        rows[-2] = {**rows[-2], "input_ids": rows[-2]["input_ids"].roll(1, 1)}
+        assert farthest(alone.parameters, one_by_one(rows).parameters, model) > 1e-3, "each row counts"
 
 
 @pytest.mark.parametrize("changes", [{"stability_weight": 0.0}, {"stability_weight": 6.0}, {"num_layers": 2}])
@@ -237,6 +268,34 @@ def test_a_rate_at_which_nothing_is_finite_is_not_taken():
     assert all(torch.equal(found.parameters[name], expected[name]) for name in expected)
 
 
+def test_with_rows_held_out_the_rate_is_that_of_the_lowest_loss():
+    model, batches = lora_model("llama", layers=1), [sft_batch("none", seed=seed) for seed in (1, 2)]
+    walks = iter([1.0, 5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 2.0, 3.0, 3.0, 3.0, 3.0])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("alphatoken_loss.directions.follow._Goal.held_out_loss", lambda self, there: next(walks))
+        found = made(model, batches, path_steps=4, path_rate=None, path_holdout=0.3)
+    assert found.steps == 1
+    expected = made(model, batches, path_steps=1, path_rate=3e-3, path_holdout=0.3).parameters
+    assert all(torch.equal(found.parameters[name], expected[name]) for name in expected)
+
+
+def test_within_autocast_its_steps_are_let_go(monkeypatch):
+    """Autocast keeps what it has cast, and its casts, until the outermost context ends."""
+    placed, made_there = follow._placed, []
+
+    def noted(*args, **kwargs):
+        found = placed(*args, **kwargs)
+        made_there.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(follow, "_placed", noted)
+    model, batches = lora_model("llama", dtype=torch.float32), cases.validation()
+    with torch.autocast("cpu", torch.bfloat16):
+        made(model, batches, stability_weight=0.0)
+        gc.collect()
+        assert len(made_there) > STEPS and not [each for each in made_there if each() is not None]
+
+
 def test_held_out_pairs():
     with norms_in_own_dtype():
         model, batch = lora_model("llama"), pair_batch("stacked_ref")
@@ -249,7 +308,7 @@ def test_held_out_pairs():
 def test_nothing_to_hold_out():
     model = lora_model("llama", layers=1)
     one = {name: t[:1] for name, t in sft_batch("none").items()}
-    with pytest.raises(ValueError, match=r"path_holdout is 0.5.*one row each.*path_holdout=0"):
+    with pytest.raises(ValueError, match=r"path_holdout is 0.5.*target is one row.*path_holdout=0"):
         made(model, [one], path_holdout=0.5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import cases
 import pytest
 import reference
@@ -426,6 +428,32 @@ def test_training_starts_at_theta_star():
     assert alphatoken.metrics()["target_age"] == 1
 
 
+@pytest.mark.parametrize(("kind", "scope"), [("right", "batch"), ("left", "sequence"), ("stacked", "sequence"),
+                                             ("stacked", "pair")])  # fmt: skip
+def test_a_threshold_of_zero_does_not_hold_training_at_theta_star(kind, scope):
+    """There all values are 0, and so is the gradient of the KL: if no token were kept, no step would lead away."""
+    model, batch = lora_model("llama"), batch_of(kind)
+    alphatoken = gate_of(model, path_start=True, path_kl=KL, threshold="zero", threshold_scope=scope)
+    loss = dpo_loss(model, None, batch, alphatoken) if is_pairs(batch) else sft_loss(model, batch, alphatoken)
+    loss.backward()
+    assert torch.equal(alphatoken.weights.bool(), response(batch))
+    assert max(float(gradient.abs().max()) for gradient in grads_of(model).values()) > 0
+
+
+def test_training_starts_at_theta_star_with_weights_that_are_given_too():
+    """Else the first batch that is valued would undo the steps before it."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    path = some_path(model)
+    alphatoken = gate_of(model, path, path_start=True)
+    with alphatoken(batch, weights=response(batch).double()):
+        model(**batch, use_cache=False).loss.backward()
+    assert torch.equal(_own(model, path), _flat(path))
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    moved = _own(model, path)
+    sft_loss(model, batch, alphatoken).backward()
+    assert torch.equal(_own(model, path), moved) and not torch.equal(moved, _flat(path))
+
+
 def _own(model, path):
     own = dict(model.named_parameters())
     return torch.cat([own[name].detach().flatten() for name in path.parameters])
@@ -506,6 +534,25 @@ def test_what_cannot_be():
     off = AlphaToken(model, config=config_of(rho=1.0))
     with pytest.raises(ValueError, match=r'kl_on is "dropped", but rho=1.0'), off(batch, kl_coef=0.1, kl_on="dropped"):
         pass
+
+
+def test_arguments_of_another_type():
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    path = some_path(model)
+    for given in (pathlib.Path("path.safetensors"), dict(path.parameters)):
+        with pytest.raises(TypeError, match=r"path is a .*Path\.load"):
+            AlphaToken(model, path=given, config=config_of())
+    with pytest.raises(TypeError, match=r"fisher is a builtins.str.*Fisher\.load"):
+        AlphaToken(model, target=[batch], fisher="fisher.safetensors", config=config_of())
+    with pytest.raises(TypeError, match=r"config is a dict; it must be an AlphaTokenConfig"):
+        AlphaToken(model, target=[batch], config={"rho": 0.5})
+    with pytest.raises(TypeError, match=r"batches is a NoneType; it must be validation batches"):
+        make_path(model, None)
+    with pytest.raises(ValueError, match=r"no parameter base_model.* of shape .*make_path"):
+        path.logps(base_model("llama"), batch)
+    column = {**batch, "path_logps": path.logps(model, batch).tolist()}
+    with pytest.raises(TypeError, match=r"path_logps is a list; a column of a batch must be a tensor"):
+        alphatoken_weights(model, None, column, config=config_of())
 
 
 def test_columns_that_cannot_be():
@@ -597,6 +644,19 @@ def test_from_the_reference(kind, how):
     assert_close(alphatoken.values.total, expected, TOL64)
 
 
+@pytest.mark.parametrize("path_kl", [0.0, KL])
+def test_dropout_does_not_change_values_from_the_reference(path_kl):
+    """The training forward has its noise; theta* and the reference have none."""
+    model, batch = lora_model("llama", lora_dropout=0.5), pair_batch("stacked")
+    path = some_path(model)
+    still = reference.frozen_copy(model)
+    expected = _from_reference(still.eval(), path, batch)
+    alphatoken = gate_of(model.train(), path, path_from="reference", path_kl=path_kl)
+    dpo_loss(model, None, batch, alphatoken).backward()
+    assert_close(alphatoken.values.total, expected, TOL64)
+    assert any(module.training for name, module in model.named_modules() if "lora_dropout" in name)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_whole_pairs(seed):
     model, batch = lora_model("llama", seed=seed), pair_batch("stacked", seed=seed)
@@ -605,7 +665,7 @@ def test_whole_pairs(seed):
     sums = _from_reference(model, path, batch).sum(1)
     pairs = sums[:half] + sums[half:]
     for changes, kept in (
-        ({"threshold": "zero"}, pairs > 0),
+        ({"threshold": "zero"}, pairs >= 0),
         ({"rho": 0.5}, pairs >= torch.quantile(pairs, 0.5)),
     ):
         config = config_of(path_from="reference", threshold_scope="pair", **changes)

@@ -44,10 +44,35 @@ def validation_loss(work, ref_logps, batch, *, beta=0.1, likelihood=1.0):
     return dpo + likelihood * nll[:half].sum() / mask[:half].sum()
 
 
-def explicit_path(model, batches, *, steps, rate, weight=1.5, k="all", seed=0, wrong="", **options):
-    """theta* by name. `wrong` plants a mistake."""
+def mean_loss(work, group, *, beta=0.1, likelihood=1.0):
+    """`validation_loss` of batches with their reference log-probabilities, as if they were one batch."""
+    chosen = dpo = torch.zeros((), dtype=torch.float64)
+    tokens = pairs = 0
+    for batch, ref_logps in group:
+        rows, mask = stacked(batch), response(batch)
+        nll = reference.token_nll(work, rows)
+        half = len(mask) // 2 if is_pairs(batch) else len(mask)
+        chosen, tokens = chosen + nll[:half].sum(), tokens + mask[:half].sum()
+        if is_pairs(batch):
+            dpo, pairs = dpo + reference.dpo_sum(ref_logps, beta)(nll), pairs + half
+    return dpo / pairs + likelihood * chosen / tokens if pairs else chosen / tokens
+
+
+def in_groups(batches, least):
+    """Neighbours together, until a group has `least` rows or pairs."""
+    groups = [[]]
+    for batch in batches:
+        if sum(len(response(b)) // (1 + is_pairs(b)) for b in groups[-1]) >= least:
+            groups.append([])
+        groups[-1].append(batch)
+    return groups
+
+
+def explicit_path(model, batches, *, steps, rate, weight=1.5, k="all", seed=0, wrong="", least=8, **options):
+    """theta* by name; a step takes `least` rows. `wrong` plants a mistake."""
     fisher = cases.fisher_tensors(model, FAMILY, k, seed=seed)
-    refs = [reference.reference_logps(model, batch) if is_pairs(batch) else None for batch in batches]
+    groups = in_groups(batches[:1] if wrong == "first batch" else batches, least)
+    with_refs = [[(b, reference.reference_logps(model, b) if is_pairs(b) else None) for b in g] for g in groups]
     layers = reference.scored_layers(model, FAMILIES[FAMILY], k)
     work = reference.frozen_copy(model)
     has_ref = reference.reference_adapter(model) == "ref"
@@ -55,8 +80,7 @@ def explicit_path(model, batches, *, steps, rate, weight=1.5, k="all", seed=0, w
     parameters = {name: dict(work.named_parameters())[name] for name in names_of(model, k)}
     optimizer = torch.optim.Adam(parameters.values(), lr=rate)
     for step in range(steps):
-        i = step % len(batches) if wrong != "first batch" else 0
-        loss = validation_loss(work, refs[i], batches[i], **options)
+        loss = mean_loss(work, with_refs[step % len(groups)], **options)
         if wrong == "drift":
             weight = -abs(weight)
         loss = loss + weight * drift_energy(work, layers, fisher, start)

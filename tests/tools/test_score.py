@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -29,6 +31,7 @@ from alphatoken_loss.tools.cli import UserError
 from alphatoken_loss.tools.score import parts
 from alphatoken_loss.tools.score import scorer as scoring
 from alphatoken_loss.tools.score.reselect import reselect
+from alphatoken_loss.tools.score.rows import Tokens
 
 CONFIG = AlphaTokenConfig(num_layers=2)
 PAIR_COLUMNS = [f"{b}_{c}" for b in ("chosen", "rejected") for c in ("input_ids", "attention_mask", "labels")]
@@ -459,8 +462,33 @@ def test_values_along_the_path_are_those_of_two_models(files, tmp_path, dataset,
             assert error(found.roll(1), wanted) > 0.1
 
 
+def test_the_drift_along_the_path_counts_without_an_adapter_too(files, tmp_path):
+    """The new adapter has not drifted where it is, but does on its way to theta*."""
+    options = {"num_layers": None, "estimator": "path", "fisher": None, "adapter": None, "fisher_prompts": 2}
+    options["fisher_new_tokens"] = 2
+    paths = []
+    for weight in (0.0, 1e6):
+        folder = tmp_path / str(weight)
+        assert main(arguments(files, folder, **options, stability_weight=weight)) == 0
+        paths.append(ThetaStar.load(folder / "path.safetensors").parameters)
+    assert (tmp_path / "1000000.0" / "fisher.safetensors").is_file()
+    assert max(error(there, paths[0][name]) for name, there in paths[1].items() if "lora_B" in name) > 0.1
+
+
+def test_rows_are_held_out_of_the_path_whatever_their_length(files):
+    """Batches are of like length; those of a path are in no order, since the last rows of each are held out."""
+    rows = [(Tokens(list(range(n)), [False] + [True] * (n - 1)),) for n in range(2, 14)]
+    scorer = SimpleNamespace(args=SimpleNamespace(tokens_per_batch=10**4), pad=0, device="cpu")
+    lengths = [
+        [int(n) for batch in scoring.Scorer._batches(scorer, rows, rng) for n in batch["attention_mask"].sum(1)]
+        for rng in (None, random.Random(0))
+    ]
+    assert lengths[0] == list(range(2, 14)) and lengths[1] != lengths[0] and sorted(lengths[1]) == lengths[0]
+
+
 def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path, monkeypatch, capsys):
     """In smaller batches too, which a run that was out of memory goes on with: there theta* would be another one."""
+    monkeypatch.setattr("alphatoken_loss.directions.follow._ROWS", 1)  # of so few rows
     options = {"num_layers": None, "estimator": "path", "fisher": None, "stability_weight": 0.0}
     assert main(arguments(files, tmp_path / "whole", **options)) == 0
     values = scoring.Scorer._values
@@ -484,13 +512,13 @@ def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path,
 
 @pytest.mark.parametrize("changes", [{}, {"adapter": None}, {"load_in_4bit": True}])
 def test_the_path_of_other_models(files, tmp_path, changes):
-    """With a Fisher of its own; from a new adapter, which has not drifted; in 4 bits."""
+    """With a Fisher of its own; from a new adapter, which drifts on its way only; in 4 bits."""
     options = {"num_layers": None, "estimator": "path", "fisher": None, **changes}
     options |= {"fisher_prompts": 3, "fisher_new_tokens": 3}
     assert main(arguments(files, tmp_path / "out", **options)) == 0
     rows = scored(tmp_path / "out")
     assert len(rows) == 11 and all(torch.tensor(row["token_values"]).any() for row in rows)
-    assert (tmp_path / "out" / "fisher.safetensors").is_file() == ("adapter" not in changes)
+    assert (tmp_path / "out" / "fisher.safetensors").is_file()
     assert main(arguments(files, tmp_path / "again", **options)) == 0
     assert scored(tmp_path / "again") == rows
 

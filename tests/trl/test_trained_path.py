@@ -459,6 +459,19 @@ def test_steps_are_the_explicit_ones(name, tmp_path):
             assert_same_parameters(trainer.model, other.model, begun, 1e-2)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_trls_sums_with_ld_alpha_are_no_log_probabilities(tmp_path):
+    """Computed beforehand, they leave out a part of the longer answer's end; values and theta* do without them."""
+    found, expected = (
+        started("dpo", path_feature(**PAIRS, ld_alpha=0.5, precompute_ref_log_probs=once), tmp_path)
+        for once in (True, False)
+    )
+    assert "ref_chosen_logps" in found.train_dataset.column_names
+    assert_same_training(found, expected)
+    kept = torch.cat([mask.bool().any(1) for mask in found.masks])
+    assert bool(kept.any())
+
+
 # ------------------------------------------------------------------------------------ resumed
 
 

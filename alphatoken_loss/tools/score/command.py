@@ -57,7 +57,7 @@ def score(args: argparse.Namespace) -> Path:
         raise UserError("--target holds preference pairs; it must be in SFT form, but for --estimator path.")
     if args.fisher is not None and not Path(args.fisher).is_file():
         raise UserError(f"--fisher {args.fisher}: there is no such file.")
-    if args.adapter is None:  # W is W_ref, so nothing has drifted and no Fisher is needed
+    if args.adapter is None and args.estimator != "path":  # W is W_ref: nothing has drifted, and no Fisher is needed
         config = dataclasses.replace(config, stability_weight=0.0)
     folder = Path(args.output)
     names = {name: getattr(args, name) for name in ("model", "adapter", "tokenizer", "dataset", "target", "fisher")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -106,15 +107,18 @@ class Scorer:
             for i, row in enumerate(rows)
         ]
 
-    def _batches(self, rows: list[Row]) -> Iterator[dict[str, torch.Tensor]]:
-        for places in by_length(rows, self.args.tokens_per_batch):
-            yield collate([rows[i] for i in places], self.pad, self.device)
+    def _batches(self, rows: list[Row], rng: random.Random | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Rows of like length together; with `rng` in no order of length, so that a batch's last rows are as others."""
+        batches = list(by_length(rows, self.args.tokens_per_batch))
+        for places in rng.sample(batches, len(batches)) if rng else batches:
+            taken = rng.sample(places, len(places)) if rng else places
+            yield collate([rows[i] for i in taken], self.pad, self.device)
 
     def _path(self, folder: Path, target: list[Row]) -> ThetaStar:
-        """theta* that an interrupted run has left, or a new one, which depends on how target rows run together."""
+        """theta* that an interrupted run has left, or a new one, which may depend on how target rows run together."""
         if (folder / PATH).is_file():
             return ThetaStar.load(folder / PATH)
-        path = make_path(self.model, self._batches(target), **self.given)
+        path = make_path(self.model, self._batches(target, random.Random(self.args.seed)), **self.given)
         path.save(folder / PATH)
         return path
 
