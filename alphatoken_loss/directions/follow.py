@@ -199,9 +199,12 @@ class _Goal:
         if pairs and plain:
             raise ValueError("The target holds SFT batches and preference pairs. Give batches of one kind.")
         self.pairs = pairs > 0
-        stepped_on, held_out = _apart(with_rows, share)
-        self.groups = _grouped([_with_reference(batch, model, ref_model) for batch in stepped_on])
-        self.held_out = [_with_reference(batch, model, ref_model) for batch in held_out]
+        self.groups: list[list[_Read]] = []
+        self.held_out: list[_Read] = []
+        for group in _grouped(with_rows):
+            kept, held = ([_with_reference(b, model, ref_model) for b in part] for part in _apart(group, share))
+            self.groups.append(kept)
+            self.held_out += held
         self._held = _counts_of(self.held_out, scored.device)
         self.judges = self._held[0] > 0
 
@@ -307,15 +310,15 @@ def _apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Ba
     return (kept, held) if kept else (held, [])
 
 
-def _grouped(batches: Sequence[_Read]) -> list[list[_Read]]:
+def _grouped(batches: Sequence[Batch]) -> list[list[Batch]]:
     """Neighbours together, until they are `_ROWS` rows: how many rows run together does not decide what a step is."""
-    groups: list[list[_Read]] = []
+    groups: list[list[Batch]] = []
     rows = _ROWS
-    for batch, ref_logps in batches:
+    for batch in batches:
         if rows >= _ROWS:
             groups.append([])
             rows = 0
-        groups[-1].append((batch, ref_logps))
+        groups[-1].append(batch)
         rows += _size(batch)
     return groups
 
