@@ -8,7 +8,7 @@ its token, so that the output says where each token went.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from ..batches.batch import IGNORE
-from ..batches.read import COLUMNS
+from ..batches.read import COLUMNS, REFERENCE_LOGPS
 
 _Trainer: Any = object
 
@@ -96,6 +96,14 @@ class TokenColumns(_Trainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         return super().compute_ref_log_probs(model, self._without_columns(inputs))
+
+
+def without_damped_sums(batch: Mapping[str, Any], args: Any) -> Mapping[str, Any]:
+    """The batch without TRL's precomputed reference sums if, with `ld_alpha`, they are no log-probabilities of answers:
+    TRL damps the end of the longer answer in them."""
+    if getattr(args, "ld_alpha", None) is None:
+        return batch
+    return {name: value for name, value in batch.items() if name not in REFERENCE_LOGPS}
 
 
 def columns_in(dataset: Any, names: Sequence[str]) -> list[str]:

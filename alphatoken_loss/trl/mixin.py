@@ -20,7 +20,6 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from ..batches.read import REFERENCE_LOGPS
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
 from ..models.start import add_reference_adapter, has_adapters
@@ -28,7 +27,7 @@ from ..selection.forward import Forward
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
 from .checkpoints import Checkpoints
-from .columns import TokenColumns
+from .columns import TokenColumns, without_damped_sums
 from .fisher import FisherOfPrompts
 from .path import PathColumn
 from .selecting import Selecting
@@ -150,10 +149,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training or target batch as `AlphaToken` reads it. Override it if the trainer's has another form."""
-        if getattr(self.args, "ld_alpha", None) is None:
-            return inputs
-        # With ld_alpha, TRL's precomputed sums leave out a part of the longer answer's end: no log-probability of it.
-        return {name: value for name, value in inputs.items() if name not in REFERENCE_LOGPS}
+        return without_damped_sums(inputs, self.args)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         columns = {name: inputs[name] for name in self.token_columns if name in inputs}
