@@ -10,7 +10,6 @@ import cases
 import pytest
 import torch
 from batches import sft_batch
-from gates import checkpointed
 from models import lora_model
 from state import differences, process_state
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,7 +42,11 @@ def valuing(seed, how):
     """Steps of SGD on a model that is made here; they return its values, weights and adapter at every step."""
     options = dict(HOW[how])
     model = lora_model("llama", seed=seed)  # transformers sets the process' default dtype meanwhile
-    checkpointed(model, "non_reentrant" if options.pop("checkpointed", False) else "off")
+    if options.pop("checkpointed", False):
+        # Torch's checkpoint would set the process' generator back and forth, beside whatever thread draws from it.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.enable_input_require_grads()
+    model.train()
     return lambda meet=None: valued(model, seed, meet, **options)
 
 
