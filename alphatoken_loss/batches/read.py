@@ -25,7 +25,7 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, c
             inputs of the model. In a batch with separate branches their names begin with `chosen_` and `rejected_`.
 
     Raises:
-        TypeError: `batch` is not a mapping.
+        TypeError: `batch` is no mapping, or its `path_logps` no tensor.
         ValueError: keys are missing, shapes disagree, or the pairs are not an even number of rows.
     """
     if isinstance(batch, Batch):
@@ -144,8 +144,8 @@ def _check_shapes(batch: Batch) -> None:
                     f"({batch.shape[0] // 2},)."
                 )
     for name, column in batch.columns.items():
-        if not isinstance(column, torch.Tensor):
-            raise TypeError(f"{name} is a {type(column).__name__}; a column of a batch must be a tensor.")
+        if name == "path_logps" and not isinstance(column, torch.Tensor):
+            raise TypeError(f"path_logps is a {type(column).__name__}; it must be a tensor of the labels' shape.")
         if name == "path_logps" and column.shape != batch.labels.shape:
             raise ValueError(
                 f"path_logps have shape {tuple(column.shape)} and the labels {batch.shape}; they must agree, one "

@@ -551,7 +551,7 @@ def test_arguments_of_another_type():
     with pytest.raises(ValueError, match=r"no parameter base_model.* of shape .*make_path"):
         path.logps(base_model("llama"), batch)
     column = {**batch, "path_logps": path.logps(model, batch).tolist()}
-    with pytest.raises(TypeError, match=r"path_logps is a list; a column of a batch must be a tensor"):
+    with pytest.raises(TypeError, match=r"path_logps is a list; it must be a tensor"):
         alphatoken_weights(model, None, column, config=config_of())
 
 
