@@ -35,6 +35,11 @@ class Batch:
     def shape(self) -> tuple[int, int]:
         return self.labels.shape[0], self.labels.shape[1]
 
+    @property
+    def size(self) -> int:
+        """The number of rows, or of pairs: what `part` takes places of."""
+        return self.shape[0] // 2 if self.pairs else self.shape[0]
+
     @cached_property
     def rows(self) -> torch.Tensor:
         """`(B, T)` bool: position t predicts a response token, `labels[t + 1]`."""
@@ -90,14 +95,14 @@ class Batch:
         """Some of the rows; of a batch of pairs, some of the pairs."""
         if not self.pairs:
             return self.of_rows(places)
-        chosen = torch.arange(self.shape[0] // 2, device=self.labels.device)[places]
-        found = self.of_rows(torch.cat([chosen, chosen + self.shape[0] // 2]))
+        chosen = torch.arange(self.size, device=self.labels.device)[places]
+        found = self.of_rows(torch.cat([chosen, chosen + self.size]))
         ref_logps = self.ref_logps and (self.ref_logps[0][places], self.ref_logps[1][places])
         return replace(found, pairs=True, ref_logps=ref_logps)
 
     def chosen(self) -> Batch:
         """The batch itself, or the chosen half of pairs as an SFT batch."""
-        return self.of_rows(slice(self.shape[0] // 2)) if self.pairs else self
+        return self.of_rows(slice(self.size)) if self.pairs else self
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""

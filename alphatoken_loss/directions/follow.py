@@ -237,7 +237,7 @@ class _Goal:
             moved = _placed(self.scored.parameters, there, grad=True)
             run = partial(scored_gradients, scored=_live(self.scored, moved), batch=batch,
                           loss=self._loss(batch, ref_logps, counts))  # fmt: skip
-            found = tensors.added(found, run_at(self.model, moved, run), 1.0)
+            found = tensors.added(found, run_at(self.model, moved, run))
         all_sum(list(found.values()), 0)
         return found
 
@@ -277,14 +277,10 @@ def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> li
     """Numbers of response tokens (for pairs, of chosen answers) and of pairs in batches, over all processes."""
     counts = torch.zeros(2, dtype=torch.int64)
     for batch, _ in batches:
-        counts += torch.tensor([int(batch.chosen().rows.sum()), batch.shape[0] // 2 if batch.pairs else 0])
+        counts += torch.tensor([int(batch.chosen().rows.sum()), batch.size if batch.pairs else 0])
     counts = counts.to(device)
     all_sum([counts], 0)
     return counts.tolist()
-
-
-def _size(batch: Batch) -> int:
-    return batch.shape[0] // 2 if batch.pairs else batch.shape[0]
 
 
 def _apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
@@ -298,11 +294,10 @@ def _apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Ba
     held: list[Batch] = []
     alone = 0
     for batch in batches:
-        size = _size(batch)
-        if size > 1:
-            end = size - min(max(int(size * share + 0.5), 1), size - 1)
+        if batch.size > 1:
+            end = batch.size - min(max(int(batch.size * share + 0.5), 1), batch.size - 1)
             kept.append(batch.part(slice(end)))
-            held.append(batch.part(slice(end, size)))
+            held.append(batch.part(slice(end, batch.size)))
         else:
             alone += 1
             out = int(alone * share + 0.5) > int((alone - 1) * share + 0.5)
@@ -319,7 +314,7 @@ def _grouped(batches: Sequence[Batch]) -> list[list[Batch]]:
             groups.append([])
             rows = 0
         groups[-1].append(batch)
-        rows += _size(batch)
+        rows += batch.size
     return groups
 
 

@@ -212,6 +212,6 @@ def _check_kind(name: str, value: object, kinds: Any, how: str) -> None:
 def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:
     found: list[Batch] = []
     for batch in batches:
-        size = batch.shape[0] // 2 if batch.pairs else batch.shape[0]
-        found += [batch] if size <= rows else [batch.part(slice(i, i + rows)) for i in range(0, size, rows)]
+        places = range(0, batch.size, rows)
+        found += [batch] if batch.size <= rows else [batch.part(slice(i, i + rows)) for i in places]
     return found

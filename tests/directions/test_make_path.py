@@ -14,7 +14,7 @@ from batches import pair_batch, sft_batch, stacked
 from checks import TOL64, TOL_NF4, assert_close, error
 from explicit import norms_in_own_dtype
 from models import base_model, lora_model, nf4_lora_model
-from paths import at, explicit_path, given_fisher, names_of, validation_loss
+from paths import at, explicit_path, given_fisher, mean_loss, names_of
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, Path, make_path
@@ -218,7 +218,7 @@ def test_held_out_rows_choose_the_step():
         losses = []
         for parameters in there:
             with torch.no_grad():
-                losses.append(float(sum(validation_loss(at(model, parameters), None, batch) for batch in held)))
+                losses.append(float(sum(mean_loss(at(model, parameters), [(batch, None)]) for batch in held)))
         best = losses.index(min(losses))
         assert 0 < best < steps - 1, "the case must have its best step within"
         found = made(model, batches, path_holdout=0.3, path_steps=steps, path_rate=0.1).parameters
@@ -237,7 +237,7 @@ def _held_out_losses(model, batches, rate, steps):
     for count in range(1, steps + 1):
         there = at(model, explicit_path(model, trained, steps=count, rate=rate))
         with torch.no_grad():
-            losses.append(float(sum(validation_loss(there, None, batch) for batch in held)))
+            losses.append(float(sum(mean_loss(there, [(batch, None)]) for batch in held)))
     return losses
 
 

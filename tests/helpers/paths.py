@@ -33,19 +33,9 @@ def drift_energy(work, layers, fisher, start=None):
     return total
 
 
-def validation_loss(work, ref_logps, batch, *, beta=0.1, likelihood=1.0):
-    """Mean token loss; for pairs the mean DPO loss and the mean token loss of the chosen answers."""
-    rows, mask = stacked(batch), response(batch)
-    nll = reference.token_nll(work, rows)
-    if not is_pairs(batch):
-        return nll.sum() / mask.sum()
-    half = len(mask) // 2
-    dpo = reference.dpo_sum(ref_logps, beta)(nll) / half
-    return dpo + likelihood * nll[:half].sum() / mask[:half].sum()
-
-
 def mean_loss(work, group, *, beta=0.1, likelihood=1.0):
-    """`validation_loss` of batches with their reference log-probabilities, as if they were one batch."""
+    """Of batches with their reference log-probabilities, as if they were one: the mean token loss; for pairs the mean
+    DPO loss and the mean token loss of the chosen answers."""
     chosen = dpo = torch.zeros((), dtype=torch.float64)
     tokens = pairs = 0
     for batch, ref_logps in group:
