@@ -61,7 +61,7 @@ TOOLS: dict[str, dict[str, Any]] = {
             "huggingface_hub", "omegaconf", "kagglehub", "sentencepiece", "tiktoken", "blobfile", "pillow", "psutil",
             "numpy", "safetensors", "tqdm", "tokenizers", "torchdata", "pytest", "pytest-timeout",
         ],
-        "alone": ["torchtune==0.6.1", "torchao==0.17.0"], "tests": "test_torchtune.py", "name": "torchtune",
+        "alone": ["torchtune==0.6.1", "torchao==0.13.0"], "tests": "test_torchtune.py", "name": "torchtune",
     },
 }  # fmt: skip
 BESIDE = ("torch", "transformers", "trl", "peft")
