@@ -1,20 +1,22 @@
 """DPO on a 4-bit base model with LoRA (QLoRA), plainly and with AlphaToken, from the same seed.
 
     python recipes/dpo_qlora.py
-    python recipes/dpo_qlora.py --learning_rate 3e-4 --rho 0.3 --report_to tensorboard
+    python recipes/dpo_qlora.py --learning_rate 3e-4 --report_to tensorboard
+    python recipes/dpo_qlora.py --estimator ghost --rho 0.3
     python recipes/dpo_qlora.py --config run.yaml     # any argument of TRL's DPO script, in a file
     python recipes/dpo_qlora.py --model_name_or_path Qwen/Qwen3-8B --dataset_name trl-lib/ultrafeedback_binarized
 
 Without arguments: a small language model is trained from scratch on text that ships with Python (once, then
 cached), quantised to NF4, and tuned to prefer code in a house style to the code that its author wrote, while
-random forum lines around both answers carry no preference (see tiny_lm.py). With arguments: any causal LM and
-any preference dataset of the hub or a JSON Lines file, on a GPU. Arguments are those of TRL: data, AlphaTokenDPOConfig
-and ModelConfig with its quantisation flags; defaults are in qlora.py.
+random forum lines around both answers carry no preference and three training pairs in ten are labelled wrongly (see
+tiny_lm.py). With arguments: any causal LM and any preference dataset of the hub or a JSON Lines file, on a GPU.
+Arguments are those of TRL: data, AlphaTokenDPOConfig and ModelConfig with its quantisation flags; defaults are in
+qlora.py, and AlphaToken's are those of `AlphaTokenConfig.best(pairs=True)`.
 
 For both runs it prints what was learned (accuracy and margin of the implicit reward on held-out pairs, loss on
 the chosen answers), what was forgotten (loss on held-out prose of the language reference), and what it cost.
-Both take the same steps at the same learning rate, and AlphaToken goes less far in them: compare margin and
-forgetting together. On this small task plain DPO at --learning_rate 3e-4 reaches accuracy 1.0 and forgets less.
+Both take the same steps at the same learning rate. AlphaToken begins at theta*, to where the clean validation pairs
+lead, so it goes further in them and may forget more: compare margin and forgetting together.
 """
 
 import math
@@ -23,14 +25,25 @@ from pathlib import Path
 import quiet  # noqa: F401  first, before the libraries that it silences
 import torch
 from peft import PeftModel
-from qlora import batches, held_out, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
+from qlora import (
+    FLIPPED,
+    batches,
+    held_out,
+    load_base,
+    load_rows,
+    load_tokenizer,
+    mean_loss,
+    parse,
+    run_arguments,
+    train,
+)
 from tiny_lm import chosen_answers, pieces, print_table, read_corpus, tiny_lm
 from transformers import set_seed
 from trl import get_peft_config
 
 from alphatoken_loss import AlphaTokenDPOConfig, AlphaTokenDPOTrainer, dpo_loss
 
-RETENTION_PIECES = 64  # pieces of held-out prose, 128 tokens each
+RETENTION_PIECES = 32  # pieces of held-out prose, 128 tokens each
 ROWS = {
     "accuracy": "held-out preference accuracy",
     "margin": "held-out reward margin",
@@ -43,7 +56,7 @@ ROWS = {
 
 READ = """
 Read accuracy and margin as what was learned and the two losses as what was forgotten, and read them together:
-AlphaToken trains on fewer tokens, so it goes less far in the same steps."""
+AlphaToken begins where a few clean pairs lead, so it goes further in the same steps."""
 
 
 @torch.no_grad()
@@ -65,24 +78,25 @@ def evaluate(model, pairs, prose, *, beta):
 
 
 def main(argv=None):
-    data, args, model_args = parse(AlphaTokenDPOConfig, argv, output_dir="outputs/dpo_qlora")
+    data, args, model_args = parse(AlphaTokenDPOConfig, argv, pairs=True, output_dir="outputs/dpo_qlora")
     corpus = read_corpus()
     path = model_args.model_name_or_path or tiny_lm(corpus)
     tokenizer = load_tokenizer(path)
-    training, validation, test = load_rows(data, args, corpus)
-    target = validation.rename_column("chosen", "completion").remove_columns("rejected")
+    training, validation, test = load_rows(data, args, corpus, flipped=FLIPPED)
+    if args.estimator != "path":  # the others' target is the loss of good answers
+        validation = validation.rename_column("chosen", "completion").remove_columns("rejected")
     if data.dataset_name is None:
         print("A training pair:", *(f"{name}: {text}" for name, text in training[0].items()), sep="\n")
 
     reports = {}
-    for name, rho in (("DPO", 1.0), ("AlphaToken DPO", args.rho)):
+    for name in ("DPO", "AlphaToken DPO"):
         set_seed(args.seed)
         trainer = AlphaTokenDPOTrainer(
             load_base(path, model_args),
-            args=run_arguments(args, name, rho),
+            args=run_arguments(args, name, plain=name == "DPO"),
             train_dataset=training,
             eval_dataset=test,
-            target_dataset=target,
+            target_dataset=validation,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )
@@ -103,6 +117,7 @@ def main(argv=None):
     print(f"\nAdapters are in {args.output_dir}; {Path(folder).name}, loaded again with PEFT, gives the same metrics.")
     print_table(reports, ROWS)
     print(READ)
+    return reports
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 from transformers.utils import logging
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from alphatoken_loss import sft_loss
+from alphatoken_loss import AlphaTokenConfig, sft_loss
 
 LEARNING_RATE, LEARNING_RATE_REAL = 1e-3, 2e-5  # peak of the cosine schedule: the small model, a real one
-VALIDATION_ROWS, TEST_ROWS = 32, 128  # held-out rows that define the target; held-out rows for the metrics
+VALIDATION_ROWS, TEST_ROWS = 32, 64  # held-out rows that define the target; held-out rows for the metrics
+FLIPPED = 0.3  # share of the small task's training pairs with the wrong label
 ON_GPU = torch.cuda.is_available()
 DEFAULTS = {  # of TRL's own arguments; every one can be given on the command line or in a YAML file
-    "max_steps": 80,  # optimizer steps
+    "max_steps": 40,  # optimizer steps
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # of all steps
@@ -44,25 +46,36 @@ DEFAULTS = {  # of TRL's own arguments; every one can be given on the command li
 }
 
 
-def parse(config_class, argv, **defaults):
-    """Read TRL's arguments with the recipes' defaults: data, training, model."""
+def parse(config_class, argv, *, pairs=False, **defaults):
+    """Read TRL's arguments: data, training, model. Defaults are the recipes' and those of `AlphaTokenConfig.best`.
+
+    Which settings are best depends on the estimator, so that one is read first.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    parser = TrlParser((ScriptArguments, config_class, ModelConfig))
-    parser.set_defaults(**{**DEFAULTS, **defaults})
-    data, args, model = parser.parse_args_and_config(argv)
+
+    def read(settings):
+        parser = TrlParser((ScriptArguments, config_class, ModelConfig))
+        parser.set_defaults(**{**DEFAULTS, **settings, **defaults})
+        return parser.parse_args_and_config(argv)
+
+    estimator = read({"estimator": "path"})[1].estimator
+    data, args, model = read(asdict(AlphaTokenConfig.best(pairs=pairs, estimator=estimator)))
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATE_REAL if model.model_name_or_path else LEARNING_RATE
     return data, args, model
 
 
-def load_rows(data, args, corpus):
-    """Return preference rows for training (noisy), validation and test (clean): prompt, chosen, rejected."""
+def load_rows(data, args, corpus, *, flipped=0.0):
+    """Return preference rows for training (noisy), validation and test (clean): prompt, chosen, rejected.
+
+    Of the small task's training rows, a share of `flipped` is labelled wrongly.
+    """
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     wanted = args.max_steps * per_step if args.max_steps > 0 else 10**9  # all, for so many epochs
     if data.dataset_name is None:
-        train = preference_rows(corpus.code_train, noisy=True, seed=args.seed, limit=wanted)
+        train = preference_rows(corpus.code_train, noisy=True, seed=args.seed, limit=wanted, flipped=flipped)
         validation = preference_rows(corpus.code_validation, noisy=False, seed=1, limit=VALIDATION_ROWS)
         test = preference_rows(corpus.code_test, noisy=False, seed=2, limit=TEST_ROWS)
         return [Dataset.from_list(part) for part in (train, validation, test)]
@@ -140,7 +153,8 @@ def train(trainer, name, **figures):
     trainer.train()
     trainer.save_model()
     kept = [log["alphatoken/kept"] for log in trainer.state.log_history if "alphatoken/kept" in log]
-    kept = [1.0] if trainer.args.rho == 1 else kept  # nothing is said of a run too short to be logged
+    if trainer.args.rho == 1 and trainer.args.threshold == "quantile":
+        kept = [1.0]  # all of them, of which nothing is logged
     return {
         **({"kept": sum(kept) / len(kept)} if kept else {}),
         "seconds": clock.seconds_per_step(),
@@ -148,10 +162,11 @@ def train(trainer, name, **figures):
     }
 
 
-def run_arguments(args, name, rho):
-    """The arguments of one of the runs."""
+def run_arguments(args, name, *, plain):
+    """The arguments of one of the runs; a plain one keeps all tokens, and starts where the adapter does."""
+    changes = asdict(AlphaTokenConfig(rho=1.0)) if plain else {}
     args = copy.copy(args)
-    args.rho, args.output_dir = rho, str(Path(args.output_dir) / name.lower().replace(" ", "-"))
+    args.__dict__.update(changes, output_dir=str(Path(args.output_dir) / name.lower().replace(" ", "-")))
     return args
 
 

@@ -1,7 +1,8 @@
 """SFT on a 4-bit base model with LoRA (QLoRA), plainly and with AlphaToken, from the same seed.
 
     python recipes/sft_qlora.py
-    python recipes/sft_qlora.py --rho 0.3 --num_layers all --report_to tensorboard
+    python recipes/sft_qlora.py --rho 0.3 --path_kl 0.3 --report_to tensorboard
+    python recipes/sft_qlora.py --estimator difference
     python recipes/sft_qlora.py --config run.yaml     # any argument of TRL's SFT script, in a file
     python recipes/sft_qlora.py --model_name_or_path Qwen/Qwen3-8B --dataset_name rows.jsonl
 
@@ -9,7 +10,7 @@ Without arguments: the small language model of tiny_lm.py, quantised to NF4, lea
 from answers with random forum lines around them; what counts is the loss on answers without those lines. With
 arguments: any causal LM and any dataset with a prompt and a completion (or a chosen answer), text or conversations, of
 the hub or a JSON Lines file, on a GPU. Arguments are those of TRL: data, AlphaTokenSFTConfig and ModelConfig with its
-quantisation flags; defaults are in qlora.py.
+quantisation flags; defaults are in qlora.py, and AlphaToken's are those of `AlphaTokenConfig.best()`.
 
 Prints the loss on held-out answers (what was learned) and on held-out prose of the language reference (what was
 forgotten), before and after either run, and what it cost.
@@ -27,7 +28,7 @@ from trl import get_peft_config
 
 from alphatoken_loss import AlphaTokenSFTConfig, AlphaTokenSFTTrainer
 
-RETENTION_PIECES = 64  # pieces of held-out prose, 128 tokens each
+RETENTION_PIECES = 32  # pieces of held-out prose, 128 tokens each
 ROWS = {
     "answers": "loss on held-out answers, nats/token",
     "prose": "loss on held-out prose, nats/token",
@@ -61,11 +62,11 @@ def main(argv=None):
         print("A training row:", *(f"{name}: {text}" for name, text in training[0].items()), sep="\n")
 
     reports = {}
-    for name, rho in (("SFT", 1.0), ("AlphaToken SFT", args.rho)):
+    for name in ("SFT", "AlphaToken SFT"):
         set_seed(args.seed)
         trainer = AlphaTokenSFTTrainer(
             load_base(path, model_args),
-            args=run_arguments(args, name, rho),
+            args=run_arguments(args, name, plain=name == "SFT"),
             train_dataset=training,
             eval_dataset=test,
             target_dataset=validation,
@@ -88,6 +89,7 @@ def main(argv=None):
     print(f"\nAdapters are in {args.output_dir}; {Path(folder).name}, loaded again with PEFT, gives the same metrics.")
     print_table(reports, ROWS)
     print(READ)
+    return reports
 
 
 if __name__ == "__main__":

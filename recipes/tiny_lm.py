@@ -11,9 +11,11 @@ The recipes use it when no model is given, so that they run anywhere, offline an
   the same lines with camelCase names and double quotes, which the model has hardly seen. In the training
   set both answers look scraped from a forum: a header with a user, date and score before the code and a line
   of counters after it, random and drawn alike on both sides. Those tokens, about half of an answer, carry no
-  preference, nor do most tokens of the code. Validation and test answers are the code alone.
+  preference, nor do most tokens of the code. Three pairs in ten have the wrong label: their answers change places,
+  as in preferences that people gave. Validation and test answers are the code alone, rightly labelled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +31,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -41,7 +44,7 @@ class Pretraining:
     hidden_size: int = 128
     intermediate_size: int = 384
     num_layers: int = 6
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 8  # sequences
     code_sequences: int = 2  # of them; the others are prose
     seq_len: int = 128  # tokens
@@ -101,6 +104,19 @@ def pieces(tokenizer, documents: list[str], count: int, length: int) -> torch.Te
     return token_stream(tokenizer, documents)[: count * length].view(-1, length)
 
 
+class Float32(TorchFunctionMode):
+    """`Tensor.bfloat16()` keeps float32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
+
+def precise_muon(device: torch.device):
+    """Muon computes in bf16, which is fifty times slower than float32 on a CPU that has no instructions for it."""
+    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return Float32() if slow else contextlib.nullcontext()
+
+
 def pretrain(
     tokenizer, streams: list[tuple[torch.Tensor, int]], settings: Pretraining, device: str = "cpu"
 ) -> LlamaForCausalLM:
@@ -108,6 +124,8 @@ def pretrain(
 
     `streams` are rows of token ids, each with the number of sequences that a batch takes from it.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise SystemExit(f"This is torch {torch.__version__}; the small model is trained by Muon, which is in 2.9.")
     torch.manual_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=settings.vocab_size,
@@ -146,7 +164,8 @@ def pretrain(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * decay
-            optimizer.step()
+            with precise_muon(batch.device):
+                optimizer.step()
             optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.2f}")
@@ -207,8 +226,13 @@ def scraped(answer: str, rng: random.Random) -> str:
     return f"\n{header}{answer}\n# views {rng.randrange(10**4)}, id {rng.randrange(16**6):06x}"
 
 
-def preference_rows(modules: list[str], *, noisy: bool, seed: int, limit: int) -> list[dict[str, str]]:
-    """Cut modules into prompts and answers of three lines each, and make up to `limit` preference pairs."""
+def preference_rows(
+    modules: list[str], *, noisy: bool, seed: int, limit: int, flipped: float = 0.0
+) -> list[dict[str, str]]:
+    """Cut modules into prompts and answers of three lines each, and make up to `limit` preference pairs.
+
+    A share of `flipped` of them gets the wrong label.
+    """
     rng = random.Random(seed)
     rows = []
     for module in modules:
@@ -222,7 +246,10 @@ def preference_rows(modules: list[str], *, noisy: bool, seed: int, limit: int) -
                 chosen, rejected = scraped(chosen, rng), scraped(rejected, rng)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     rng.shuffle(rows)
-    return rows[:limit]
+    rows = rows[:limit]
+    for row in rng.sample(rows, round(flipped * len(rows))):
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    return rows
 
 
 def chosen_answers(pairs):

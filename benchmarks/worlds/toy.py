@@ -152,7 +152,8 @@ class Tasks:
         self.prose = self._unseen(texts.prose_heldout, texts.prose, heldout)
         self.code = self._unseen(texts.code_heldout, texts.code, heldout)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: Any) -> Any:
+        """The token ids of a text, or of each of a list of them."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _unseen(self, heldout: list[str], trained: list[str], count: int, length: int = 96) -> torch.Tensor:
@@ -168,7 +169,7 @@ class Tasks:
     def _windows(self, documents: list[str]) -> list[list[int]]:
         found = []
         for document in documents:
-            lines = [self._ids(line) for line in document.splitlines(keepends=True)]
+            lines = self._ids(document.splitlines(keepends=True))
             ids = [i for line in lines for i in line]
             starts = list(itertools.accumulate(map(len, lines)))[19:-1:4]
             found += [ids[s : s + self.prompt + self.answer] for s in starts]

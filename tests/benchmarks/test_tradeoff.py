@@ -23,7 +23,8 @@ def small(tmp_path_factory):
         seq_len=32,
     )  # fmt: skip
     plan = replace(tradeoff.PLAN, steps=3, batch=4, pair_steps=2, measured_at=(0.5, 1.0), validation=8, test=4,
-                   reference_steps=2, fisher_prompts=4, fisher_tokens=3)  # fmt: skip
+                   reference_steps=2, fisher_prompts=4, fisher_tokens=3,
+                   last_pairs=8, heldout=6)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         world = toy.Toy(toy.make_base(toy.read_texts(), base), plan)

@@ -102,7 +102,7 @@ def test_no_survivor(alarms, name):
 class Tracer:
     """Counts the bytecodes that undo changes, and raises before one of them."""
 
-    UNDO = {f.__code__ for f in (changes.Changes.__exit__, changes._call_all, changes.undoing(seconds))}
+    UNDO = tuple(f.__code__ for f in (changes.Changes.__exit__, changes._call_all, changes.undoing(seconds)))
 
     def __init__(self, stop=None):
         self.stop, self.seen = stop, 0
