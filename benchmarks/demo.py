@@ -20,7 +20,7 @@ import dpo_qlora
 import sft_qlora
 
 RECIPES = {"dpo_qlora": dpo_qlora, "sft_qlora": sft_qlora}
-RATES = {"dpo_qlora": ("1e-3", "3e-4", "3e-3"), "sft_qlora": ("1e-3", "3e-4")}  # the recipes' own first
+RATES = {"dpo_qlora": ("1e-3", "3e-4", "3e-3"), "sft_qlora": ("1e-3",)}  # the recipes' own first
 
 
 def main(argv: list[str] | None = None) -> None:
