@@ -43,7 +43,7 @@ from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
 from .weights import alphatoken_weights
 
-_masked: dict[int, bool] = {}  # models in a context, by their id
+IN_CONTEXT = "_alphatoken_context"  # attribute of a model in a context
 
 
 class AlphaToken:
@@ -249,7 +249,7 @@ class AlphaToken:
             yield
             return
         with Changes() as changes:
-            changes.put(_masked, id(unwrap(self.model)), True)
+            changes.set(unwrap(self.model), IN_CONTEXT, True)
             with step.weigher.watching(self._penalties.around(step.gate)):
                 yield
         if not step.weigher.seen and self.strict:
@@ -270,7 +270,7 @@ class AlphaToken:
         if self.config.rho >= 1.0 or not torch.is_grad_enabled():
             return None
         started = time.perf_counter()
-        if id(unwrap(self.model)) in _masked:
+        if IN_CONTEXT in vars(unwrap(self.model)):
             raise RuntimeError(NESTED)
         read = read_batch(batch, columns=self.columns)
         values, factors = None, None

@@ -63,9 +63,7 @@ class Source:
         self.path = Path.of_adapter(model, path, config=config) if isinstance(path, str) else path
         self.batches: list[Mapping[str, Any] | Batch] | None = None
         if target is not None and not isinstance(target, Target):
-            self.batches = [target] if isinstance(target, Mapping | Batch) else list(target)
-            if not self.batches:
-                raise ValueError("target holds no batches. Give validation batches, a Target, or None.")
+            self.batches = _batches(target)
         self.drifts = config.stability_weight > 0
         self.age = 0
         self._parts: list[list[Batch]] = []
@@ -104,7 +102,11 @@ class Source:
         Raises:
             ValueError: a batch can't be read, or one was made for other parameters or (a Fisher) another base.
         """
-        self._parts = in_parts(self.batches or [], self.config.target_parts)
+        try:
+            self._parts = in_parts(self.batches or [], self.config.target_parts)
+        except (TypeError, ValueError) as error:
+            error.args = (f"A batch of the target: {error}",)
+            raise
         for part in (self.target, self.drift_fisher):
             if part is not None:
                 part.check(scored)
@@ -215,3 +217,17 @@ def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:
         places = range(0, batch.size, rows)
         found += [batch] if batch.size <= rows else [batch.part(slice(i, i + rows)) for i in places]
     return found
+
+
+def _batches(target: Any) -> list[Mapping[str, Any] | Batch]:
+    """The batches that were given as the target, whatever they were given in."""
+    allowed = "Give validation batches (mappings of names to tensors), a Target, or None."
+    if isinstance(target, str) or not isinstance(target, Iterable):
+        raise TypeError(f"target is a {type(target).__name__}. {allowed}")
+    batches = [target] if isinstance(target, Mapping | Batch) else list(target)
+    if not batches:
+        raise ValueError(f"target holds no batches. {allowed}")
+    for batch in batches:
+        if not isinstance(batch, Mapping | Batch):
+            raise TypeError(f"target holds a {type(batch).__name__}. {allowed}")
+    return batches

@@ -211,6 +211,22 @@ def test_neither_labels_nor_completion_mask(user):
         USERS[user](lora_model("llama"), without(sft_batch(), "labels"))
 
 
+@pytest.mark.parametrize("estimator", ["ghost", "path"])
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ("rows.jsonl", TypeError, r"target is a str\. Give validation batches .*, a Target, or None"),
+        (3, TypeError, r"target is a int\. Give"),
+        (["rows.jsonl"], TypeError, r"target holds a str\. Give"),
+        ([], ValueError, r"target holds no batches\. Give"),
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], ValueError, "A batch of the target: .*neither `labels`"),
+    ],
+)
+def test_what_is_no_target(target, error, message, estimator):
+    with pytest.raises(error, match=message):
+        gate(lora_model("llama"), target=target, config=AlphaTokenConfig(estimator=estimator))
+
+
 @pytest.mark.parametrize("user", USERS)
 def test_no_input_ids(user):
     with pytest.raises(ValueError, match=r"(?s)input_ids"):
