@@ -102,7 +102,9 @@ def change(series: list[dict[str, float]]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of each run (default: 2000)")
-    parser.add_argument("--estimators", nargs="+", default=["ghost", "difference", "exact"], help="which, in turn")
+    parser.add_argument(
+        "--estimators", nargs="+", default=["ghost", "difference", "exact", "path"], help="which, in turn"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER / "long_run.json", help="file of figures")
     args = parser.parse_args(argv)
     found = {}

@@ -138,3 +138,20 @@ def arithmetic() -> str:
         rows.append([name, f"{size / 2**30:.3f}", f"{peak:.3f}", f"{100 * (1 - peak * 2**30 / size):.0f} %"])
     header = ["8b dpo", "arithmetic, GiB", "measured peak, GiB", "below the arithmetic"]
     return f"{budget('8b', 'dpo')}\n\n{markdown(header, rows, 'gpu_budget')}"
+
+
+@table
+def long_run() -> str:
+    columns = {
+        "step ms": ("time of a step, ratio", 2),
+        "resident MiB": ("memory, MiB", 1),
+        "hooks": ("hooks", 0),
+        "tensors": ("tensors", 0),
+        "objects": ("Python objects", 0),
+        "journal": ("changes to undo", 0),
+    }
+    rows = [
+        [f'`"{name}"`', *(f"{run['change'][key]:.{digits}f}" for key, (_, digits) in columns.items())]
+        for name, run in load("long_run")["results"].items()
+    ]
+    return markdown(["", *(title for title, _ in columns.values())], rows, "long_run")
