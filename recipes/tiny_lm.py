@@ -5,8 +5,8 @@ The recipes use it when no model is given, so that they run anywhere, offline an
 - *Text*: the language reference (the topics behind `help()`) is the prose, the modules of the standard
   library are the code. Every tenth topic is held out; modules are divided between pretraining, preference
   training and preference tests, so no test prompt comes from a file that anything was trained on.
-- *Model*: a Llama of 1.3 million parameters with a byte-level BPE of 1,024 tokens, about a minute on two
-  cores. It is kept in the user's cache folder; another Python version has other text and trains its own.
+- *Model*: a Llama of 1.3 million parameters with a byte-level BPE of 1,024 tokens, trained in a minute or
+  more on two cores. It is kept in the user's cache folder; another Python version has other text and trains its own.
 - *Task*: complete code in a house style. The rejected answer is what the module's author wrote, the chosen one
   the same lines with camelCase names and double quotes, which the model has hardly seen. In the training
   set both answers look scraped from a forum: a header with a user, date and score before the code and a line
@@ -112,7 +112,7 @@ class Float32(TorchFunctionMode):
 
 
 def precise_muon(device: torch.device):
-    """Muon computes in bf16, which is fifty times slower than float32 on a CPU that has no instructions for it."""
+    """Muon computes in bf16, which is far slower than float32 on a CPU that has no instructions for it."""
     slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
     return Float32() if slow else contextlib.nullcontext()
 
