@@ -51,8 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     size.add_argument("--quick", action="store_true", help="two runs of 30 steps, small samples")
     size.add_argument("--full", action="store_true", help="all items, for a GPU")
     parser.add_argument("--worlds", nargs="+", default=["nl2bash,exchanged"], help="default nl2bash,exchanged")
-    parser.add_argument("--seeds", type=int, help="only this many seeds")
-    parser.add_argument("--rates", type=float, nargs="+", help="only these learning rates")
     parser.add_argument("--data", default=os.environ.get("ALPHATOKEN_REAL_DATA"), help="folder of data (default: hub)")
     parser.add_argument("--model", type=Path, help="folder of a model with a chat template (default SmolLM2-135M)")
     runner.add_options(parser, Path("benchmarks/results"))
@@ -63,9 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted: runner.Wanted = []
     for name in args.worlds:
         world = world_of(name, folder, plan, args.device, args.data)
-        runs = real_runs(world.task, args.quick, FULL_SEEDS if args.full else None)
-        runs = [r for r in runs if not args.rates or r[1] in args.rates]
-        wanted += [(world, *r) for r in runs if args.seeds is None or r[2] < args.seeds]
+        wanted += [(world, *r) for r in real_runs(world.task, args.quick, FULL_SEEDS if args.full else None)]
     file = args.output / ("real-quick.jsonl" if args.quick else "real-full.jsonl" if args.full else "real.jsonl")
     results, paces = runner.take_and_read(wanted, file, args)
     told = runner.about(args.device)

@@ -31,13 +31,12 @@ PLAN = ToyPlan()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five selections, one seed, one learning rate")
-    parser.add_argument("--seeds", type=int, help="only this many seeds")
     parser.add_argument("--size", choices=list(BASES), default="small", help="of the base model (default small)")
     runner.add_options(parser, Path("outputs/tradeoff"))
     args = parser.parse_args(argv)
 
     world = Toy(make_base(read_texts(), BASES[args.size], args.device), PLAN, args.device)
-    wanted = [(world, *r) for r in toy_runs(args.quick) if args.seeds is None or r[2] < args.seeds]
+    wanted = [(world, *r) for r in toy_runs(args.quick)]
     results, paces = runner.take_and_read(wanted, args.output / "results.jsonl", args)
     about = f"{date.today()}, {platform.machine()}, {args.device}, torch {torch.__version__}"
     write_report(results, paces, args.output, about)

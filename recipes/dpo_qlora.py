@@ -27,6 +27,7 @@ import torch
 from peft import PeftModel
 from qlora import (
     FLIPPED,
+    adapters_in_float32,
     batches,
     held_out,
     load_base,
@@ -100,6 +101,7 @@ def main(argv=None):
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )
+        adapters_in_float32(trainer.model)
         pairs = batches(trainer, trainer.eval_dataset)
         prose = pieces(tokenizer, corpus.prose_heldout, RETENTION_PIECES, 128).to(trainer.accelerator.device)
         prose = [{"input_ids": ids, "labels": ids} for ids in prose.split(16)]

@@ -21,7 +21,18 @@ from pathlib import Path
 
 import quiet  # noqa: F401  first, before the libraries that it silences
 from peft import PeftModel
-from qlora import batches, held_out, load_base, load_rows, load_tokenizer, mean_loss, parse, run_arguments, train
+from qlora import (
+    adapters_in_float32,
+    batches,
+    held_out,
+    load_base,
+    load_rows,
+    load_tokenizer,
+    mean_loss,
+    parse,
+    run_arguments,
+    train,
+)
 from tiny_lm import pieces, print_table, read_corpus, tiny_lm
 from transformers import set_seed
 from trl import get_peft_config
@@ -73,6 +84,7 @@ def main(argv=None):
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )
+        adapters_in_float32(trainer.model)
         answers = batches(trainer, trainer.eval_dataset)
         prose = pieces(tokenizer, corpus.prose_heldout, RETENTION_PIECES, 128).to(trainer.accelerator.device)
         prose = [{"input_ids": ids, "labels": ids} for ids in prose.split(16)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -153,3 +154,33 @@ def path_clean() -> str:
     """Answers without noise."""
     titles = {f"no noise: {name}": title for name, title in PATHS.items()}
     return ends(TOY_RATES, titles, {"target": "target", "retention": "retention"})
+
+
+def at_target(way: Sequence[Sequence[float]], target: float) -> float | None:
+    """Retention where a run first comes to this target loss, on a straight line between the moments measured; None
+    where it does not."""
+    for (_, before, own), (_, after, then) in itertools.pairwise(way):
+        if after <= target:
+            return own + (before - target) / (before - after) * (then - own) if before > after else then
+    return None
+
+
+@table
+def path_clean_curve() -> str:
+    """Answers without noise: the end of each setting against the curve of all tokens, at the rate that retains more."""
+    clean, rows = "no noise: ", []
+    curves = [by_setting([f"{clean}all tokens"], rate)[f"{clean}all tokens"] for rate in TOY_RATES]
+    for rate in TOY_RATES:
+        for name, title in PATHS.items():
+            own, there = by_setting([clean + name], rate).get(clean + name, {}), {}
+            for seed, run in own.items():
+                found = [at_target(runs[seed]["way"], run["target"]) for runs in curves if seed in runs]
+                if reached := [retention for retention in found if retention is not None]:
+                    there[seed] = {"retention": min(reached)}
+            if there and name != "all tokens":
+                means = [statistics.mean(own[seed][f] for seed in there) for f in ("target", "retention")]
+                curve = statistics.mean(run["retention"] for run in there.values())
+                gap = paired(own, there, lambda run: run["retention"])
+                rows.append([title, f"{rate:g}", *(f"{x:.3f}" for x in (*means, curve)), gap, f"{len(there)}"])
+    header = ["clean answers", "lr", "target", "retention", "all tokens' retention there", "difference", "seeds"]
+    return markdown(header, rows, "path")

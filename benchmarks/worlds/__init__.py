@@ -9,3 +9,8 @@ runner.py     many runs, a resumable file of results, and where they were made
 scores.py     the table of token scores that marks.py and counterfactual.py compare
 measures.py   areas under ROC curves, ranks, intervals
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))  # tiny_lm.py: pretraining, and the cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_lm import has_bf16
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from .generation import exact_matches
@@ -101,13 +102,13 @@ class Real(World):
     def load(self, *, nf4: bool = False) -> Any:
         if not nf4:
             return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        dtype = torch.bfloat16 if has_bf16(self.device) else torch.float32
+        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=quantisation, dtype=torch.float32)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
+        """In bf16 where that is the faster type, else in float32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=has_bf16(self.device))
 
     def prompts(self, count: int) -> list[list[int]]:
         return [list(row.prompt) for row in random.Random(10**6).sample(self.rows()["train"], count)]

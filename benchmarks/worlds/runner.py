@@ -127,6 +127,8 @@ def measure_paces(wanted: Wanted, file: Path) -> None:
 def add_options(parser: argparse.ArgumentParser, output: Path) -> None:
     """The options that all tables of runs have."""
     parser.add_argument("--only", nargs="+", help="only settings whose name one of these patterns finds")
+    parser.add_argument("--seeds", type=int, help="only this many seeds")
+    parser.add_argument("--rates", type=float, nargs="+", help="only these learning rates")
     parser.add_argument("--report", action="store_true", help="no run, only tables and plot")
     parser.add_argument("--pace", action="store_true", help="no run, only the time of a step, for the column of it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: cores)")
@@ -134,13 +136,19 @@ def add_options(parser: argparse.ArgumentParser, output: Path) -> None:
     parser.add_argument("--output", type=Path, default=output, help=f"folder of results and report (default {output})")
 
 
-def selected(wanted: Wanted, only: Sequence[str] | None) -> Wanted:
-    return [r for r in wanted if not only or any(re.search(pattern, r[1].name) for pattern in only)]
+def selected(wanted: Wanted, args: argparse.Namespace) -> Wanted:
+    """The runs that the options leave."""
+
+    def left(name: str, rate: float, seed: int) -> bool:
+        named = not args.only or any(re.search(pattern, name) for pattern in args.only)
+        return named and (args.seeds is None or seed < args.seeds) and (not args.rates or rate in args.rates)
+
+    return [(world, setting, rate, seed) for world, setting, rate, seed in wanted if left(setting.name, rate, seed)]
 
 
 def take_and_read(wanted: Wanted, file: Path, args: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
     """Do as the options say; the runs that there are, and the seconds of a step by setting."""
-    wanted = selected(wanted, args.only)
+    wanted = selected(wanted, args)
     for world, setting in {(world, setting) for world, setting, _, _ in wanted}:
         if setting.config is not None and setting.config.stability_weight > 0 and not args.report:
             world.fisher(setting.config)  # once, before processes want it

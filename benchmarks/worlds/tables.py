@@ -111,10 +111,12 @@ def kept(groups: dict[str, Runs]) -> str:
 
 
 def ends(results: Iterable[Run]) -> list[Run]:
-    """Each run's figures before its first step and behind its last, and the share kept of each kind: for the pages."""
+    """For the pages: each run's figures before its first step and behind its last, target and retention between (as
+    step, target, retention), and the share kept of each kind."""
     found = []
     for run in sorted(results, key=lambda run: (run["world"], run["name"], -run["lr"], run["seed"])):
         before, after = ({k: v for k, v in run["curve"][at].items() if k not in ("step", "pace")} for at in (0, -1))
         told = {name: run[name] for name in ("world", "name", "lr", "seed", "kept")}
-        found.append({**told, "before": before, **after})
+        way = [[point[name] for name in ("step", "target", "retention")] for point in run["curve"]]
+        found.append({**told, "before": before, **after, "way": way})
     return found

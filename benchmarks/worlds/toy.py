@@ -16,7 +16,6 @@ import importlib.metadata
 import itertools
 import json
 import random
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,15 +24,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from tiny_lm import Pretraining, cached, pretrain, token_stream, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .rows import Pair, Row, as_batch, to_device
 from .settings import Setting
 from .training import measure
 from .world import Exam, Plan, World
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-from tiny_lm import Pretraining, cached, pretrain, token_stream, train_tokenizer
 
 PACKAGES = ("accelerate", "bitsandbytes", "datasets", "numpy", "pandas", "peft", "torch", "tqdm", "transformers", "trl")
 KINDS = ("code", "corrupted", "boilerplate", "junk")  # of response tokens; a token's kind is its place here

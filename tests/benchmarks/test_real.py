@@ -184,9 +184,9 @@ def test_rates_are_chosen_on_dev_rows():
 def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     model, data = tiny
     monkeypatch.setattr(real, "QUICK", PLAN)
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     arguments = ["--quick", "--data", str(data), "--model", str(model), "--output", str(tmp_path), "--workers", "1"]
-    real.main([*arguments, "--only", "all tokens"])
+    real.main([*arguments, "--only", "all tokens"])  # in a process of its own
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     first = (tmp_path / "real-quick.jsonl").read_text()
     real.main(arguments)
     written = (tmp_path / "real-quick.jsonl").read_text()

@@ -16,8 +16,10 @@ from worlds import runner, settings, tables, toy, training
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A base of three blocks that has taken two steps, the world of it, and the cache folder that it lies in."""
-    cache = tmp_path_factory.mktemp("cache")
+    """A base of three blocks that has taken two steps, the world of it, and the cache folder that it lies in; of a
+    tenth of the text."""
+    cache, texts = tmp_path_factory.mktemp("cache"), toy.read_texts()
+    some = toy.Texts(**{part: documents[::10] for part, documents in vars(texts).items()})
     base = toy.Pretraining(
         vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, steps=2, batch_size=4, code_sequences=1,
         seq_len=32,
@@ -27,8 +29,9 @@ def small(tmp_path_factory):
                    last_pairs=8, heldout=6)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        world = toy.Toy(toy.make_base(toy.read_texts(), base), plan)
-    return base, world, cache
+        patch.setattr(toy, "read_texts", lambda: some)
+        patch.setattr(tradeoff, "read_texts", lambda: some)
+        yield base, toy.Toy(toy.make_base(some, base), plan), cache
 
 
 def test_every_kind_of_setting_runs(small):
@@ -85,6 +88,8 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setitem(toy.BASES, "small", base)
     monkeypatch.setattr(tradeoff, "PLAN", world.plan)
+    # Processes of their own, which test_real.py has, would read all of the text.
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     arguments = ["--quick", "--only", "all tokens", "random", "--workers", "1", "--output", str(tmp_path)]
     tradeoff.main(arguments)
     file = tmp_path / "results.jsonl"
@@ -92,7 +97,6 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
     assert [json.loads(line)["name"] for line in first.splitlines()] == ["all tokens", "random half"]
     lines = first.splitlines(keepends=True)
     file.write_text(lines[0] + lines[1][:40])  # killed while writing
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     tradeoff.main(arguments)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["name"] for row in rows] == ["all tokens", "random half"]
