@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import tradeoff
+from page_tables import path as page_path
 from scipy import stats
 from worlds import runner, settings, tables, toy, training
 
@@ -141,6 +143,41 @@ def test_differences_are_paired_by_seed():
     gaps = [5 + 0.25 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
     assert cells[3].split(" ")[0] == f"{sum(gaps) / 3:+.3f}"
     assert tables.spread([1.0, 2.0]) == "1.500 ±0.707"
+
+
+def test_the_end_of_a_run_on_the_curve_of_another(monkeypatch):
+    """The other's retention where it first has the run's target loss, at the rate that retains more there."""
+    way = [[0, 5.0, 3.0], [4, 4.0, 3.2], [8, 4.5, 3.9], [16, 3.0, 4.0]]
+    assert page_path.at_target(way, 4.5) == pytest.approx(3.1)
+    assert page_path.at_target(way, 3.75) == pytest.approx(3.95)
+    assert page_path.at_target(way, 2.9) is None
+    results = []
+    for seed in range(2):
+        hot = _run("no noise: all tokens", seed, (0, 0, 5, 3), (8, 1, 4, 3.2 + seed), (16, 1, 3, 4))
+        mild = _run("no noise: all tokens", seed, (0, 0, 5, 3), (16, 1, 4, 3.1))
+        ours = _run("no noise: path, best()", seed, (0, 0, 5, 3), (16, 1, 4.0 - seed, 3.3))
+        runs = zip((hot, mild, ours), (3e-3, 6e-4, 3e-3), strict=True)
+        results += tables.ends([{**run, "world": "toy", "lr": rate} for run, rate in runs])
+    assert [run["way"][-1] for run in results[:2]] == [[16, 3, 4], [16, 4, 3.1]]
+    monkeypatch.setattr(page_path, "load", lambda _: {"results": results})
+    monkeypatch.setattr(page_path, "markdown", lambda header, rows, file: rows)
+    (row,) = page_path.path_clean_curve()
+    # Seed 0 is at 4.0, where the mild run has 3.1 and the hot 3.2; seed 1 at 3.0, which the hot run alone has, with 4.
+    assert row[1:5] == ["0.003", "3.500", "3.300", "3.550"] and row[5].startswith("-0.250 ±") and row[6] == "2"
+
+
+def test_runs_are_selected_by_name_rate_and_seed(small):
+    one, two = settings.Setting("all tokens"), settings.Setting("random half")
+    wanted = [(small[1], setting, rate, seed) for setting in (one, two) for rate in (1e-3, 3e-4) for seed in range(3)]
+    parser = argparse.ArgumentParser()
+    runner.add_options(parser, Path("out"))
+
+    def left(*argv):
+        return [(s.name, rate, seed) for _, s, rate, seed in runner.selected(wanted, parser.parse_args(argv))]
+
+    assert len(left()) == 12
+    assert left("--only", "^all", "--rates", "3e-4", "--seeds", "2") == [("all tokens", 3e-4, s) for s in range(2)]
+    assert {name for name, _, _ in left("--only", "half", "nothing")} == {"random half"}
 
 
 def test_shares_kept_are_told_of_the_kinds_that_were_met():

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import tuning
+from datasets import Dataset
+from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TABLE = {"dpo_qlora": 7, "sft_qlora": 5}
@@ -59,6 +61,8 @@ def check(printed: str, name: str, folder: Path, kept: tuple[float, float]) -> N
     assert all(0 < float(seconds) < 20 for seconds in figures["seconds per step"][1:])
     assert "loaded again with PEFT, gives the same metrics" in printed
     ours = name.split("_")[0]
+    adapter = load_file(folder / f"alphatoken-{ours}" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert (folder / f"alphatoken-{ours}" / "adapter_model.safetensors").is_file()
     assert (folder / f"alphatoken-{ours}" / "fisher.safetensors").is_file()
     assert not (folder / ours / "fisher.safetensors").exists()
@@ -129,6 +133,27 @@ def test_settings_are_the_best_of_the_estimator(recipes, tmp_path):
         assert settings(args) == dataclasses.asdict(best)
         assert settings(qlora.run_arguments(args, "DPO", plain=True)) == dataclasses.asdict(AlphaTokenConfig(rho=1.0))
         assert settings(args)["rho"] == 0.3  # the runs' arguments are copies
+
+
+def test_the_adapter_of_a_4_bit_model_trains_in_float32_on_a_cpu(recipes, small_model, tmp_path):
+    """TRL would have it in bf16."""
+    import qlora
+    from trl import DPOTrainer, get_peft_config
+
+    from alphatoken_loss import AlphaTokenDPOConfig
+
+    _, args, model_args = qlora.parse(AlphaTokenDPOConfig, ["--output_dir", str(tmp_path)], pairs=True)
+    rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    model = qlora.load_base(small_model, model_args)
+    tokenizer = qlora.load_tokenizer(small_model)
+    more = {"processing_class": tokenizer, "peft_config": get_peft_config(model_args)}
+    trained = DPOTrainer(model, args=args, train_dataset=rows, **more).model
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+    kept = [p.dtype for p in trained.parameters() if not p.requires_grad]
+    qlora.adapters_in_float32(trained)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert [p.dtype for p in trained.parameters() if not p.requires_grad] == kept
 
 
 def test_muon_in_float32(recipes):
