@@ -13,6 +13,7 @@ from worlds.tables import paired, spread
 from .base import markdown, table
 
 TOY_RATES, PAIR_RATES = (3e-3, 6e-4), (1e-3, 3e-4, 1e-4)
+MORE = "path_more"  # runs on a second base
 
 # Setting of runs.json -> what the pages call it.
 PATHS = {
@@ -105,55 +106,94 @@ def path_gaps() -> str:
     return against("path, best()", TOY_RATES, PATHS, ("target", "retention"))
 
 
-PAIR_FIGURES = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", "retention": "retention"}
-
-
-FLIPPED, PLAIN = "DPO 30% flipped: ", "DPO: "
-# The clean pairs alone are the same, whatever the others' labels are.
-PAIR_TITLES = {(PLAIN if "validation" in name else FLIPPED) + name: title for name, title in PAIRED.items()}
+@table
+def path_more() -> str:
+    """Rivals that need no validation examples, on another base."""
+    return ends(TOY_RATES, PATHS, {"target": "target", "retention": "retention"}, MORE)
 
 
 @table
-def path_pairs() -> str:
+def path_more_gaps() -> str:
+    return against("path, best()", TOY_RATES, PATHS, ("target", "retention"), MORE)
+
+
+PAIR_FIGURES = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", "retention": "retention"}
+PLAIN, ALL_RIGHT, FLIPPED = "DPO: ", "DPO 0% flipped: ", "DPO 30% flipped: "
+
+
+def pair_titles(prefix: str) -> dict[str, str]:
+    """Setting -> what the pages call it. The clean pairs alone, and plain DPO of right labels, are the same in all."""
+    alike = {name for name in PAIRED if "validation" in name or (name == "all tokens" and prefix == ALL_RIGHT)}
+    return {(PLAIN if name in alike else prefix) + name: title for name, title in PAIRED.items()}
+
+
+def pairs(prefix: str, file: str = "path") -> str:
     rows = []
-    for name, title in PAIR_TITLES.items():
+    for name, title in pair_titles(prefix).items():
         for rate in PAIR_RATES:
-            runs = by_setting([name], rate).get(name, {})
+            runs = by_setting([name], rate, file).get(name, {})
             if runs:
                 before = next(iter(runs.values()))["before"]
                 cells = [spread(run[f] for run in runs.values()) for f in PAIR_FIGURES]
                 rows.append([title, f"{rate:g}", *cells, str(len(runs))])
     first = ["before tuning", "", *(f"{before[f]:.3f}" for f in PAIR_FIGURES), ""]
-    return markdown(["trained on", "lr", *PAIR_FIGURES.values(), "seeds"], [first, *rows], "path")
+    return markdown(["trained on", "lr", *PAIR_FIGURES.values(), "seeds"], [first, *rows], file)
 
 
-@table
-def path_pairs_gaps() -> str:
+def pairs_gaps(prefix: str, file: str = "path") -> str:
     """The preset at its worst rate minus each rival at its best, by accuracy on the test pairs."""
     have: dict[str, list[dict[int, dict[str, Any]]]] = {}
-    for name in PAIR_TITLES:
-        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate).get(name))]
+    for name in pair_titles(prefix):
+        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate, file).get(name))]
 
     def accuracy(runs: dict[int, dict[str, Any]]) -> float:
         return statistics.mean(run["accuracy"] for run in runs.values())
 
-    ours = f"{FLIPPED}best(pairs=True)"
-    worst, rows = min(have.pop(ours), key=accuracy), []
+    worst, rows = min(have.pop(f"{prefix}best(pairs=True)"), key=accuracy), []
     for name, groups in have.items():
         if groups:
             best = max(groups, key=accuracy)
             leads = [paired(worst, best, lambda run, f=f: run[f]) for f in PAIR_FIGURES]
-            rows.append([PAIR_TITLES[name], f"{next(iter(best.values()))['lr']:g}", *leads])
-    return markdown(
-        ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values()], rows, "path"
-    )
+            rows.append([pair_titles(prefix)[name], f"{next(iter(best.values()))['lr']:g}", *leads])
+    header = ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values()]
+    return markdown(header, rows, file)
+
+
+@table
+def path_pairs() -> str:
+    return pairs(FLIPPED)
+
+
+@table
+def path_pairs_gaps() -> str:
+    return pairs_gaps(FLIPPED)
+
+
+@table
+def more_pairs() -> str:
+    return pairs(FLIPPED, MORE)
+
+
+@table
+def more_pairs_gaps() -> str:
+    return pairs_gaps(FLIPPED, MORE)
+
+
+@table
+def right_pairs() -> str:
+    return pairs(ALL_RIGHT, MORE)
+
+
+@table
+def right_pairs_gaps() -> str:
+    return pairs_gaps(ALL_RIGHT, MORE)
 
 
 @table
 def path_clean() -> str:
     """Answers without noise."""
     titles = {f"no noise: {name}": title for name, title in PATHS.items()}
-    return ends(TOY_RATES, titles, {"target": "target", "retention": "retention"})
+    return ends(TOY_RATES, titles, {"target": "target", "retention": "retention"}, MORE)
 
 
 def at_target(way: Sequence[Sequence[float]], target: float) -> float | None:
@@ -169,10 +209,10 @@ def at_target(way: Sequence[Sequence[float]], target: float) -> float | None:
 def path_clean_curve() -> str:
     """Answers without noise: the end of each setting against the curve of all tokens, at the rate that retains more."""
     clean, rows = "no noise: ", []
-    curves = [by_setting([f"{clean}all tokens"], rate)[f"{clean}all tokens"] for rate in TOY_RATES]
+    curves = [by_setting([f"{clean}all tokens"], rate, MORE)[f"{clean}all tokens"] for rate in TOY_RATES]
     for rate in TOY_RATES:
         for name, title in PATHS.items():
-            own, there = by_setting([clean + name], rate).get(clean + name, {}), {}
+            own, there = by_setting([clean + name], rate, MORE).get(clean + name, {}), {}
             for seed, run in own.items():
                 found = [at_target(runs[seed]["way"], run["target"]) for runs in curves if seed in runs]
                 if reached := [retention for retention in found if retention is not None]:
@@ -183,4 +223,4 @@ def path_clean_curve() -> str:
                 gap = paired(own, there, lambda run: run["retention"])
                 rows.append([title, f"{rate:g}", *(f"{x:.3f}" for x in (*means, curve)), gap, f"{len(there)}"])
     header = ["clean answers", "lr", "target", "retention", "all tokens' retention there", "difference", "seeds"]
-    return markdown(header, rows, "path")
+    return markdown(header, rows, MORE)

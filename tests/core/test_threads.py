@@ -24,7 +24,7 @@ HOW = {
     "replayed": dict(estimator="ghost", causal_window=cases.WINDOW, checkpointed=True),
     "difference": dict(estimator="difference"),
     "exact": dict(estimator="exact"),
-    "path": dict(estimator="path"),
+    "path": dict(estimator="path", path_steps=2),
 }
 
 

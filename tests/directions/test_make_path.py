@@ -77,7 +77,7 @@ def test_how_many_rows_run_together_is_nothing_to_theta_star(changes, monkeypatc
         return made(model, [rows[i] for i in order], **changes)
 
     with norms_in_own_dtype():
-        model = lora_model("llama")
+        model = lora_model("llama", layers=2)
         rows = [row for seed in range(4) for row in row_by_row(sft_batch("none", seed=seed))]
         together = [{name: torch.cat([row[name] for row in rows[i : i + 4]]) for name in rows[0]} for i in (0, 4, 8)]
         together, alone = made(model, together, **changes), one_by_one(rows)
