@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .models.start import remember_start
     from .selection.confidence import dft_weights, eaft_weights, high_loss_weights, low_loss_weights
     from .selection.rules import excess_loss_weights, log_ratio_weights, random_weights, stm_weights
+    from .tools.gain import SharedGain, shared_gain
     from .tools.report.samples import SampleWriter
     from .tools.show.tokens import show_tokens
     from .trl.arguments import AlphaTokenArguments, AlphaTokenDPOConfig, AlphaTokenSFTConfig
@@ -38,6 +39,7 @@ __all__ = [
     "Fisher",
     "Path",
     "SampleWriter",
+    "SharedGain",
     "Target",
     "TokenValues",
     "alphatoken_weights",
@@ -53,6 +55,7 @@ __all__ = [
     "random_weights",
     "remember_start",
     "sft_loss",
+    "shared_gain",
     "show_tokens",
     "stm_weights",
     "target_gradient",
@@ -72,6 +75,7 @@ _WHERE = {
     "Fisher": "directions.fisher",
     "Path": "directions.path",
     "SampleWriter": "tools.report.samples",
+    "SharedGain": "tools.gain",
     "Target": "directions.target",
     "TokenValues": "values",
     "alphatoken_weights": "weights",
@@ -87,6 +91,7 @@ _WHERE = {
     "random_weights": "selection.rules",
     "remember_start": "models.start",
     "sft_loss": "losses.sft",
+    "shared_gain": "tools.gain",
     "show_tokens": "tools.show.tokens",
     "stm_weights": "selection.rules",
     "target_gradient": "directions.target",

@@ -119,7 +119,7 @@ def follow(
     rates = (rate,) if rate else known
     searched = goal
     if config.path_holdout == 0 and not (steps and rate):
-        searched = _Goal(inner, ref_model, scored, batches, config, drifting, _HELD_OUT)
+        searched = _Goal(inner, ref_model, scored, batches, config, drifting, HELD_OUT)
     tries = len(rates) if searched.judges else 0
     again = searched is not goal or not tries  # on all rows
     bar = tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide)
@@ -164,7 +164,7 @@ class _Walk:
 
 
 _ROWS = 8  # rows (pairs) in each process that a step is taken on at least, if there are so many
-_HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
+HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
 _RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # the first if no row can be held out
 
 
@@ -202,7 +202,7 @@ class _Goal:
         self.groups: list[list[_Read]] = []
         self.held_out: list[_Read] = []
         for group in _grouped(with_rows):
-            kept, held = ([_with_reference(b, model, ref_model) for b in part] for part in _apart(group, share))
+            kept, held = ([_with_reference(b, model, ref_model) for b in part] for part in apart(group, share))
             self.groups.append(kept)
             self.held_out += held
         self._held = _counts_of(self.held_out, scored.device)
@@ -283,7 +283,7 @@ def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> li
     return counts.tolist()
 
 
-def _apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+def apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
     """The batches without the last `share` of the rows (pairs) of each, and batches of these.
 
     Of batches that hold one row, about every (1 / share)th is held out whole.

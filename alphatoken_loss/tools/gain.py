@@ -1,0 +1,136 @@
+"""Should tokens be masked at all? What the path to theta* gains in training rows, beside clean ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from ..config import AlphaTokenConfig
+from ..directions.follow import HELD_OUT, apart, make_path
+from ..directions.path import Path
+from ..losses.logps import token_logps
+from ..models.modes import without_noise
+from ..models.sites import find_scored
+from ..models.structure import unwrap
+
+_DRAWS = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class SharedGain:
+    """How much lower theta* makes the loss, in nats a token.
+
+    Attributes:
+        clean (`float`): of clean rows that theta* was not made of.
+        training (`float`): of training rows.
+        interval (`tuple`): 95 % of `share`, by a bootstrap over rows of both.
+    """
+
+    clean: float
+    training: float
+    interval: tuple[float, float]
+
+    @property
+    def share(self) -> float:
+        """`training / clean`; NaN where theta* does not help with clean rows."""
+        return self.training / self.clean if self.clean > 0 else float("nan")
+
+    def __str__(self) -> str:
+        if not self.clean > 0:
+            return (
+                f"theta* does not lower the loss of clean rows that it was not made of ({self.clean:+.3f} nats a "
+                "token): values along this path would say nothing. Give more clean rows, or a lower path_rate."
+            )
+        low, high = self.interval
+        return (
+            f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones: a "
+            f"share of {self.share:.2f} (95 %: {low:.2f} to {high:.2f}). Near 1, training rows are like the clean "
+            "ones, and there is little to mask; near 0 or below, most of their tokens lead elsewhere."
+        )
+
+
+def shared_gain(
+    model: nn.Module,
+    target: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    batches: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    config: AlphaTokenConfig | None = None,
+    progress: bool = True,
+) -> SharedGain:
+    """Ask before training whether training rows are like the clean ones, or full of tokens that lead elsewhere.
+
+    Of the clean rows a quarter is held out. theta* is made of the others (`make_path`, with the validation loss alone),
+    and the mean of log p(theta*) - log p(theta) over response tokens is taken of the rows held out and of training
+    rows. Nothing of the model is changed. In distributed runs each process tells of its own rows.
+
+    Args:
+        model (`nn.Module`): the model as training would begin.
+        target (`Iterable`): batches of clean examples of the target task, in SFT form; at least two rows.
+        batches (`Iterable`): batches of training rows, in SFT form; some 64 rows are enough.
+        config (`AlphaTokenConfig`, *optional*): what is scored, and `path_steps`, `path_rate`; by default a trial
+            finds these two.
+        progress (`bool`): show progress bars.
+
+    Returns:
+        `SharedGain`
+
+    Raises:
+        ValueError: there are no training rows, the clean rows are fewer than two, one of either has no response token,
+            or a batch is of preference pairs.
+
+    Example:
+        >>> print(shared_gain(model, clean_batches, training_batches))
+    """
+    config = replace(config or AlphaTokenConfig(), estimator="path", stability_weight=0.0, path_holdout=0.0)
+    device = find_scored(model, config.scored_layers, config.scope).device
+    read = {
+        name: [read_batch(batch).to(device) for batch in ([given] if isinstance(given, Mapping) else given)]
+        for name, given in (("target", target), ("batches", batches))
+    }
+    for name, some in read.items():
+        if any(batch.pairs for batch in some):
+            raise ValueError(f"{name} holds preference pairs. Give their chosen answers, in SFT form.")
+        if not any(bool(batch.rows.any()) for batch in some):
+            raise ValueError(f"{name} holds no response token (no label other than -100). Give some rows with one.")
+    made, clean = apart([batch for batch in read["target"] if bool(batch.rows.any())], HELD_OUT)
+    if not any(bool(batch.rows.any()) for batch in clean):
+        raise ValueError("target is one row, or the rows held out have no response token. Give more clean rows.")
+    path = make_path(model, made, config=config, progress=progress)
+    with tqdm(total=len(clean) + len(read["batches"]), desc="Gain", unit="batch", disable=not progress) as bar:
+        gains = [_gains(model, path, some, bar) for some in (clean, read["batches"])]
+    means = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in gains]
+    return SharedGain(means[0], means[1], _interval(*gains))
+
+
+def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any]) -> torch.Tensor:
+    """`(rows, 2)` float64: of each row the nats gained over its response tokens, and their number."""
+    found = []
+    for batch in batches:
+        with torch.no_grad(), without_noise(unwrap(model)):
+            before = token_logps(model, batch)
+        gained = (path.logps(model, batch) - before).sum(1)
+        found.append(torch.stack([gained.double(), batch.rows.sum(1).double()], 1).cpu())
+        bar.update()
+    rows = torch.cat(found)
+    return rows[rows[:, 1] > 0]
+
+
+def _interval(clean: torch.Tensor, training: torch.Tensor) -> tuple[float, float]:
+    """95 % of the ratio of the training rows' mean gain to the clean rows'."""
+    generator = torch.Generator().manual_seed(0)
+
+    def means(rows: torch.Tensor) -> torch.Tensor:
+        places = torch.randint(len(rows), (_DRAWS, len(rows)), generator=generator)
+        sums = rows[places].sum(1)
+        return sums[:, 0] / sums[:, 1]
+
+    ratios = means(training) / means(clean)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
+    return low, high

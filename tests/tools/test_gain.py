@@ -1,0 +1,145 @@
+"""What theta* gains in training rows and in clean ones, against explicit sums; and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from batches import pair_batch, response, sft_batch
+from explicit import norms_in_own_dtype
+from models import lora_model, nf4_lora_model
+from state import differences, snapshot
+
+from alphatoken_loss import AlphaTokenConfig, SharedGain, make_path, shared_gain
+from alphatoken_loss.tools import gain
+
+CONFIG = AlphaTokenConfig(estimator="path", path_steps=4, path_rate=2e-2)
+
+
+def logps(model, batch):
+    """`(B, T - 1)` log-probabilities of the labels, by the definition."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    with torch.no_grad():
+        found = model(**inputs, use_cache=False).logits.double().log_softmax(-1)[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return found.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
+
+
+def mean_gain(model, path, batches):
+    """The mean over response tokens, with theta* written into the model and taken out again."""
+    before = [logps(model, batch) for batch in batches]
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if name in path.parameters}
+    path.apply(model)
+    after = [logps(model, batch) for batch in batches]
+    with torch.no_grad():
+        for name, tensor in own.items():
+            model.get_parameter(name).copy_(tensor)
+    count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    return sum(float((a - b).sum()) for a, b in zip(after, before, strict=True)) / count
+
+
+def part(batch, rows):
+    return {name: tensor[rows] for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+def test_gains_are_means_over_response_tokens(kind, seed):
+    """Of the last quarter of each batch's rows, at the theta* of the others; and of training rows."""
+    with norms_in_own_dtype():
+        model = lora_model("llama", seed=seed)
+        target = [sft_batch("right", seed=seed), sft_batch("left", seed=seed + 10)]
+        training = [sft_batch(kind, seed=seed + 20), sft_batch("right", seed=seed + 30)]
+        found = shared_gain(model, target, training, config=CONFIG, progress=False)
+        ends = [len(b["input_ids"]) - max(round(len(b["input_ids"]) / 4), 1) for b in target]
+        made = [part(batch, slice(end)) for batch, end in zip(target, ends, strict=True)]
+        held = [part(batch, slice(end, None)) for batch, end in zip(target, ends, strict=True)]
+        config = AlphaTokenConfig(estimator="path", path_steps=4, path_rate=2e-2, stability_weight=0.0)
+        path = make_path(model, made, config=config, progress=False)
+        assert found.clean == pytest.approx(mean_gain(model, path, held), rel=1e-6, abs=1e-9)
+        assert found.training == pytest.approx(mean_gain(model, path, training), rel=1e-6, abs=1e-9)
+        leaked = make_path(model, target, config=config, progress=False)
+        assert abs(mean_gain(model, leaked, held) - found.clean) > 1e-3, "the rows held out have no part in theta*"
+        alone = shared_gain(model, target[0], training[0], config=CONFIG, progress=False)  # a batch is a list of one
+        assert alone == shared_gain(model, target[:1], training[:1], config=CONFIG, progress=False)
+    low, high = found.interval
+    if found.clean > 0:
+        assert found.share == found.training / found.clean and low < high
+
+
+def test_the_interval_is_a_bootstrap_over_rows():
+    """Against the normal approximation of a ratio of means, for many rows of one length."""
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.stack([10 + torch.randn(400, generator=generator).double(), torch.full((400,), 10.0).double()], 1)
+    training = torch.stack([4 + torch.randn(900, generator=generator).double(), torch.full((900,), 10.0).double()], 1)
+    low, high = gain._interval(clean, training)
+    error = 0.4 * math.hypot(1 / (4 * 30), 1 / (10 * 20))
+    assert (low + high) / 2 == pytest.approx(0.4, abs=0.01)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    # A row counts by its tokens: long rows without gain pull the mean down.
+    long = torch.tensor([[0.0, 90.0]]).double().expand(10, 2)
+    low, high = gain._interval(clean, torch.cat([training[:90], long]))
+    assert low < 0.2 < high < 0.32
+
+
+def test_clean_rows_share_all_and_noise_little():
+    """A model that can tell: the clean rows count upwards, noise is of random tokens."""
+    torch.manual_seed(0)
+    model = lora_model("llama", dtype=torch.float32)
+
+    def rows(noisy):
+        starts = torch.randint(1, 20, (16, 1))
+        ids = torch.randint(1, 40, (16, 12)) if noisy else starts + torch.arange(12)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    config = AlphaTokenConfig(estimator="path", path_steps=30, path_rate=1e-2)
+    clean = [rows(False), rows(False)]
+    shares = [
+        shared_gain(model, clean, [rows(noisy) for _ in range(3)], config=config, progress=False).share
+        for noisy in (False, True)
+    ]
+    assert 0.7 < shares[0] < 1.3 and shares[1] < 0.3, shares
+
+
+@pytest.mark.parametrize("make", [lora_model, nf4_lora_model])
+def test_nothing_is_left(make):
+    model = make("llama")
+    before = snapshot(model)
+    shared_gain(model, [sft_batch("right")], [sft_batch("left", seed=1)], config=CONFIG, progress=False)
+    assert not differences(before, snapshot(model))
+
+
+def test_what_is_refused():
+    model, good = lora_model("llama"), [sft_batch("right")]
+    empty = [{**good[0], "labels": torch.full_like(good[0]["labels"], -100)}]
+    cases = [
+        (good, [pair_batch()], "batches holds preference pairs. Give their chosen answers"),
+        ([pair_batch()], good, "target holds preference pairs"),
+        (good, empty, "batches holds no response token"),
+        (good, [], "batches holds no response token"),
+        (empty, good, "target holds no response token"),
+        ([part(good[0], slice(1))], good, "target is one row"),
+    ]
+    for target, training, message in cases:
+        with pytest.raises(ValueError, match=message):
+            shared_gain(model, target, training, config=CONFIG, progress=False)
+
+
+def test_it_says_how_to_read_it():
+    told = str(SharedGain(0.96, 0.05, (-0.1, 0.2)))
+    assert "share of 0.05 (95 %: -0.10 to 0.20)" in told and "+0.960" in told
+    worse = SharedGain(-0.2, 0.05, (-1.0, 1.0))
+    assert math.isnan(worse.share) and "would say nothing. Give more clean rows" in str(worse)
+
+
+def test_what_counts_is_the_response():
+    batch = sft_batch("right")
+    rows = gain._gains(
+        model := lora_model("llama"),
+        make_path(model, [batch], config=AlphaTokenConfig(estimator="path", path_steps=1, path_rate=1e-3,
+                                                          stability_weight=0.0), progress=False),
+        [gain.read_batch(batch)],
+        gain.tqdm(disable=True),
+    )  # fmt: skip
+    assert rows[:, 1].sum() == response(batch).sum()
