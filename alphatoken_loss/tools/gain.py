@@ -30,7 +30,7 @@ class SharedGain:
     Attributes:
         clean (`float`): of clean rows that theta* was not made of.
         training (`float`): of training rows.
-        interval (`tuple`): 95 % of `share`, by a bootstrap over rows of both.
+        interval (`tuple`): confidence interval of `share`: a bootstrap over rows of both, a twentieth of it outside.
     """
 
     clean: float
