@@ -111,8 +111,8 @@ def load_base(path, model_args):
 
 
 def adapters_in_float32(model):
-    """TRL stores the adapter of a 4-bit model in bf16, which a CPU without its instructions computes in ten times as
-    long; on a CPU, keep it as PEFT made it."""
+    """TRL stores the adapter of a 4-bit model in bf16, which is far slower than float32 on a CPU without instructions
+    for it; on a CPU, keep it as PEFT made it."""
     for parameter in model.parameters():
         if parameter.requires_grad and not ON_GPU:
             parameter.data = parameter.data.float()

@@ -140,23 +140,24 @@ def pairs(prefix: str, file: str = "path") -> str:
     return markdown(["trained on", "lr", *PAIR_FIGURES.values(), "seeds"], [first, *rows], file)
 
 
-def pairs_gaps(prefix: str, file: str = "path") -> str:
+@table
+def path_pairs_gaps() -> str:
     """The preset at its worst rate minus each rival at its best, by accuracy on the test pairs."""
     have: dict[str, list[dict[int, dict[str, Any]]]] = {}
-    for name in pair_titles(prefix):
-        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate, file).get(name))]
+    for name in pair_titles(FLIPPED):
+        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate).get(name))]
 
     def accuracy(runs: dict[int, dict[str, Any]]) -> float:
         return statistics.mean(run["accuracy"] for run in runs.values())
 
-    worst, rows = min(have.pop(f"{prefix}best(pairs=True)"), key=accuracy), []
+    worst, rows = min(have.pop(f"{FLIPPED}best(pairs=True)"), key=accuracy), []
     for name, groups in have.items():
         if groups:
             best = max(groups, key=accuracy)
             leads = [paired(worst, best, lambda run, f=f: run[f]) for f in PAIR_FIGURES]
-            rows.append([pair_titles(prefix)[name], f"{next(iter(best.values()))['lr']:g}", *leads])
+            rows.append([pair_titles(FLIPPED)[name], f"{next(iter(best.values()))['lr']:g}", *leads])
     header = ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values()]
-    return markdown(header, rows, file)
+    return markdown(header, rows, "path")
 
 
 @table
@@ -165,28 +166,13 @@ def path_pairs() -> str:
 
 
 @table
-def path_pairs_gaps() -> str:
-    return pairs_gaps(FLIPPED)
-
-
-@table
 def more_pairs() -> str:
     return pairs(FLIPPED, MORE)
 
 
 @table
-def more_pairs_gaps() -> str:
-    return pairs_gaps(FLIPPED, MORE)
-
-
-@table
 def right_pairs() -> str:
     return pairs(ALL_RIGHT, MORE)
-
-
-@table
-def right_pairs_gaps() -> str:
-    return pairs_gaps(ALL_RIGHT, MORE)
 
 
 @table
