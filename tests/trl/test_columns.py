@@ -23,6 +23,12 @@ from alphatoken_loss.trl.columns import ColumnCollator, aligned
 IGNORE = -100
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """TRL makes the output folder, though nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+
 def weight(token):
     """Of a token, so that a batch tells whether its weights stand where they should."""
     return ((token * 37) % 11) / 4
