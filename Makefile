@@ -1,5 +1,5 @@
 # Each target sets up what it needs in .venv on first use. Afterwards nothing is fetched.
-#   make demo    QLoRA DPO, plain and with AlphaToken, on a small model trained here (CPU, about three minutes)
+#   make demo    QLoRA DPO, plain and with AlphaToken, on a small model trained here (CPU, some minutes)
 #   make test    ruff, mypy and the tests
 #   make docs    the pages as a site, in site/
 #   make figures write the tables of README and docs from benchmarks/results/

@@ -67,13 +67,13 @@ def shared_gain(
     """Ask before training whether training rows are like the clean ones, or full of tokens that lead elsewhere.
 
     Of the clean rows a quarter is held out. theta* is made of the others (`make_path`, with the validation loss alone),
-    and the mean of log p(theta*) - log p(theta) over response tokens is taken of the rows held out and of training
-    rows. Nothing of the model is changed. In distributed runs each process tells of its own rows.
+    and the mean of log p(theta*) - log p(theta) over response tokens, in nats, is taken of the rows held out and of
+    training rows. Nothing of the model is changed. In distributed runs each process tells of its own rows.
 
     Args:
         model (`nn.Module`): the model as training would begin.
         target (`Iterable`): batches of clean examples of the target task, in SFT form; at least two rows.
-        batches (`Iterable`): batches of training rows, in SFT form; some 64 rows are enough.
+        batches (`Iterable`): batches of training rows, in SFT form; a sample is enough.
         config (`AlphaTokenConfig`, *optional*): what is scored, and `path_steps`, `path_rate`; by default a trial
             finds these two.
         progress (`bool`): show progress bars.
