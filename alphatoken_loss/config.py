@@ -21,7 +21,8 @@ class AlphaTokenConfig:
 
     Args:
         rho (`float`, *optional*, defaults to 0.5):
-            Share of response tokens that is trained on, in (0, 1]. With `rho=1.0` nothing is scored or hooked.
+            Share of response tokens that is trained on, in (0, 1]. With `rho=1.0` all are, whatever the threshold, and
+            nothing is scored or hooked, unless `path_start` or `path_kl` ask for theta*.
         stability_weight (`float`, *optional*, defaults to 1.5):
             lambda of Eq. 12, the weight of the drift terms, at least 0. With 0 no Fisher is needed.
         num_layers (`int` or `"all"`, *optional*):
@@ -221,6 +222,11 @@ class AlphaTokenConfig:
         from .models.sites import AtMost
 
         return AtMost(layers)
+
+    @property
+    def off(self) -> bool:
+        """Whether there is nothing to do: every token is kept, and theta* is not asked for."""
+        return self.rho >= 1.0 and not (self.path_start or self.path_kl > 0)
 
     @property
     def scope(self) -> Scope:

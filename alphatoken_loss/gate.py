@@ -133,7 +133,7 @@ class AlphaToken:
         self._memory = self._estimator.memory(self.config)
         self._known: Scored | None = None
         self._penalties = Penalties(model, self.config.path_kl)
-        if self.config.rho < 1.0:  # else nothing is read, and nothing refused
+        if not self.config.off:  # else nothing is read, and nothing refused
             drifts = self.config.stability_weight > 0 if self.selection.valued else self.selection.reference
             if ref_model is None and drifts:
                 refuse_trained_reference(model.modules())
@@ -267,7 +267,7 @@ class AlphaToken:
         asked: Asked,
     ) -> Step | None:
         """One batch, ready for its forward; `None` where nothing is to be masked."""
-        if self.config.rho >= 1.0 or not torch.is_grad_enabled():
+        if self.config.off or not torch.is_grad_enabled():
             return None
         started = time.perf_counter()
         if IN_CONTEXT in vars(unwrap(self.model)):
@@ -325,7 +325,7 @@ class AlphaToken:
         waited for). Steps that raised inside their context count nothing; of batches without a response token there is
         no share."""
         figures = self.figures.read()
-        if self.config.rho >= 1.0:
+        if self.config.off:
             figures.pop("seconds")
             return {"kept": 1.0, **figures}
         valued = "total" in figures or "kept" not in figures

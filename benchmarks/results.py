@@ -27,7 +27,7 @@ import torch
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 # Options whose values say something of a machine, not of a run.
-PATHS = ("--data", "--output", "--cache", "--model", "--json", "--plot")
+PATHS = ("--data", "--output", "--cache", "--model", "--json", "--plot", "--join")
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 _SPREAD = re.compile(r"([+-]?\d+\.\d+) ±(\d+\.\d+)")
 

@@ -54,6 +54,8 @@ def keep_share(values: torch.Tensor, batch: Batch, rho: float, scope: str) -> to
 
 def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:
     """`(B, T)` at the labels: bool, True for tokens that are kept; for a soft threshold, float weights in (0, 1)."""
+    if config.rho >= 1.0:
+        return batch.at_labels(batch.rows)
     if config.threshold_scope == "pair":
         return _whole_pairs(values.total, batch, config)
     groups = _groups(batch, config.threshold_scope)

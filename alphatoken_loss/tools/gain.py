@@ -17,6 +17,7 @@ from ..directions.follow import HELD_OUT, apart, make_path
 from ..directions.path import Path
 from ..losses.logps import token_logps
 from ..models.modes import without_noise
+from ..models.processes import all_rows
 from ..models.sites import find_scored
 from ..models.structure import unwrap
 
@@ -42,6 +43,15 @@ class SharedGain:
         """`training / clean`; NaN where theta* does not help with clean rows."""
         return self.training / self.clean if self.clean > 0 else float("nan")
 
+    @property
+    def rho(self) -> float:
+        """The share of tokens to keep, for `AlphaTokenConfig.best(rho=...)`: (1 + share) / 2, in [0.5, 1].
+
+        If a part p of the training tokens gains what clean tokens do, and the rest loses as much, `share` is
+        p - (1 - p). 1 where theta* does not help with clean rows: then it cannot tell what to drop.
+        """
+        return min(max((1 + self.share) / 2, 0.5), 1.0) if self.clean > 0 else 1.0
+
     def __str__(self) -> str:
         if not self.clean > 0:
             return (
@@ -58,7 +68,7 @@ class SharedGain:
 
 def shared_gain(
     model: nn.Module,
-    target: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    target: Iterable[Mapping[str, Any] | Batch] | Mapping[str, Any],
     batches: Iterable[Mapping[str, Any]] | Mapping[str, Any],
     *,
     config: AlphaTokenConfig | None = None,
@@ -68,7 +78,8 @@ def shared_gain(
 
     Of the clean rows a quarter is held out. theta* is made of the others (`make_path`, with the validation loss alone),
     and the mean of log p(theta*) - log p(theta) over response tokens, in nats, is taken of the rows held out and of
-    training rows. Nothing of the model is changed. In distributed runs each process tells of its own rows.
+    training rows. Nothing of the model is changed. In distributed runs each process gives its share of both kinds of
+    rows, and all get the same answer.
 
     Args:
         model (`nn.Module`): the model as training would begin.
@@ -118,7 +129,7 @@ def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any
         gained = (path.logps(model, batch) - before).sum(1)
         found.append(torch.stack([gained.double(), batch.rows.sum(1).double()], 1).cpu())
         bar.update()
-    rows = torch.cat(found)
+    rows = all_rows(torch.cat(found))
     return rows[rows[:, 1] > 0]
 
 

@@ -33,7 +33,7 @@ class Checkpoints(_Trainer):
     @property
     def _gate(self) -> AlphaToken | None:
         """The `AlphaToken` if it masks, else None."""
-        return None if self.alphatoken is None or self.alphatoken.config.rho >= 1.0 else self.alphatoken
+        return None if self.alphatoken is None or self.alphatoken.config.off else self.alphatoken
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -2,7 +2,7 @@
 
 The gate is in the model, so loss, collator and metrics stay TRL's own. In training, `compute_loss` runs in an
 `AlphaToken` context, and the KLs of `kl_coef` (SFT) and `path_kl` are added to the loss. Evaluation, prediction, and
-`rho=1.0` without `kl_coef` are TRL's untouched.
+`rho=1.0` without a KL or a start at theta* are TRL's untouched.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .arguments import AlphaTokenArguments
 from .checkpoints import Checkpoints
 from .columns import TokenColumns, without_damped_sums
 from .fisher import FisherOfPrompts
+from .gain import GainOfRows
 from .path import PathColumn
 from .selecting import Selecting
-from .target import TargetRows
 
 logger = get_logger(__name__)
 _Trainer: Any = object  # what the mixin is put in front of
 
 
-class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Selecting, TokenColumns, _Trainer):
+class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Selecting, TokenColumns, _Trainer):
     """Token values for a trainer of Transformers' kind. Put it first among the bases of a trainer, and
     [`AlphaTokenArguments`] first among those of its arguments.
 
@@ -63,7 +63,8 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
             pairs, of `chosen_*` and `rejected_*`). A column "token_weights" is read without being named.
 
     Attributes:
-        alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0` and no `kl_coef`.
+        alphatoken ([`AlphaToken`] or `None`): what values and masks the batches; None with `rho=1.0` and no KL or start
+            at theta*.
 
     Raises:
         ValueError: tokens cannot be valued with this model, data or distribution; the message says what to do.
@@ -88,7 +89,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         token_weights: Callable[[Forward], torch.Tensor] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        off = any(isinstance(a, AlphaTokenArguments) and a.rho >= 1.0 for a in (*args, *kwargs.values()))
+        off = any(isinstance(a, AlphaTokenArguments) and a.alphatoken_config.off for a in (*args, *kwargs.values()))
         self.token_columns = () if off else (token_weights,) if isinstance(token_weights, str) else self.token_columns
         inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
         own = any("ref_model" in inspect.signature(init).parameters for init in inits)
@@ -114,7 +115,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
                 "`with alphatoken(batch, kl_coef=...) as step:` to the loss."
             )
         token_weights = self._found_weights(token_weights)
-        if config.rho >= 1.0 and not kl_coef:
+        if config.off and not kl_coef:
             return
         self._refuse_what_is_not_modelled()
         if own and getattr(self, "ref_model", None) is None and has_adapters(self.model):
@@ -127,7 +128,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
                 f"kl_coef is {kl_coef}, but the model has no adapters and there is no ref_model, so there is no "
                 "reference. Pass the model that training starts from as ref_model, or use a peft_config."
             )
-        if config.rho >= 1.0:
+        if config.off:
             self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config)
             return
         self._collate_columns()
@@ -225,7 +226,7 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
                 "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in its own shards. Set "
                 "precondition=False, or train without DeepSpeed."
             )
-        if self.is_deepspeed_enabled and self.alphatoken_args.path_start and self.alphatoken_args.rho < 1.0:
+        if self.is_deepspeed_enabled and self.alphatoken_args.path_start:
             raise ValueError(
                 "path_start is True, but under DeepSpeed the optimizer has copies of the parameters of its own, which "
                 "would overwrite theta*. Set path_start=False, or train without DeepSpeed."
@@ -234,5 +235,5 @@ class AlphaTokenMixin(TargetRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
             raise ValueError(
                 f"Training uses {what}, under which neither token values nor a KL can be taken: they need whole blocks "
                 "and their whole activations in each process, run as they are. Use one process per device "
-                "(DistributedDataParallel), or set rho=1.0, without kl_coef, to train on every token."
+                "(DistributedDataParallel), or set rho=1.0, without kl_coef, path_kl and path_start."
             )

@@ -31,8 +31,11 @@ PATHS = {
     "all tokens, from theta*, KL to it": "`best()` without the mask",
     "path, theta* renewed": "path, begun at theta*, KL 0.3 to it, renewed every 20 steps",
     "path, no drift, best() else": "`best()` with lambda 0",
+    "path, three blocks, best() else": "`best()` with theta* in the last three blocks alone",
+    "path, by sequence, best() else": "`best()` with the upper half of each sequence",
     "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
     "path, best()": "**`best()`**: path, begun at theta*, KL 0.6 to it",
+    "path, best(), rho of the data": "**`best(rho=...)`**, rho as `shared_gain` tells",
 }
 PAIRED = {
     "all tokens": "plain DPO",
@@ -175,11 +178,32 @@ def right_pairs() -> str:
     return pairs(ALL_RIGHT, MORE)
 
 
+def of_kind(kind: str) -> dict[str, str]:
+    return {f"{kind}: {name}": title for name, title in PATHS.items()}
+
+
 @table
 def path_clean() -> str:
     """Answers without noise."""
-    titles = {f"no noise: {name}": title for name, title in PATHS.items()}
-    return ends(TOY_RATES, titles, {"target": "target", "retention": "retention"}, MORE)
+    return ends(TOY_RATES, of_kind("no noise"), {"target": "target", "retention": "retention"}, MORE)
+
+
+@table
+def path_clean_gaps() -> str:
+    best = "no noise: path, best(), rho of the data"
+    return against(best, TOY_RATES, of_kind("no noise"), ("target", "retention"), MORE)
+
+
+@table
+def path_exchanged() -> str:
+    """Three in ten answers are those of other rows."""
+    return ends(TOY_RATES, of_kind("exchanged"), {"target": "target", "retention": "retention"}, MORE)
+
+
+@table
+def path_exchanged_gaps() -> str:
+    best = "exchanged: path, best(), rho of the data"
+    return against(best, TOY_RATES, of_kind("exchanged"), ("target", "retention"), MORE)
 
 
 def at_target(way: Sequence[Sequence[float]], target: float) -> float | None:

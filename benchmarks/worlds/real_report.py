@@ -9,7 +9,7 @@ from typing import Any
 
 from results import write
 
-from .tables import Paces, Run, Runs, ends, final, kept, paired, spread, table, times
+from .tables import Paces, Run, Runs, curves, ends, final, kept, paired, spread, table, times
 
 SFT = {
     "target": "target loss",
@@ -108,8 +108,7 @@ def plot(results: list[Run], path: Path) -> None:
         best = chosen_rates([run for run in results if run["world"] == world])
         y = "accuracy" if any(name.startswith("DPO") for name in best) else "target"
         for name, (lr, runs) in best.items():
-            points = list(zip(*(run["curve"] for run in runs.values()), strict=True))
-            xs, ys = ([statistics.mean(p[f] for p in at) for at in points] for f in ("retention", y))
+            xs, ys = curves(runs.values(), "retention", y)
             axis.plot(xs, ys, marker="o", markersize=3, linewidth=1.3, label=f"{name}, {lr:g}")
         axis.set(title=world, xlabel="loss on WikiText-2 (forgetting →)")
         axis.set_ylabel("held-out accuracy" if y == "accuracy" else "loss on clean test answers")

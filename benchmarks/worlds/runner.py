@@ -24,6 +24,7 @@ from results import command
 from tqdm.auto import tqdm
 
 from .settings import Setting
+from .tables import joined, run_of
 from .training import pace_of, run
 from .world import World
 
@@ -130,6 +131,7 @@ def add_options(parser: argparse.ArgumentParser, output: Path) -> None:
     parser.add_argument("--seeds", type=int, help="only this many seeds")
     parser.add_argument("--rates", type=float, nargs="+", help="only these learning rates")
     parser.add_argument("--report", action="store_true", help="no run, only tables and plot")
+    parser.add_argument("--join", type=Path, help="a table (.json) of earlier runs on the same base, to be kept in it")
     parser.add_argument("--pace", action="store_true", help="no run, only the time of a step, for the column of it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side (default: cores)")
     parser.add_argument("--device", default="cpu", help="where runs take place (default cpu)")
@@ -161,4 +163,7 @@ def take_and_read(wanted: Wanted, file: Path, args: argparse.Namespace) -> tuple
     results = read_results(file)
     keys = [key_of(*r) for r in wanted]
     known = json.loads(paces.read_text()) if paces.is_file() else {}
-    return [results[key] for key in keys if key in results], known
+    found = [results[key] for key in keys if key in results]
+    if args.join:
+        found = joined(found, map(run_of, json.loads(args.join.read_text(encoding="utf-8"))["results"]))
+    return found, known

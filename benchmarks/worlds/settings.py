@@ -25,7 +25,9 @@ class Setting:
         l2 (`float`): coefficient of the squared Frobenius norm of the adapters' deltas s B A.
         task (`str`): "sft" or "dpo".
         precondition (`bool`): AlphaToken values the step that Adam will take.
+        rho_of_data (`bool`): rho is that of `shared_gain` on the first 64 training rows.
         noise (`bool`): training answers have boilerplate, junk and corrupted tokens (toy world).
+        exchanged (`float`): share of training answers that are those of other rows (toy world).
         loss_type (`str`): of `dpo_loss`.
         smoothing (`float`): share of flipped preferences that the loss reckons with.
         likelihood (`float`): coefficient of the chosen answers' loss beside DPO's.
@@ -40,7 +42,9 @@ class Setting:
     l2: float = 0.0
     task: str = "sft"
     precondition: bool = False
+    rho_of_data: bool = False
     noise: bool = True
+    exchanged: float = 0.0
     nf4: bool = False
     loss_type: str = "sigmoid"
     smoothing: float = 0.0
@@ -66,6 +70,10 @@ def values(name: str, **options: object) -> Setting:
 _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 0.6}
 
 
+UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
+OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of_data=True)
+
+
 def supervised() -> Iterator[Setting]:
     yield Setting("all tokens")
     yield Setting("random half", "random")
@@ -80,7 +88,10 @@ def supervised() -> Iterator[Setting]:
     yield Setting("path, best()", "values", BEST)
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield values("path, no drift, best() else", **{**_PATH, "stability_weight": 0.0})
-    yield values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 0.999})  # what is left without a mask
+    yield UNMASKED
+    yield OF_DATA
+    yield values("path, three blocks, best() else", **_PATH, num_layers=3)
+    yield values("path, by sequence, best() else", **_PATH, threshold_scope="sequence")
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
@@ -121,6 +132,8 @@ def without_noise() -> Iterator[Setting]:
     yield Setting("no noise: KL 0.3", kl=0.3, noise=False)
     yield Setting("no noise: path, best()", "values", BEST, noise=False)
     yield Setting("no noise: path, best(), KL 0.3 to the base", "values", BEST, kl=0.3, noise=False)
+    yield replace(UNMASKED, name=f"no noise: {UNMASKED.name}", noise=False)
+    yield replace(OF_DATA, name=f"no noise: {OF_DATA.name}", noise=False)
     yield values("no noise: ghost K=3", setting={"noise": False})
     yield values("no noise: difference", estimator="difference", setting={"noise": False})
     yield values("no noise: difference, rho 0.8", estimator="difference", rho=0.8, setting={"noise": False})
@@ -129,6 +142,18 @@ def without_noise() -> Iterator[Setting]:
     yield values(
         "no noise: difference, Adam's step, above zero", estimator="difference", threshold="zero", setting=both
     )
+
+
+def exchanged_answers() -> Iterator[Setting]:
+    """Three in ten answers are right code behind the wrong prompt: what no single token gives away."""
+    given: dict[str, object] = {"noise": False, "exchanged": 0.3}
+    yield Setting("exchanged: all tokens", **given)  # type: ignore[arg-type]
+    yield Setting("exchanged: KL 0.3", kl=0.3, **given)  # type: ignore[arg-type]
+    yield Setting("exchanged: RHO-1 + KL 0.3 to the base", "rho1", kl=0.3, kl_to_base=True, **given)  # type: ignore[arg-type]
+    yield Setting("exchanged: oracle", "oracle", **given)  # type: ignore[arg-type]
+    yield Setting("exchanged: path, best()", "values", BEST, **given)  # type: ignore[arg-type]
+    yield replace(UNMASKED, name=f"exchanged: {UNMASKED.name}", **given)  # type: ignore[arg-type]
+    yield replace(OF_DATA, name=f"exchanged: {OF_DATA.name}", **given)  # type: ignore[arg-type]
 
 
 def in_nf4() -> Iterator[Setting]:
@@ -178,6 +203,7 @@ MAIN = (
     "path, best(), KL 0.3 to the base",
     "path, no drift, best() else",
     "all tokens, from theta*, KL to it",
+    "path, best(), rho of the data",
     "path",
     "EAFT",
     "STM",
@@ -211,6 +237,9 @@ MILD = (
     "KL 0.3",
     "path, best()",
     "path, best(), KL 0.3 to the base",
+    "all tokens, from theta*, KL to it",
+    "path, best(), rho of the data",
+    "oracle",
     "difference",
     "difference, Adam's step",
 )
@@ -225,7 +254,7 @@ def toy_runs(quick: bool) -> list[tuple[Setting, float, int]]:
     if quick:
         return [(setting, hot, 0) for setting in main if setting.name in QUICK]
     first = [(setting, lr) for setting in main for lr in (hot, mild)]
-    for setting in (*without_noise(), *preferences()):
+    for setting in (*without_noise(), *exchanged_answers(), *preferences()):
         rates = RATES[setting.task]
         first += [(setting, lr) for lr in (rates if setting.name.partition(": ")[2] in MILD else rates[:1])]
     second = [(setting, hot) for setting in (*rest, *in_nf4())]
@@ -243,6 +272,8 @@ def real_supervised() -> Iterator[Setting]:
     yield values("difference", estimator="difference")
     yield Setting("path, best()", "values", BEST)
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
+    yield UNMASKED
+    yield OF_DATA
     yield values("path, from theta*", estimator="path", path_start=True)
     yield values("path", estimator="path")
     yield Setting("difference in full", "values", FULL, precondition=True)

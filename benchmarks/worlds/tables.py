@@ -92,7 +92,8 @@ def at_best(groups: dict[str, Runs]) -> str:
     """Each run at its measured moment of lowest target loss: as if one had known when to stop."""
     rows = []
     for name, runs in groups.items():
-        best = [min(run["curve"], key=lambda point: point["target"]) for run in runs.values()]
+        # (Of a run out of an earlier table not all is known at each moment.)
+        best = [min((p for p in run["curve"] if "tasks" in p), key=lambda p: p["target"]) for run in runs.values()]
         cells = [spread(point[figure] for point in best) for figure in ("target", "retention", "tasks")]
         rows.append([name, *cells, f"{statistics.mean(point['step'] for point in best):.0f}"])
     return table(["stopped at its best", "target loss", "retention loss", "tasks loss", "after steps"], rows)
@@ -120,3 +121,49 @@ def ends(results: Iterable[Run]) -> list[Run]:
         way = [[point[name] for name in ("step", "target", "retention")] for point in run["curve"]]
         found.append({**told, "before": before, **after, "way": way})
     return found
+
+
+def run_of(end: Run) -> Run:
+    """The run behind a row of `ends`: all figures of its first and last moment, target and retention between."""
+    told = {name: end[name] for name in ("world", "name", "lr", "seed", "kept")}
+    figures = {k: v for k, v in end.items() if k not in (*told, "before", "way")}
+    curve = [dict(zip(("step", "target", "retention"), point, strict=True)) for point in end["way"]]
+    curve[0] |= end["before"]
+    curve[-1] |= figures
+    return {**told, "curve": curve}
+
+
+def joined(results: Iterable[Run], earlier: Iterable[Run], close: float = 0.01) -> list[Run]:
+    """Runs, and those of an earlier table that are not among them.
+
+    Args:
+        close (`float`): nats that target and retention may differ by before the first step (bf16 against float32).
+
+    Raises:
+        ValueError: a world's runs began from another model, or were measured on other text.
+    """
+
+    def key(run: Run) -> tuple[Any, ...]:
+        return run["world"], run["name"], run["lr"], run["seed"]
+
+    found, firsts = {key(run): run for run in results}, dict[str, Run]()
+    for run in found.values():
+        firsts.setdefault(run["world"], run["curve"][0])
+    for run in earlier:
+        first = run["curve"][0]
+        gaps = {name: first[name] - firsts.get(run["world"], first)[name] for name in ("target", "retention")}
+        if any(abs(gap) > close for gap in gaps.values()):
+            told = ", ".join(f"{name} {gap:+.3f}" for name, gap in gaps.items())
+            raise ValueError(
+                f"Before tuning the model scores otherwise in the table to join ({run['world']}: {told}), so its runs "
+                "are not of this base. Begin another table."
+            )
+        found.setdefault(key(run), run)
+    return list(found.values())
+
+
+def curves(runs: Iterable[Run], *names: str) -> list[tuple[float, ...]]:
+    """Means of figures over runs, at the moments at which all have them."""
+    points = [{point["step"]: point for point in run["curve"] if all(n in point for n in names)} for run in runs]
+    steps = sorted(set.intersection(*map(set, points)))
+    return [tuple(statistics.mean(run[step][name] for run in points) for step in steps) for name in names]

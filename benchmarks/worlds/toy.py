@@ -27,6 +27,7 @@ import torch
 from tiny_lm import Pretraining, cached, pretrain, token_stream, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from .real_data import exchanged
 from .rows import Pair, Row, as_batch, to_device
 from .settings import Setting
 from .training import measure
@@ -262,7 +263,8 @@ class Toy(World):
     def training(self, setting: Setting, seed: int) -> list[Any]:
         if setting.task == "dpo":
             return self.tasks.pairs("train", self.plan.pair_steps * self.plan.batch, seed, noise=setting.noise)
-        return self.tasks.training(self.plan.steps * self.plan.batch, seed, noise=setting.noise)
+        rows = self.tasks.training(self.plan.steps * self.plan.batch, seed, noise=setting.noise)
+        return exchanged(rows, random.Random(seed + 77), setting.exchanged) if setting.exchanged else rows
 
     def validation(self, setting: Setting, seed: int) -> list[Any]:
         if setting.task == "dpo":

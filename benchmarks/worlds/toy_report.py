@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 
 from results import tables, write
 
-from .tables import Paces, Run, Runs, at_best, differences, ends, kept, quality
+from .tables import Paces, Run, Runs, at_best, curves, differences, ends, kept, quality
 
 SFT = {
     "target": "target loss",
@@ -46,6 +45,7 @@ RIVALS = ("RHO-1, clean reference", "validation only", "DPO: validation only")
 TITLES = {
     "noise": "Supervised, noisy answers",
     "no noise": "Supervised, clean answers",
+    "exchanged": "Supervised, three in ten answers exchanged",
     "NF4": "Supervised, noisy answers, 4-bit base",
     "DPO": "Preferences, noise in both answers",
     "DPO 0% flipped": "Preferences, right labels",
@@ -125,8 +125,7 @@ def plot(results: list[Run], path: Path) -> None:
             short = name.removeprefix(f"{kind}: ")
             if short not in SHOWN:
                 continue
-            curves = list(zip(*(run["curve"] for run in runs.values()), strict=True))
-            xs, ys = ([statistics.mean(p[f] for p in points) for points in curves] for f in ("retention", y))
+            xs, ys = curves(runs.values(), "retention", y)
             colour, line = SHOWN[short]
             axis.plot(xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.4, label=short)
             axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)

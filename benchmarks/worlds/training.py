@@ -20,6 +20,7 @@ from alphatoken_loss import (
     log_ratio_weights,
     random_weights,
     sft_loss,
+    shared_gain,
 )
 
 from .real_data import flipped
@@ -49,6 +50,7 @@ def _stm(moment: Moment) -> torch.Tensor:
         return stm(at_labels(base, moment.batch)[1]) * (moment.batch["labels"] != -100)
 
 
+SAMPLE = 64  # training rows by which rho is chosen
 # Selections that give `(B, T)` weights before the step. Those by the step's own logits are rivals.RULES.
 SELECTIONS: dict[str, Callable[[Moment], torch.Tensor]] = {
     "random": lambda moment: random_weights(moment.batch, rho=0.5, generator=moment.generator),
@@ -124,6 +126,10 @@ class _Run:
         if config is None:
             return None
         given = self.optimizer if self.setting.precondition else None
+        if self.setting.rho_of_data:
+            some = [self.world.batch(rows) for rows in chunks(self.rows[:SAMPLE], self.plan.batch)]
+            with self.world.autocast():
+                config = replace(config, rho=shared_gain(self.model, target, some, config=config, progress=False).rho)
         fisher = self.world.fisher(config) if config.stability_weight > 0 else None
         return AlphaToken(self.model, target=target, fisher=fisher, config=config, optimizer=given)
 

@@ -108,6 +108,12 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
     for one, other in zip(rows[1]["curve"], again["curve"], strict=True):  # the same seed, the same run
         assert {k: v for k, v in one.items() if k != "pace"} == {k: v for k, v in other.items() if k != "pace"}
     assert "| random half |" in (tmp_path / "report.md").read_text()
+    published = tmp_path / "published.json"
+    published.write_text((tmp_path / "runs.json").read_text().replace("random half", "another"))
+    tradeoff.main([*arguments, "--report", "--join", str(published)])
+    assert {run["name"] for run in json.loads((tmp_path / "runs.json").read_text())["results"]} == {
+        "all tokens", "random half", "another",
+    }  # fmt: skip
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert "| random half |" in capsys.readouterr().out
     tradeoff.main([*arguments, "--pace"])
@@ -164,6 +170,37 @@ def test_the_end_of_a_run_on_the_curve_of_another(monkeypatch):
     (row,) = page_path.path_clean_curve()
     # Seed 0 is at 4.0, where the mild run has 3.1 and the hot 3.2; seed 1 at 3.0, which the hot run alone has, with 4.
     assert row[1:5] == ["0.003", "3.500", "3.300", "3.550"] and row[5].startswith("-0.250 ±") and row[6] == "2"
+
+
+def test_runs_of_an_earlier_table_are_kept_beside_new_ones():
+    def at(name, seed, first, *points, retained=3.0):
+        run = _run(name, seed, (0, 0, first, retained), *points)
+        run["curve"][-1]["tasks"] = 1.0
+        return {**run, "world": "toy", "lr": 3e-3}
+
+    old = [
+        at("all tokens", 0, 5.0, (8, 1, 4, 3.2), (16, 1, 3, 4)),
+        at("half", 0, 5.0, (8, 1, 4.2, 3.1), (16, 1, 3.5, 3.5)),
+    ]
+    earlier = list(map(tables.run_of, tables.ends(old)))
+    assert tables.ends(earlier) == tables.ends(old)
+    new = [
+        at("all tokens", 0, 5.004, (8, 1, 4, 3.2), (16, 1, 2.5, 4)),
+        at("all tokens", 1, 5.004, (4, 1, 4, 3.4), (8, 1, 4, 3.4), (16, 1, 2, 3)),
+    ]
+    found = tables.joined(new, earlier)
+    last = {(run["name"], run["seed"]): tables.final(run, "target") for run in found}
+    assert last == {("all tokens", 0): 2.5, ("all tokens", 1): 2, ("half", 0): 3.5}, "a new run replaces its like"
+    # Curves are drawn of the moments that all runs have.
+    assert tables.curves(found[:2], "retention", "target") == [(3.0, 3.3, 3.5), (5.004, 4.0, 2.25)]
+    assert tables.curves([earlier[0]], "tasks") == [(1.0,)]
+    text = tables.at_best({"all tokens": {run["seed"]: run for run in found[:2]}})
+    assert text.splitlines()[-1] == "| all tokens | 2.250 ±0.354 | 3.500 ±0.707 | 1.000 ±0.000 | 16 |"
+    for other in (at("half", 0, 5.02, (16, 1, 3, 4)), at("half", 0, 5.0, (16, 1, 3, 4), retained=2.98)):
+        with pytest.raises(ValueError, match="scores otherwise in the table to join"):
+            tables.joined(new, [other])
+    elsewhere = {**at("half", 0, 7.0, (16, 1, 3, 4)), "world": "another"}
+    assert tables.joined(new, [elsewhere])[-1] is elsewhere
 
 
 def test_runs_are_selected_by_name_rate_and_seed(small):

@@ -16,7 +16,15 @@ from models import FAMILIES, lora_model
 from paths import at, explicit_path, explicit_values, given_fisher
 from torch.nn.parallel import DistributedDataParallel
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, estimate_fisher, make_path, target_gradient
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    Fisher,
+    estimate_fisher,
+    make_path,
+    shared_gain,
+    target_gradient,
+)
 
 CONFIG = AlphaTokenConfig(num_layers=2, causal_window=cases.WINDOW, fisher="dense")
 PROMPTS = [[3, 17, 5], [9, 22, 8]]
@@ -25,6 +33,12 @@ PROMPTS = [[3, 17, 5], [9, 22, 8]]
 def validation_of(rank):
     """As many tokens on either process, so that every way of averaging is the same."""
     return [sft_batch("none", seed=50 + rank)]
+
+
+def gain_rows(rank):
+    """Target batch and training batch; the latter of one process has more rows."""
+    more = sft_batch("left", seed=80)
+    return sft_batch("none", seed=50 + rank), more if rank else {name: tensor[:1] for name, tensor in more.items()}
 
 
 def work(rank, folder):
@@ -57,6 +71,9 @@ def work(rank, folder):
         along = AlphaTokenConfig(estimator="path", path_steps=4, path_rate=1e-2, path_holdout=0.3)
         path = make_path(wrapped, validation_of(rank), fisher=given_fisher(model), config=along, progress=False)
         results["path"] = dict(path.parameters)
+        along = AlphaTokenConfig(estimator="path", path_steps=2, path_rate=1e-2)
+        gain = shared_gain(wrapped, *gain_rows(rank), config=along, progress=False)
+        results["gain"] = (gain.clean, gain.training, *gain.interval)
         batch = sft_batch("right", seed=60 + rank)
         gate = AlphaToken(wrapped, path=path, config=along)
         with gate(batch):
@@ -131,6 +148,20 @@ def test_every_rank_values_its_batch_by_the_averaged_target(results, estimator, 
         batch = sft_batch("right", seed=60 + rank)
         (wanted,) = per_token(model, batch, {n: target[n] + 1.5 * drift[n] for n in names})
         assert_close(result[estimator], wanted, tol)
+
+
+def test_gains_are_of_the_rows_of_all(results):
+    """Those of one process that has all batches; a step then takes as many rows as theirs together."""
+    first, second = (result["gain"] for result in results)
+    assert first == second
+    batches = zip(*map(gain_rows, range(2)), strict=True)
+    target, training = map(list, batches)
+    along = AlphaTokenConfig(estimator="path", path_steps=2, path_rate=1e-2)
+    alone = shared_gain(lora_model("llama"), target, training, config=along, progress=False)
+    assert first[:2] == pytest.approx((alone.clean, alone.training), rel=1e-6)
+    assert first[2:] == pytest.approx(alone.interval, rel=1e-6)
+    own = shared_gain(lora_model("llama"), target, training[0], config=along, progress=False)
+    assert own.training != pytest.approx(alone.training, rel=1e-3)
 
 
 def test_every_rank_goes_the_same_path(results):

@@ -604,10 +604,41 @@ def test_settings_that_cannot_be(changes, message):
 
 def test_with_rho_1_nothing_is_done():
     model, batch = lora_model("llama", layers=1), sft_batch("right")
-    alphatoken = AlphaToken(model, config=config_of(rho=1.0, path_kl=KL, path_start=True))
+    alphatoken = AlphaToken(model, config=config_of(rho=1.0))
     with alphatoken(batch) as step:
         model(**batch).loss.backward()
-    assert step.kl is None and alphatoken.path is None
+    assert step.kl is None and alphatoken.path is None and alphatoken.metrics() == {"kept": 1.0}
+
+
+@pytest.mark.parametrize("threshold", ["quantile", "zero", "soft"])
+@pytest.mark.parametrize(("kind", "scope"), [("left", "batch"), ("stacked", "pair")])
+def test_with_rho_1_training_begins_at_theta_star_and_is_held_there_all_the_same(kind, scope, threshold):
+    model, batch = lora_model("llama"), batch_of(kind)
+    path = some_path(model)
+    settings = {"rho": 1.0, "threshold": threshold, "threshold_scope": scope}
+    alphatoken = gate_of(model, path, path_start=True, path_kl=KL, **settings)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for step in range(2):
+        loss = dpo_loss(model, None, batch, alphatoken) if is_pairs(batch) else sft_loss(model, batch, alphatoken)
+        assert torch.equal(_own(model, path), _flat(path)) == (step == 0)
+        everything = response(batch)
+        if is_pairs(batch):
+            grads = reference.masked_dpo(model, batch, everything, beta=0.1)[-1]
+        else:
+            grads = reference.masked_sft(model, batch, everything, float(everything.sum()))[1]
+        work = reference.frozen_copy(model)
+        kl = KL * explicit_kl(work, at(model, path.parameters), stacked(batch), everything, "vocabulary")
+        more = reference.gradients(work, kl / everything.sum())
+        loss.backward()
+        assert torch.equal(alphatoken.weights, everything.float())
+        assert_same_grads(grads_of(model), {name: g + more[name] for name, g in grads.items()}, TOL64)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert alphatoken.metrics()["kept"] == 1.0
+    nothing = config_of(rho=1.0, threshold=threshold, threshold_scope=scope)
+    for options in ({"return_values": True}, {}):  # a threshold has no say
+        found = alphatoken_weights(model, None, batch, path=path, config=nothing, **options)
+        assert torch.equal(found[0] if options else found, everything.float())
 
 
 # ------------------------------------------------------------------------------------------ whole pairs, from the start

@@ -130,6 +130,8 @@ def test_it_says_how_to_read_it():
     told = str(SharedGain(0.96, 0.05, (-0.1, 0.2)))
     assert "share of 0.05 (95 %: -0.10 to 0.20)" in told and "+0.960" in told
     worse = SharedGain(-0.2, 0.05, (-1.0, 1.0))
+    assert [SharedGain(1.0, gain, (0, 1)).rho for gain in (-2.0, 0.0, 0.5, 1.0, 1.4)] == [0.5, 0.5, 0.75, 1.0, 1.0]
+    assert worse.rho == 1.0, "what cannot tell drops nothing"
     assert math.isnan(worse.share) and "would say nothing. Give more clean rows" in str(worse)
 
 

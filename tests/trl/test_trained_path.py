@@ -120,6 +120,19 @@ def test_theta_star_is_led_to_by_the_target(kind, form, tmp_path):
     assert all(wrong > 0.1 for wrong in errors[1:])
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.filterwarnings("ignore")
+def test_with_rho_1_theta_star_is_begun_at_and_held_to(kind, tmp_path):
+    """No token is masked; what is not asked of theta* is TRL's own."""
+    trainer = started(kind, path_feature(rho=1.0, path_start=True, path_kl=0.6, logging_steps=1), tmp_path)
+    assert not trainer.totals[0].any() and trainer.totals[1].abs().max() > 1e-4
+    assert all(weights.any() and set(weights.unique().tolist()) <= {0.0, 1.0} for weights in trainer.masks)
+    logged = [log for log in trainer.state.log_history if "alphatoken/kept" in log]
+    assert logged and all(log["alphatoken/kept"] == 1.0 for log in logged)
+    assert logged[-1]["alphatoken/path_kl"] > 0
+    assert make(kind, tuning.TRAINERS[kind][0], path_feature(rho=1.0), tmp_path).alphatoken is None
+
+
 @pytest.mark.parametrize(("kind", "estimator", "message"), [
     ("sft", "path", r"holds preference pairs, and .* has no loss for them.*DPOTrainer with estimator=.path"),
     ("sft", "ghost", "holds preference pairs, and .* has no loss for them"),
