@@ -45,7 +45,7 @@ class SharedGain:
 
     @property
     def rho(self) -> float:
-        """The share of tokens to keep, for `AlphaTokenConfig.best(rho=...)`: (1 + share) / 2, in [0.5, 1].
+        """The share of tokens to keep, for `AlphaTokenConfig.best(rho=...)`: (1 + share) / 2, from a half to 1.
 
         If a part p of the training tokens gains what clean tokens do, and the rest loses as much, `share` is
         p - (1 - p). 1 where theta* does not help with clean rows: then it cannot tell what to drop.
