@@ -27,6 +27,7 @@ from worlds.world import World
 from alphatoken_loss import AlphaTokenConfig, shared_gain
 
 NOISY, CLEAN = Setting("noisy"), Setting("clean", noise=False)
+EXCHANGED = Setting("exchanged", noise=False, exchanged=0.3)
 REAL = AlphaTokenConfig(estimator="path", path_steps=16, path_rate=5e-4)  # a trial would take most of the time
 
 
@@ -35,7 +36,8 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, World, Setting, Alph
     if args.world == "toy":
         world = Toy(make_base(read_texts(), BASES["small"], args.device), ToyPlan(), args.device)
         config = AlphaTokenConfig(estimator="path")
-        yield from (("toy, noisy answers", world, NOISY, config), ("toy, clean answers", world, CLEAN, config))
+        for name, setting in (("noisy", NOISY), ("exchanged", EXCHANGED), ("clean", CLEAN)):
+            yield f"toy, {name} answers", world, setting, config
         return
     folder = args.model or load_smollm2(cached)
     for noise in ("boilerplate", "exchanged", ""):

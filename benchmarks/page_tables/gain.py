@@ -7,6 +7,8 @@ from typing import Any
 
 from results import load
 
+from alphatoken_loss import SharedGain
+
 from .base import markdown, table
 
 FILES = ("shared_gain_toy", "shared_gain_real")
@@ -23,5 +25,7 @@ def gains() -> str:
     for name, runs in found.items():
         means = (statistics.mean(run[part] for run in runs) for part in ("clean", "training"))
         shares = (f"{run['share']:.2f} ({run['interval'][0]:.2f} to {run['interval'][1]:.2f})" for run in runs)
-        rows.append([name, *(f"{mean:+.2f}" for mean in means), ", ".join(shares)])
-    return markdown(["training rows", "clean rows gain", "they gain", "share (95 %), by seed"], rows, *FILES)
+        rhos = (SharedGain(run["clean"], run["training"], tuple(run["interval"])).rho for run in runs)
+        rows.append([name, *(f"{mean:+.2f}" for mean in means), ", ".join(shares), ", ".join(f"{r:.2f}" for r in rhos)])
+    header = ["training rows", "clean rows gain", "they gain", "share (95 %), by seed", "rho"]
+    return markdown(header, rows, *FILES)

@@ -231,6 +231,7 @@ def path_clean_curve() -> str:
                 means = [statistics.mean(own[seed][f] for seed in there) for f in ("target", "retention")]
                 curve = statistics.mean(run["retention"] for run in there.values())
                 gap = paired(own, there, lambda run: run["retention"])
-                rows.append([title, f"{rate:g}", *(f"{x:.3f}" for x in (*means, curve)), gap, f"{len(there)}"])
+                seeds = f"{len(there)}" + f" of {len(own)}" * (len(there) < len(own))
+                rows.append([title, f"{rate:g}", *(f"{x:.3f}" for x in (*means, curve)), gap, seeds])
     header = ["clean answers", "lr", "target", "retention", "all tokens' retention there", "difference", "seeds"]
     return markdown(header, rows, MORE)

@@ -33,3 +33,6 @@ def test_every_kind_of_noise_has_a_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gain, "markdown", lambda header, rows, *files: rows)
     lines = gain.gains()
     assert [line[0] for line in lines] == names and all(line[3].count(" to ") == 2 for line in lines)
+    for line in lines:
+        shares = [row["share"] for row in written["results"] if row["rows"] == line[0]]
+        assert line[4] == ", ".join(f"{min(max((1 + share) / 2, 0.5), 1):.2f}" for share in shares)
