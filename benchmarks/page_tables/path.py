@@ -158,9 +158,24 @@ def path_pairs_gaps() -> str:
         if groups:
             best = max(groups, key=accuracy)
             leads = [paired(worst, best, lambda run, f=f: run[f]) for f in PAIR_FIGURES]
-            rows.append([pair_titles(FLIPPED)[name], f"{next(iter(best.values()))['lr']:g}", *leads])
-    header = ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values()]
+            lr, both = next(iter(best.values()))["lr"], worst.keys() & best.keys()
+            rows.append([pair_titles(FLIPPED)[name], f"{lr:g}", *leads, str(len(both))])
+    header = ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values(), "seeds"]
     return markdown(header, rows, "path")
+
+
+@table
+def more_pairs_gaps() -> str:
+    """The preset minus the clean pairs alone, rate by rate."""
+    best, alone = f"{FLIPPED}best(pairs=True)", "DPO: validation only"
+    rows = []
+    for own, other in itertools.product(PAIR_RATES, repeat=2):
+        runs, rival = (by_setting([name], rate, MORE).get(name, {}) for name, rate in ((best, own), (alone, other)))
+        if runs and rival:
+            leads = [paired(runs, rival, lambda run, f=f: run[f]) for f in PAIR_FIGURES]
+            rows.append([f"{own:g}", f"{other:g}", *leads, str(len(runs.keys() & rival.keys()))])
+    header = ["`best(pairs=True)`, lr", "minus the 32 clean pairs alone, lr", *PAIR_FIGURES.values(), "seeds"]
+    return markdown(header, rows, MORE)
 
 
 @table
