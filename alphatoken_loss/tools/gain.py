@@ -48,9 +48,12 @@ class SharedGain:
         """The share of tokens to keep, for `AlphaTokenConfig.best(rho=...)`: (1 + share) / 2, from a half to 1.
 
         If a part p of the training tokens gains what clean tokens do, and the rest loses as much, `share` is
-        p - (1 - p). 1 where theta* does not help with clean rows: then it cannot tell what to drop.
+        p - (1 - p). 1 where `interval` does not exclude that training rows are like the clean ones, and where theta*
+        does not help with clean rows: then nothing tells what to drop.
         """
-        return min(max((1 + self.share) / 2, 0.5), 1.0) if self.clean > 0 else 1.0
+        if not self.clean > 0 or self.interval[1] >= 1:
+            return 1.0
+        return max((1 + self.share) / 2, 0.5)
 
     def __str__(self) -> str:
         if not self.clean > 0:
@@ -62,7 +65,8 @@ class SharedGain:
         return (
             f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones: a "
             f"share of {self.share:.2f} (95 %: {low:.2f} to {high:.2f}). Near 1, training rows are like the clean "
-            "ones, and there is little to mask; near 0 or below, most of their tokens lead elsewhere."
+            "ones, and there is little to mask; near 0 or below, most of their tokens lead elsewhere. "
+            f"Keep {self.rho:.2f}."
         )
 
 

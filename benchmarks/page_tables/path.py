@@ -36,6 +36,7 @@ PATHS = {
     "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
     "path, best()": "**`best()`**: path, begun at theta*, KL 0.6 to it",
     "path, best(), rho of the data": "**`best(rho=...)`**, rho as `shared_gain` tells",
+    "path, best(), rho of the share": "`best(rho=...)`, rho by the share alone, whatever its interval",
 }
 PAIRED = {
     "all tokens": "plain DPO",
@@ -205,7 +206,7 @@ def path_clean() -> str:
 
 @table
 def path_clean_gaps() -> str:
-    best = "no noise: path, best(), rho of the data"
+    best = "no noise: all tokens, from theta*, KL to it"  # as shared_gain tells
     return against(best, TOY_RATES, of_kind("no noise"), ("target", "retention"), MORE)
 
 
@@ -217,7 +218,7 @@ def path_exchanged() -> str:
 
 @table
 def path_exchanged_gaps() -> str:
-    best = "exchanged: path, best(), rho of the data"
+    best = "exchanged: all tokens, from theta*, KL to it"
     return against(best, TOY_RATES, of_kind("exchanged"), ("target", "retention"), MORE)
 
 

@@ -25,7 +25,7 @@ class Setting:
         l2 (`float`): coefficient of the squared Frobenius norm of the adapters' deltas s B A.
         task (`str`): "sft" or "dpo".
         precondition (`bool`): AlphaToken values the step that Adam will take.
-        rho_of_data (`bool`): rho is that of `shared_gain` on the first 64 training rows.
+        rho_of (`str`): "data", rho is what `shared_gain` tells of the first 64 training rows; "share", by its share alone.
         noise (`bool`): training answers have boilerplate, junk and corrupted tokens (toy world).
         exchanged (`float`): share of training answers that are those of other rows (toy world).
         loss_type (`str`): of `dpo_loss`.
@@ -42,7 +42,7 @@ class Setting:
     l2: float = 0.0
     task: str = "sft"
     precondition: bool = False
-    rho_of_data: bool = False
+    rho_of: str = ""
     noise: bool = True
     exchanged: float = 0.0
     nf4: bool = False
@@ -71,7 +71,8 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 
 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
-OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of_data=True)
+OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
+OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
 
 
 def supervised() -> Iterator[Setting]:
@@ -134,6 +135,7 @@ def without_noise() -> Iterator[Setting]:
     yield Setting("no noise: path, best(), KL 0.3 to the base", "values", BEST, kl=0.3, noise=False)
     yield replace(UNMASKED, name=f"no noise: {UNMASKED.name}", noise=False)
     yield replace(OF_DATA, name=f"no noise: {OF_DATA.name}", noise=False)
+    yield replace(OF_SHARE, name=f"no noise: {OF_SHARE.name}", noise=False)
     yield values("no noise: ghost K=3", setting={"noise": False})
     yield values("no noise: difference", estimator="difference", setting={"noise": False})
     yield values("no noise: difference, rho 0.8", estimator="difference", rho=0.8, setting={"noise": False})
@@ -154,6 +156,7 @@ def exchanged_answers() -> Iterator[Setting]:
     yield Setting("exchanged: path, best()", "values", BEST, **given)  # type: ignore[arg-type]
     yield replace(UNMASKED, name=f"exchanged: {UNMASKED.name}", **given)  # type: ignore[arg-type]
     yield replace(OF_DATA, name=f"exchanged: {OF_DATA.name}", **given)  # type: ignore[arg-type]
+    yield replace(OF_SHARE, name=f"exchanged: {OF_SHARE.name}", **given)  # type: ignore[arg-type]
 
 
 def in_nf4() -> Iterator[Setting]:
@@ -274,6 +277,7 @@ def real_supervised() -> Iterator[Setting]:
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield UNMASKED
     yield OF_DATA
+    yield OF_SHARE
     yield values("path, from theta*", estimator="path", path_start=True)
     yield values("path", estimator="path")
     yield Setting("difference in full", "values", FULL, precondition=True)

@@ -126,10 +126,12 @@ class _Run:
         if config is None:
             return None
         given = self.optimizer if self.setting.precondition else None
-        if self.setting.rho_of_data:
+        if self.setting.rho_of:
             some = [self.world.batch(rows) for rows in chunks(self.rows[:SAMPLE], self.plan.batch)]
             with self.world.autocast():
-                config = replace(config, rho=shared_gain(self.model, target, some, config=config, progress=False).rho)
+                gain = shared_gain(self.model, target, some, config=config, progress=False)
+            by_share = min(max((1 + gain.share) / 2, 0.5), 1.0)
+            config = replace(config, rho=by_share if self.setting.rho_of == "share" else gain.rho)
         fisher = self.world.fisher(config) if config.stability_weight > 0 else None
         return AlphaToken(self.model, target=target, fisher=fisher, config=config, optimizer=given)
 

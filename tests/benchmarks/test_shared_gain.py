@@ -34,5 +34,8 @@ def test_every_kind_of_noise_has_a_line(tiny, tmp_path, monkeypatch, capsys):
     lines = gain.gains()
     assert [line[0] for line in lines] == names and all(line[3].count(" to ") == 2 for line in lines)
     for line in lines:
-        shares = [row["share"] for row in written["results"] if row["rows"] == line[0]]
-        assert line[4] == ", ".join(f"{min(max((1 + share) / 2, 0.5), 1):.2f}" for share in shares)
+        runs = [row for row in written["results"] if row["rows"] == line[0]]
+        wanted = [
+            1.0 if row["interval"][1] >= 1 or row["clean"] <= 0 else max((1 + row["share"]) / 2, 0.5) for row in runs
+        ]
+        assert line[4] == ", ".join(f"{rho:.2f}" for rho in wanted)

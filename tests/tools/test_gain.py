@@ -129,8 +129,10 @@ def test_what_is_refused():
 def test_it_says_how_to_read_it():
     told = str(SharedGain(0.96, 0.05, (-0.1, 0.2)))
     assert "share of 0.05 (95 %: -0.10 to 0.20)" in told and "+0.960" in told
+    assert told.endswith("Keep 0.53.")
     worse = SharedGain(-0.2, 0.05, (-1.0, 1.0))
-    assert [SharedGain(1.0, gain, (0, 1)).rho for gain in (-2.0, 0.0, 0.5, 1.0, 1.4)] == [0.5, 0.5, 0.75, 1.0, 1.0]
+    assert [SharedGain(1.0, gain, (-3, 0.9)).rho for gain in (-2.0, 0.0, 0.5, 0.8)] == [0.5, 0.5, 0.75, 0.9]
+    assert [SharedGain(1.0, gain, (0.1, 1.0)).rho for gain in (0.5, 0.9, 1.4)] == [1.0] * 3, "they may be alike"
     assert worse.rho == 1.0, "what cannot tell drops nothing"
     assert math.isnan(worse.share) and "would say nothing. Give more clean rows" in str(worse)
 
