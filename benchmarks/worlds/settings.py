@@ -25,7 +25,7 @@ class Setting:
         l2 (`float`): coefficient of the squared Frobenius norm of the adapters' deltas s B A.
         task (`str`): "sft" or "dpo".
         precondition (`bool`): AlphaToken values the step that Adam will take.
-        rho_of (`str`): "data", rho is what `shared_gain` tells of the first 64 training rows; "share", by its share alone.
+        rho_of (`str`): "data": rho as `shared_gain` tells of the first 64 training rows; "share": by the share alone.
         noise (`bool`): training answers have boilerplate, junk and corrupted tokens (toy world).
         exchanged (`float`): share of training answers that are those of other rows (toy world).
         loss_type (`str`): of `dpo_loss`.
