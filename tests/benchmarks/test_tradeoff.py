@@ -40,10 +40,10 @@ def test_every_kind_of_setting_runs(small):
     """One of each selection and task; the rows that a selection must treat alike are the same."""
     _, world, _ = small
     plan = world.plan
-    groups = [*settings.supervised(), *settings.without_noise(), *settings.preferences(), *settings.real_supervised(),
-              *settings.real_preferences()]  # fmt: skip
+    groups = [*settings.supervised(), *settings.without_noise(), *settings.exchanged_answers(), *settings.preferences(),
+              *settings.real_supervised(), *settings.real_preferences()]  # fmt: skip
     kinds = {(s.selection, s.task, s.noise, s.kl > 0, s.kl_to_base, s.l2 > 0, s.precondition, s.loss_type,
-              s.smoothing > 0, s.likelihood > 0): s for s in groups}  # fmt: skip
+              s.smoothing > 0, s.likelihood > 0, s.rho_of, s.exchanged > 0): s for s in groups}  # fmt: skip
     kinds["nf4"] = next(settings.in_nf4())
     before = {}
     training._BEFORE.clear()
@@ -61,7 +61,9 @@ def test_every_kind_of_setting_runs(small):
         elif setting.selection == "all" and setting.noise:
             assert set(found["kept"].values()) == {1.0}
         elif setting.selection == "oracle":
-            assert list(found["kept"].values()) == [1.0, 0.0, 0.0, 0.0]
+            assert list(found["kept"].values()) == [1.0, 0.0, 0.0, 0.0][: len(found["kept"])]
+        elif setting.rho_of:
+            assert 0.4 < found["kept"]["code"] <= 1, "half of all tokens at least"
         elif setting.selection == "random":
             assert 0.3 < found["kept"]["code"] < 0.7
 
