@@ -2,8 +2,6 @@
 
     python benchmarks/step_cost.py                     # 12 blocks, 43M parameters, 4 x 256 tokens, two cores
     python benchmarks/step_cost.py --blocks 24 --layers 2 --batch 1 --length 1024 --nf4
-    python benchmarks/step_cost.py --blocks 30 --hidden 576 --vocabulary 49152 --batch 8 --length 96 --answer 0.25 \
-        --only path --checkpointing off             # the shape of SmolLM2-135M and of a batch of real.py
     python benchmarks/step_cost.py --dpo
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json   # for the pages: make figures
     python benchmarks/step_cost.py --sweep --json sweep.json --plot sweep.png
@@ -107,10 +105,10 @@ def build(args: argparse.Namespace, checkpointing: bool) -> torch.nn.Module:
 
 
 def batch_of(args: argparse.Namespace, size: int, *, pairs: bool = False) -> dict[str, torch.Tensor]:
-    """Random tokens, of which the last `args.answer` are the response."""
+    """Random tokens, of which the last three quarters are the response."""
     ids = torch.randint(0, args.vocabulary, (size, args.length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    answer = (torch.arange(args.length) >= round(args.length * (1 - args.answer))).expand(ids.shape)
+    answer = (torch.arange(args.length) >= args.length // 4).expand(ids.shape)
     if pairs:
         reference = torch.full((size // 2,), -7.0 * args.length)
         return {
@@ -345,7 +343,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=8192, help="vocabulary (default 8192)")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step (default 4)")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence (default 256)")
-    parser.add_argument("--answer", type=float, default=0.75, help="share that is response (default 0.75)")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds measured (default 9)")
     parser.add_argument("--nf4", action="store_true", help="a 4-bit base")
