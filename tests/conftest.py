@@ -30,6 +30,20 @@ def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_autocast_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A signal that falls into torch's `autocast.__enter__` leaves it open. Then its cache of cast weights is never
+    cleared, and a later test under autocast would train on the weights of its first step."""
+    yield
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting()
+    for _ in range(depth):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    if depth:
+        warnings.warn(f"{request.node.nodeid} left autocast open {depth} times", stacklevel=1)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
