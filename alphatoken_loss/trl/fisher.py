@@ -14,16 +14,14 @@ from ..directions.fisher import Fisher
 from ..gate import AlphaToken
 from .arguments import AlphaTokenArguments
 from .checkpoints import FISHER_FILE
+from .running import Running
 
 
-class FisherOfPrompts:
+class FisherOfPrompts(Running):
     """The part of [`AlphaTokenMixin`] that estimates the Fisher when training starts."""
 
-    args: Any
-    accelerator: Any
     alphatoken: AlphaToken | None
     alphatoken_args: AlphaTokenArguments
-    model: Any
     processing_class: Any
     train_dataset: Any
     _train_batch_size: int
@@ -32,9 +30,7 @@ class FisherOfPrompts:
     def _estimate_fisher(self) -> Fisher:
         assert self.alphatoken is not None
         args = self.alphatoken_args
-        prompts = list(self._prompts(args.fisher_prompts))
-        if len(prompts) >= self.accelerator.num_processes:
-            prompts = prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        prompts = self._share(list(self._prompts(args.fisher_prompts)))
         found = self.args.auto_find_batch_size  # a size that ran out of memory is tried again, smaller
         fisher = estimate_fisher(
             self.model,
@@ -46,7 +42,7 @@ class FisherOfPrompts:
             max_new_tokens=args.fisher_new_tokens,
             max_prompt_length=args.fisher_prompt_length,
             seed=self.args.seed,
-            progress=self.accelerator.is_local_main_process and not self.args.disable_tqdm,
+            progress=self._shows,
         )
         if self.args.should_save:
             fisher.save(Path(self.args.output_dir) / FISHER_FILE)

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset
 
 from ..gate import AlphaToken
-from ..losses.compare import autocast_without_cache
 from ..tools.gain import SharedGain, shared_gain
 from .target import TargetRows
 
@@ -17,7 +16,6 @@ from .target import TargetRows
 class GainOfRows(TargetRows):
     """The part of [`AlphaTokenMixin`] that compares training rows with the target."""
 
-    model: Any
     _gate: AlphaToken | None
     _prepare_inputs: Any
     _train_batch_size: int
@@ -49,8 +47,7 @@ class GainOfRows(TargetRows):
             data = self._remove_unused_columns(data, "training")
         if hasattr(data, "__len__"):
             places = random.Random(self.args.seed).sample(range(len(data)), min(rows, len(data)))
-            share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-            drawn = [data[place] for place in places[share]]
+            drawn = [data[place] for place in self._share(places)]
         else:
             drawn = list(islice(data, rows))  # in each process
         size = self._train_batch_size
@@ -58,12 +55,5 @@ class GainOfRows(TargetRows):
             self.alphatoken_batch(self._prepare_inputs(self.data_collator(drawn[start : start + size])))
             for start in range(0, len(drawn), size)
         ]
-        training = self.model.training
-        self.model.train()  # as in a step: 4-bit linears keep their backward
-        try:
-            with self.accelerator.autocast(), autocast_without_cache(self.accelerator.device.type):
-                return shared_gain(
-                    self.model, gate.source.batches, batches, config=gate.config, progress=not self.args.disable_tqdm
-                )
-        finally:
-            self.model.train(training)
+        with self._as_in_a_step():
+            return shared_gain(self.model, gate.source.batches, batches, config=gate.config, progress=self._shows)

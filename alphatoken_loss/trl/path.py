@@ -20,23 +20,19 @@ from ..directions.follow import make_path
 from ..directions.path import Path
 from ..estimators.path import COLUMN, check_column
 from ..gate import AlphaToken
-from ..losses.compare import autocast_without_cache
 from .arguments import AlphaTokenArguments
 from .columns import BRANCHES, columns_in, numbered, places_of
+from .running import Running
 
 logger = get_logger(__name__)
-_Trainer: Any = object
 
 
-class PathColumn(_Trainer):
+class PathColumn(Running):
     """The part of [`AlphaTokenMixin`] that adds `path_logps` to the training data."""
 
-    args: Any
-    accelerator: Any
     alphatoken_args: AlphaTokenArguments
     alphatoken_batch: Any
     data_collator: Any
-    model: Any
     train_dataset: Any
     _collate_columns: Any
     _gate: AlphaToken | None
@@ -95,28 +91,19 @@ class PathColumn(_Trainer):
                 "theta*, computed once, have none: values are noisier and lower than with a forward at each step. Set "
                 "lora_dropout=0."
             )
-        training = self.model.training
-        self.model.train()  # as in a step: checkpointed, and 4-bit linears keep their backward
-        try:
-            with self.accelerator.autocast(), autocast_without_cache(self.accelerator.device.type):
-                self._make_ready(gate)
-                source = gate.source
-                if source.path is None:
-                    assert source.batches is not None
-                    options: dict[str, Any] = {"fisher": source.drift_fisher, "config": gate.config}
-                    options["progress"] = self._shows
-                    source.path = make_path(self.model, source.batches, ref_model=source.ref_model, **options)
-                columns = self._path_logps(source.path)
-                source.path = source.path.to(torch.device("cpu"))  # for checkpoints; steps do not need it
-        finally:
-            self.model.train(training)
+        with self._as_in_a_step():
+            self._make_ready(gate)
+            source = gate.source
+            if source.path is None:
+                assert source.batches is not None
+                options: dict[str, Any] = {"fisher": source.drift_fisher, "config": gate.config}
+                options["progress"] = self._shows
+                source.path = make_path(self.model, source.batches, ref_model=source.ref_model, **options)
+            columns = self._path_logps(source.path)
+            source.path = source.path.to(torch.device("cpu"))  # for checkpoints; steps do not need it
         for name, column in columns.items():
             self.train_dataset = self.train_dataset.add_column(name, column)
         self._collate_columns()
-
-    @property
-    def _shows(self) -> bool:
-        return self.accelerator.is_local_main_process and not self.args.disable_tqdm
 
     def _path_logps(self, path: Path) -> dict[str, list[np.ndarray]]:
         """Name of a column -> each row's log-probabilities at theta*. Every process computes a share of the rows."""

@@ -15,15 +15,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .arguments import AlphaTokenArguments
 from .columns import tokenised_pairs
+from .running import Running
 
 logger = get_logger(__name__)
 
 
-class TargetRows:
+class TargetRows(Running):
     """The part of [`AlphaTokenMixin`] that makes batches of the target."""
 
-    args: Any
-    accelerator: Any
     alphatoken_args: AlphaTokenArguments
     alphatoken_batch: Any
     data_collator: Any
@@ -42,9 +41,7 @@ class TargetRows:
             rows, collate = self._pair_rows(dataset), self.data_collator
         else:
             rows, collate = self._sft_rows(dataset)
-        share = range(len(rows))
-        if len(rows) >= self.accelerator.num_processes:
-            share = share[self.accelerator.process_index :: self.accelerator.num_processes]
+        share = self._share(range(len(rows)))
         size = self.alphatoken_args.target_batch_size or self.args.per_device_train_batch_size
         for start in range(0, len(share), size):
             yield self.alphatoken_batch(collate([rows[i] for i in share[start : start + size]]))
