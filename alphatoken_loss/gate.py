@@ -28,6 +28,7 @@ from .directions.target import Target
 from .estimators import estimator_class
 from .estimators.base import Task
 from .figures import Figures
+from .losses.forward import Forward
 from .losses.kl import refuse_inside_checkpoint
 from .losses.weighting import checked_weights
 from .models.changes import Changes
@@ -37,7 +38,6 @@ from .models.structure import unwrap
 from .penalties import UNKNOWN_DROPPED, Asked, Penalties, check_no_path
 from .selection import make_selection
 from .selection.base import by_weights
-from .selection.forward import Forward
 from .step import NESTED, UNMASKED, Step, check_nothing_behind
 from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
@@ -296,10 +296,11 @@ class AlphaToken:
             self._memory.enter(self.source, self._scored())
         if not self.selection.valued or (known and not compares):
             return Weighed(self.model, batch, None if known else self.selection.after)
-        scored = self._scored()
         if asked.coef > 0 and self._estimator.gate == "block":
-            refuse_inside_checkpoint(scored.blocks)
-        task = Task(self.model, scored, batch, self.config, {}, self._memory, apart=False, training=True)
+            refuse_inside_checkpoint(self._scored().blocks)
+        task = Task(self.model, self._scored(), batch, self.config, {}, self._memory, apart=False, training=True)
+        # At theta* itself values are 0 to the bit only if one head makes both log-probabilities.
+        task.early = compares or asked.on == "dropped" or (self.config.path_start and self.source.age == 0)
         task.valued, task.kl_over, task.ref_model = not known, asked.over if compares else None, self.ref_model
         task.parts = self._memory.prepare(self.source, task.scored, batch)
         self._memory.enter(self.source, task.scored)
@@ -318,12 +319,11 @@ class AlphaToken:
 
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches since the last call: `kept` (the share whose weight is not
-        0), `weight` (the mean weight, where not all are 0 or 1), the means of `total` and, for the ghost estimator,
-        of its four terms, in units of the loss; `target_age` in optimizer steps; for the difference estimator
-        `difference_rms`, the effect of the last nudge; `kl` and `path_kl`, where there are such, the mean KLs in nats;
-        and the `seconds` spent valuing, target estimates included (on CUDA, which runs on its own, only what the host
-        waited for). Steps that raised inside their context count nothing; of batches without a response token there is
-        no share."""
+        0), `weight` (the mean weight, where not all are 0 or 1), the means of `total` and of the ghost's four terms, in
+        units of the loss; `target_age` in optimizer steps; `difference_rms`, the effect of that estimator's last nudge;
+        `kl` and `path_kl`, the mean KLs in nats; and the `seconds` spent valuing, target estimates included (on CUDA
+        only what the host waited for). Steps that raised inside their context count nothing; of batches without a
+        response token there is no share."""
         figures = self.figures.read()
         if self.config.off:
             figures.pop("seconds")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -20,11 +20,10 @@ from .batches.batch import Batch
 from .directions.source import Source
 from .estimators.base import Estimator, NonFiniteRows, Task
 from .losses.compare import Compared
-from .models.changes import Changes
+from .losses.forward import Forward, outputs_of
 from .models.decoder import Call, DecoderForward
 from .models.sites import Scored
-from .models.structure import causal_lm, unwrap
-from .selection.forward import Forward
+from .models.structure import unwrap
 from .selection.thresholds import select
 from .values import TokenValues
 
@@ -93,7 +92,7 @@ class Valued:
 
     @property
     def in_forward(self) -> bool:
-        return self._estimator.in_forward
+        return self._estimator.in_forward and self._estimator.task.early
 
     @property
     def compared(self) -> Compared | None:
@@ -148,19 +147,16 @@ class Weighed:
                 self._forward = Forward(self.model, self.batch, hidden)
             return on_hidden(hidden)
 
-        def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._forward is not None and torch.is_grad_enabled():
+        def end(output: Any, kwargs: Mapping[str, Any]) -> None:
+            if self._forward is not None:
                 started = time.perf_counter()
                 self._forward.take(output, kwargs)
                 self._end()
                 self.seconds += time.perf_counter() - started
 
-        with Changes() as changes:
-            if self._make is not None:
-                for module in dict.fromkeys((causal_lm(self.model), self.model)):  # PEFT calls the first's `forward`
-                    changes.hook(module, end, with_kwargs=True)
-            with self._watched.watching(leave):
-                yield
+        made = self._make is not None
+        with outputs_of(self.model, end) if made else contextlib.nullcontext(), self._watched.watching(leave):
+            yield
 
     def weigh(self, rows: torch.Tensor | None) -> tuple[None, torch.Tensor]:
         if self._weights is None:

@@ -92,6 +92,8 @@ class Task:
         memory (`Memory`): the estimator's memory.
         apart (`bool`): report adaptation and stability separately; else the total is enough.
         training (`bool`): whether the forward to watch is the one with grad, or the one without.
+        early (`bool`): whether an estimator with `in_forward` must have values at the gate; else its forward may end
+            first.
         valued (`bool`): False where weights are known and only mask the forward.
         others (`Others`, *optional*): for estimators with `values_others`, where there is no target.
         ref_model (`nn.Module`, *optional*): the reference.
@@ -107,6 +109,7 @@ class Task:
     memory: Memory
     apart: bool = True
     training: bool = False
+    early: bool = True
     valued: bool = True
     others: Others | None = None
     ref_model: nn.Module | None = None
@@ -122,8 +125,9 @@ class Estimator(ABC):
         gate: where the gate is: at the output of the last block, or of the decoder.
         values_others: without a target, the sequences of a batch are valued against each other. With True the estimator
             does so in one backward (`Task.others`); with False they are valued one by one.
-        in_forward: its values do not depend on the loss, and are known when the hidden state has passed the gate
-            (`forward_values`). Such an estimator has a target of its own, in its `Memory`.
+        in_forward: its values do not depend on the loss, and are known when the forward has run, or if asked for when
+            its hidden state has passed the gate (`forward_values`). Such an estimator has a target of its own, in its
+            `Memory`.
         memory: the class of its memory.
         seen (`bool`): whether its forward has run.
         seconds (`float`): time spent inside that forward; the gate measures the backward.
@@ -163,7 +167,7 @@ class Estimator(ABC):
         """
 
     def forward_values(self) -> TokenValues:
-        """Value the batch when its forward has passed the gate; for estimators with `in_forward`."""
+        """Value the batch without a gradient; for estimators with `in_forward`."""
         raise NotImplementedError
 
     @property

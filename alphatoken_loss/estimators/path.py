@@ -27,12 +27,15 @@ from ..directions.follow import follow
 from ..directions.parts import Parts
 from ..directions.path import Path
 from ..directions.source import Source
-from ..losses.compare import Compared, compare, rows_at
+from ..losses.compare import Compared, autocast_without_cache, compare, rows_at
+from ..losses.forward import Forward, outputs_of
 from ..losses.logps import logps_of_rows
 from ..models.decoder import Call, DecoderForward, last_hidden
 from ..models.modes import without_noise
 from ..models.reference import reference_mode
 from ..models.sites import Scored
+from ..models.structure import causal_lm, unwrap
+from ..models.tensors import accumulation_dtype
 from ..values import TokenValues
 from .base import Estimator, Memory, Task, check_weights_finite
 
@@ -140,7 +143,9 @@ class AlongPath(Estimator):
         self.batch, self.there = task.batch, task.parts.get(_PART)
         self.forward = DecoderForward(task.model, task.batch, task.scored.parameters, training=task.training)
         self.found: Compared | None = None
-        self.start: torch.Tensor | None = None  # (N,) the labels' log-probabilities where the path begins elsewhere
+        # (N,) response rows, and the log-probabilities of their labels: of theta*, and of where values begin.
+        self.index = self.wanted = self.start = torch.empty(0)
+        self._own: Forward | None = None  # what `start` is still to be made from
 
     @property
     def seen(self) -> bool:
@@ -151,7 +156,7 @@ class AlongPath(Estimator):
         return self.found
 
     def release(self) -> None:
-        self.there = None
+        self.there = self._own = None
 
     @contextlib.contextmanager
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -170,30 +175,59 @@ class AlongPath(Estimator):
             if not self.task.training:
                 go_ahead(call)
             started = time.perf_counter()
-            if self.there is not None or self.task.valued:
-                self.found = self._compare(hidden.detach(), *ahead)
+            self._keep(hidden.detach(), *ahead)
             ahead.clear()
             self.seconds += time.perf_counter() - started
             return on_hidden(hidden)
 
-        with self.forward.watching(leave, on_call=go_ahead if self.task.training else None):
-            yield
+        def end(output: Any, kwargs: Mapping[str, Any]) -> None:
+            started = time.perf_counter()
+            if self._own is not None:
+                self._own.take(output, kwargs)
+                self._begin_at_own()
+            self.seconds += time.perf_counter() - started
 
-    def _compare(self, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> Compared:
-        length = self.batch.shape[1]
-        index = (
-            self.batch.rows.flatten().nonzero().flatten()
-        )  # a wait for the device; else the head would run on prompts too
-        labels = self.batch.labels.roll(-1, 1).flatten()[index]
-        own = rows_at(hidden, index, length)
-        if self.task.config.path_from == "reference" and self.task.valued:
-            self.start = self._reference_logps(index, labels)
+        late = self.task.training and not self.task.early
+        with self.forward.watching(leave, on_call=go_ahead if self.task.training else None):
+            with outputs_of(self.task.model, end) if late else contextlib.nullcontext():
+                yield
+
+    def _keep(self, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
+        """Keep what values and KL are made of; `ahead` is the hidden state at theta*."""
+        task, batch, length = self.task, self.batch, self.batch.shape[1]
+        index = batch.rows.flatten().nonzero().flatten()  # a wait for the device; else the head would run on prompts
+        labels, own = batch.labels.roll(-1, 1).flatten()[index], rows_at(hidden, index, length)
+        self.index = index
         if ahead is None:
-            there = self.batch.columns[COLUMN].roll(-1, 1).flatten()[index]
-            logps = logps_of_rows(self.task.model, own, labels)
-            return Compared(index, logps, there.to(logps), None, None, [])
-        over = self.task.kl_over if self.task.training else None
-        return compare(self.task.model, own, rows_at(ahead, index, length), index, labels, over=over)
+            self.wanted = batch.columns[COLUMN].roll(-1, 1).flatten()[index].to(accumulation_dtype(own))
+        elif task.training and task.kl_over is not None:
+            self.found = compare(task.model, own, rows_at(ahead, index, length), index, labels, over=task.kl_over)
+            self.wanted = self.found.wanted_logps
+        else:
+            self.wanted = self._logps(rows_at(ahead, index, length), labels)
+        if not task.valued:
+            return
+        if task.config.path_from == "reference":
+            self.start = self._reference_logps(index, labels)
+        elif self.found is not None:
+            self.start = self.found.logps
+        elif task.early or not task.training:
+            self.start = self._logps(own, labels)
+        else:
+            self._own = Forward(unwrap(task.model), batch, hidden)
+
+    def _logps(self, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`(N,)` log-probabilities of labels, by the head as it is without noise."""
+        head = causal_lm(self.task.model).get_output_embeddings()  # type: ignore[operator]
+        with without_noise(head), autocast_without_cache(rows.device.type):
+            return logps_of_rows(self.task.model, rows, labels)
+
+    def _begin_at_own(self) -> None:
+        """Values begin where this forward is: with its own logits where there are some, so that no head runs again."""
+        assert self._own is not None
+        forward, self._own = self._own, None
+        self.start = forward.logps.roll(-1, 1).flatten()[self.index]
+        forward.release()
 
     def _reference_logps(self, index: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """`(N,)` log-probabilities of the labels under the reference.
@@ -211,12 +245,13 @@ class AlongPath(Estimator):
             return logps_of_rows(reference, rows, labels)
 
     def forward_values(self) -> TokenValues:
-        assert self.found is not None
-        gained = self.found.wanted_logps - (self.found.logps if self.start is None else self.start)
+        if self._own is not None:  # the loss ran the head itself
+            self._begin_at_own()
+        gained = self.wanted - self.start.to(self.wanted.device)
         if not gained.isfinite().all():
             self._blame()
-        rows = torch.zeros(self.batch.labels.numel(), dtype=gained.dtype, device=gained.device)
-        values = rows.index_copy_(0, self.found.index.to(gained.device), gained).view(self.batch.shape)
+        rows = torch.zeros(self.batch.labels.numel(), dtype=gained.dtype, device=self.index.device)
+        values = rows.index_copy_(0, self.index, gained.to(rows.device)).view(self.batch.shape)
         if self.batch.pairs:
             values[self.batch.shape[0] // 2 :].neg_()
         return TokenValues(self.batch.at_labels(values))
@@ -227,15 +262,14 @@ class AlongPath(Estimator):
 
     def _blame(self) -> None:
         """Raise an error that names what makes values not finite."""
-        assert self.found is not None
         check_weights_finite(self.task.scored)
-        if not self.found.wanted_logps.isfinite().all():
-            if COLUMN in self.batch.columns:
-                raise FloatingPointError("path_logps is not finite at a response token. Make the column again.")
+        if not self.start.isfinite().all():  # then those at theta* tell nothing
             raise FloatingPointError(
-                "Log-probabilities at theta* are not finite. Lower path_rate, or use bf16 instead of float16."
+                "Log-probabilities of the batch are not finite: the hidden state overflows. Use bf16 instead of "
+                "float16, or float32."
             )
+        if COLUMN in self.batch.columns:
+            raise FloatingPointError("path_logps is not finite at a response token. Make the column again.")
         raise FloatingPointError(
-            "Log-probabilities of the batch are not finite: the hidden state overflows. Use bf16 instead of float16, "
-            "or float32."
+            "Log-probabilities at theta* are not finite. Lower path_rate, or use bf16 instead of float16."
         )

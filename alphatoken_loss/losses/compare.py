@@ -29,7 +29,7 @@ class Compared:
     Attributes:
         index (`torch.Tensor`): `(N,)`, the rows' flat positions in the batch.
         logps, wanted_logps (`torch.Tensor`): `(N,)`, log-probabilities of the labels under the policy and the other.
-        kl (`torch.Tensor` or `None`): `(N,)`, KL(other || policy) in nats.
+        kl (`torch.Tensor`): `(N,)`, KL(other || policy) in nats.
         gradient (`torch.Tensor` or `None`): `(N, hidden)`, of each row's KL at the policy's hidden state.
         of_head (`list`): gradients of the summed KL at trained parameters of the policy's head.
     """
@@ -37,7 +37,7 @@ class Compared:
     index: torch.Tensor
     logps: torch.Tensor
     wanted_logps: torch.Tensor
-    kl: torch.Tensor | None
+    kl: torch.Tensor
     gradient: torch.Tensor | None
     of_head: list[torch.Tensor]
 
@@ -49,7 +49,7 @@ def compare(
     index: torch.Tensor,
     labels: torch.Tensor,
     *,
-    over: str | None = "vocabulary",
+    over: str = "vocabulary",
     reference_logits: Callable[[torch.Tensor], torch.Tensor] | None = None,
     trained: Sequence[nn.Parameter] = (),
 ) -> Compared:
@@ -61,15 +61,15 @@ def compare(
             detached.
         index (`torch.Tensor`): `(N,)`, where the rows are in the batch.
         labels (`torch.Tensor`): `(N,)`, what the rows predict.
-        over (`str`, *optional*): take the KL over the whole `"vocabulary"`; or `"without_label"`: leave the label out
-            of both distributions, and scale the rest to a sum of 1 (arXiv 2605.29498); `None` for no KL.
+        over (`str`): take the KL over the whole `"vocabulary"`; or `"without_label"`: leave the label out of both
+            distributions, and scale the rest to a sum of 1 (arXiv 2605.29498).
         reference_logits (`Callable`, *optional*): the head of the other model, by default the policy's.
         trained (`Sequence`): trained parameters of the policy's head; the KL has a gradient there too.
     """
     head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
     reference_logits = reference_logits or (lambda rows: logits_of_hidden(model, rows))
     dtype = accumulation_dtype(hidden)
-    with_grad = over is not None and torch.is_grad_enabled()
+    with_grad = torch.is_grad_enabled()
     found: list[list[torch.Tensor]] = [[], [], []]
     gradient = torch.empty_like(hidden) if with_grad else None
     of_head = [torch.zeros_like(p, dtype=accumulation_dtype(p)) for p in trained]
@@ -94,7 +94,7 @@ def compare(
     nothing = torch.zeros(0, dtype=dtype, device=hidden.device)
     logps, wanted_logps, kl = (torch.cat(parts).to(hidden.device) if parts else nothing for parts in found)
     of_head = [g.to(p.dtype) for g, p in zip(of_head, trained, strict=True)]
-    return Compared(index, logps, wanted_logps, None if over is None else kl, gradient, of_head)
+    return Compared(index, logps, wanted_logps, kl, gradient, of_head)
 
 
 def autocast_without_cache(device: str) -> torch.autocast:
@@ -123,14 +123,12 @@ def _check_vocabulary(logits: torch.Tensor, reference: torch.Tensor) -> None:
 
 
 def _compare(
-    logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, over: str | None, dtype: torch.dtype
+    logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor, over: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per row: log-probabilities of the label, KL(reference || policy), and its gradient at the policy's logits."""
     at = labels[:, None]
     logp, wanted = logits.log_softmax(-1, dtype), reference.log_softmax(-1, dtype)
     own, other = logp.gather(1, at)[:, 0], wanted.gather(1, at)[:, 0]
-    if over is None:
-        return own, other, own, logits
     if over == "without_label":
         logp, wanted = (rows.scatter_(1, at, -torch.inf).log_softmax(-1) for rows in (logp, wanted))
     p = wanted.exp()

@@ -198,7 +198,6 @@ class Penalty:
         found = None if self.compared is None else self.compared()
         if found is None:
             found = self._against_reference(hidden, rows, trained)
-        assert found.kl is not None
         taken = rows.flatten()[found.index].to(found.kl.device)
         self.total = total = found.kl.masked_fill(~taken, 0).sum()
         if found.gradient is not None and (hidden.requires_grad or trained):

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..config import AlphaTokenConfig
+from ..losses.forward import Forward
 from ..losses.weighting import checked_weights
-from .forward import Forward
 
 
 @dataclass

@@ -19,8 +19,8 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
+from ..losses.forward import Forward, forward_of
 from .base import Selection
-from .forward import Forward, forward_of
 from .thresholds import keep_share
 
 

@@ -16,11 +16,11 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
+from ..losses.forward import Forward
 from ..losses.logps import token_logps
 from ..models.modes import without_noise
 from ..models.reference import reference_mode
 from .base import Selection
-from .forward import Forward
 from .thresholds import keep_share
 
 

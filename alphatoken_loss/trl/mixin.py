@@ -22,8 +22,8 @@ from trl import SFTTrainer
 
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
+from ..losses.forward import Forward
 from ..models.start import add_reference_adapter, has_adapters
-from ..selection.forward import Forward
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
 from .checkpoints import Checkpoints

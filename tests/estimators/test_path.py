@@ -393,6 +393,32 @@ def test_one_forward_without_grad_is_all_that_it_takes():
     assert sorted(heads) == sorted([(tokens,), (tokens,), tuple(batch["labels"].shape)])  # theta, theta*, the loss
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("how", ["model's loss", "own head", "column"])
+def test_without_a_kl_the_head_does_not_run_again(family, how):
+    """Values begin with the log-probabilities of the model's own logits, capped where it caps them; only a loss that
+    runs the head itself leaves none."""
+    model, batch = lora_model(family), sft_batch("none" if family == "gemma2" else "left")  # padded, it makes nan
+    path = some_path(model)
+    expected = explicit_values(model, path.parameters, batch)
+    given = {**batch, "path_logps": path.logps(model, batch)} if how == "column" else batch
+    alphatoken = AlphaToken(model, config=config_of()) if how == "column" else gate_of(model, path)
+    rows, base = [], model.get_base_model()
+    hook = base.lm_head.register_forward_hook(lambda m, args, out: rows.append(out.shape[:-1].numel()))
+    with alphatoken(given):
+        if how == "own head":
+            hidden = base.get_decoder()(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+            loss = base.lm_head(hidden).square().mean()
+        else:
+            loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    hook.remove()
+    tokens, whole = int(response(batch).sum()), batch["labels"].numel()
+    of_path = [] if how == "column" else [tokens]
+    assert rows == [*of_path, whole, *([tokens] if how == "own head" else [])]
+    assert_close(alphatoken.values.total, expected, TOL64)
+
+
 def test_a_kl_that_was_left_out_is_an_error():
     model, batch = lora_model("llama"), sft_batch("right")
     alphatoken = gate_of(model, path_kl=KL)
@@ -577,6 +603,22 @@ def test_values_that_are_not_finite():
         dict(model.named_parameters())[next(iter(path.parameters))][:] = torch.nan
     with pytest.raises(FloatingPointError, match=r"adapter weight .*lora_A.* is not finite"):
         alphatoken_weights(model, None, batch, path=path, config=config_of())
+
+
+def test_whose_log_probabilities_are_not_finite():
+    """The forward's own are named first: where the model overflows, theta* does too."""
+    model, batch = lora_model("llama", layers=1), sft_batch("right")
+    path, column = some_path(model), torch.zeros(batch["labels"].shape)
+    column[0, -1] = torch.nan
+    with pytest.raises(FloatingPointError, match="path_logps is not finite at a response token"):
+        alphatoken_weights(model, None, {**batch, "path_logps": column}, config=config_of())
+    far = Path({name: tensor.mul(torch.inf).nan_to_num() for name, tensor in path.parameters.items()})
+    with pytest.raises(FloatingPointError, match=r"Log-probabilities at theta\* are not finite"):
+        alphatoken_weights(model, None, batch, path=far, config=config_of())
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="Log-probabilities of the batch are not finite"):
+        sft_loss(model, batch, gate_of(model, path)).backward()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ No second forward runs. The head runs once more only where the forward kept no l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..batches.batch import Batch
-from ..losses.logps import logits_of_hidden, token_logps
+from ..models.changes import Changes
 from ..models.decoder import DecoderForward
 from ..models.modes import without_noise
 from ..models.structure import causal_lm, unwrap
 from ..models.tensors import accumulation_dtype
+from .logps import logits_of_hidden, token_logps
 
 _ROWS, _LOGITS = 256, 2**25  # logits that exist beside the model's own: those of so many rows, at most so many
 
@@ -115,6 +117,20 @@ class Forward:
         with self._autocast, without_noise(head):
             hidden = self.hidden.flatten(0, 1)[index.to(self.hidden.device)]
             return logits_of_hidden(self._model, hidden.to(head.weight.device))
+
+
+@contextlib.contextmanager
+def outputs_of(model: nn.Module, on_output: Callable[[Any, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Pass on what forwards of the model with grad return, and the keywords that they were called with."""
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():
+            on_output(output, kwargs)
+
+    with Changes() as changes:
+        for module in dict.fromkeys((causal_lm(model), unwrap(model))):  # PEFT calls the first's `forward`
+            changes.hook(module, end, with_kwargs=True)
+        yield
 
 
 def forward_of(model: nn.Module, batch: Batch) -> Forward:
