@@ -216,11 +216,11 @@ def correlations(
 def _correlation(sums: Sequence[np.ndarray], gains: Sequence[np.ndarray], boots: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     drawn = []
-    for _ in range(boots):
-        places = [rng.integers(len(s), size=len(s)) for s in sums]
-        drawn.append(np.mean([spearman(s[p], g[p]) for s, g, p in zip(sums, gains, places, strict=True)]))
-    mean = statistics.mean(spearman(s, g) for s, g in zip(sums, gains, strict=True))
-    return {"spearman": round(mean, 4), "interval": [round(x, 4) for x in interval(np.array(drawn))]}
+    for values, gain in zip(sums, gains, strict=True):
+        places = rng.integers(len(values), size=(boots, len(values)))
+        drawn.append(spearman(values[places], gain[places]))
+    mean = statistics.mean(float(spearman(s, g)) for s, g in zip(sums, gains, strict=True))
+    return {"spearman": round(mean, 4), "interval": [round(x, 4) for x in interval(np.mean(drawn, 0))]}
 
 
 def report(found: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ quartiles as spread). "+ refresh" adds what keeping the target fresh costs at th
 sequences to a step of 64, at the time that one batch's "target of" took here. Peak memory is the high-water mark of
 tensors allocated during one step, beyond the model. Floors are arithmetic, from the forward's time in the same run: for
 the ghost estimator, without checkpointing the K scored blocks are gone back through twice, K/L of a backward; with it
-they are run again besides. For the difference, one forward less its head. For the exact one, K/L of a forward with
-tangents, which doubles its arithmetic.
+they are run again besides. For the difference and the path, one forward less its head. For the exact one, K/L of a
+forward with tangents, which doubles its arithmetic.
 """
 
 from __future__ import annotations
@@ -281,6 +281,9 @@ def add_floors(table: dict[str, dict[str, float]], args: argparse.Namespace, che
     found = {
         "difference, all": forward,
         "difference, all, Adam's step": forward,
+        "path": forward,
+        "path, KL to theta*": forward,
+        "path, precomputed": 0.0,
         "exact, all": 2 * forward,
         f"exact, K={args.layers}": 2 * share * forward,
     }

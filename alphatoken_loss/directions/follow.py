@@ -115,7 +115,7 @@ def follow(
             "response token. Give more rows, or set path_holdout=0."
         )
     steps, rate = config.path_steps, config.path_rate
-    most, known = (24, _PAIR_RATES) if goal.pairs else (16, _RATES)
+    most, known = (_PAIR_STEPS, _PAIR_RATES) if goal.pairs else (_STEPS, _RATES)
     rates = (rate,) if rate else known
     searched = goal
     if config.path_holdout == 0 and not (steps and rate):
@@ -165,7 +165,8 @@ class _Walk:
 
 _ROWS = 8  # rows (pairs) in each process that a step is taken on at least, if there are so many
 HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
-_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # the first if no row can be held out
+_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # tried; the first if no row can be held out
+_STEPS, _PAIR_STEPS = 16, 24  # taken at most
 
 
 class _Goal:

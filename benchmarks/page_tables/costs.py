@@ -47,22 +47,25 @@ def agreement(names: Iterable[str]) -> tuple[str, str]:
     return (low if low == high else f"{low} to {high}"), (f"{least} %" if least == most else f"{least} to {most} %")
 
 
+PATH = ("step_cost_path", "step_cost_path_vocabulary")  # the path alone; the same with a large vocabulary
+
+
 @table
 def costs() -> str:
-    found = load("step_cost")["results"]
-    off, on = found["plain graph"], found["checkpointing"]
+    found, along = load("step_cost")["results"], load(PATH[0])["results"]
+    off, on = ({**found[kind], **along[kind]} for kind in ("plain graph", "checkpointing"))
     rows = []
     for name, (title, scores, known) in KINDS.items():
         ranks, halves = ("1", "100 %") if name == "exact, all" else agreement(known)
         pairs = [
             " / ".join(f"{kind[name][what]:.2f}" for kind in (off, on) if what in kind.get(name, {}))
-            for what in ("time ratio", "with refresh")
+            for what in ("time ratio", "floor", "with refresh")
         ]
         measured = off.get(name, {}).get("date")  # of a row that is older than its file
         rows.append([title + (f" (of {measured})" if measured else ""), scores, *pairs, ranks, halves])
-    header = ["", "scores", "step, without / with checkpointing", "with the target's refresh",
+    header = ["", "scores", "step, without / with checkpointing", "least, by arithmetic", "with the target's refresh",
               "rank correlation with exact values", "same half kept"]  # fmt: skip
-    return markdown(header, rows, "step_cost", "fidelity")
+    return markdown(header, rows, "step_cost", PATH[0], "fidelity")
 
 
 @table
@@ -92,12 +95,18 @@ def costs_more() -> str:
         steps = [row["peak ratio"] for name, row in found.items() if name in KINDS and "peak ratio" in row]
         low, high = (min(steps), max(steps)) if steps else cost["peak ratio, all kinds of step"][kind]
         rows.append([f"peak memory of a step, {kind}", f"{low:.3f} to {high:.3f}"])
+    large = load(PATH[1])["results"]["plain graph"]
+    for name in ("path", "path, KL to theta*", "path, precomputed"):
+        title = KINDS[name][0].replace("the same", '`"path"`')
+        low, high = large[name]["low"], large[name]["high"]
+        cell = f"{large[name]['time ratio']:.2f} ({low:.2f} to {high:.2f}), least {large[name]['floor']:.2f}"
+        rows.append([f"vocabulary of 32,768, short rows, {title}", cell])
     if "ghost's time ratio at other hours" in cost:
         low, high = cost["ghost's time ratio at other hours"]
         rows.append(["ghost step without checkpointing, in rounds of other hours", f"{low} to {high}"])
     rows.append(["the method as first written down (`straightforward.py`): time", f"{naive['time ratio']}"])
     rows.append(["the same: peak memory", f"{naive['peak ratio']}"])
-    sources = ("step_cost", "step_cost_32_blocks", "straightforward")
+    sources = ("step_cost", PATH[1], "step_cost_32_blocks", "straightforward")
     return markdown(["beside a plain step of the same model", "ratio"], rows, *sources)
 
 

@@ -64,9 +64,9 @@ def interval(found: Array, level: float = 0.95) -> list[float]:
     return [float(low), float(high)]
 
 
-def spearman(a: Array, b: Array) -> float:
-    """Rank correlation with ties at their mean rank; NaN where either does not vary."""
-    a, b = rankdata(a), rankdata(b)
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+def spearman(a: Array, b: Array) -> Array:
+    """Rank correlation along the last axis, `(..., N)` -> `(...)`, with ties at their mean rank; NaN where either does
+    not vary."""
+    a, b = (rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2 for x in (np.asarray(a), np.asarray(b)))
+    norms = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.where(norms > 0, (a * b).sum(-1) / np.where(norms > 0, norms, 1), np.nan)

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from alphatoken_loss.directions import follow
+
 sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks"), str(Path(__file__).parent)]
+
+
+@pytest.fixture(autouse=True)
+def _short_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """theta* of few steps: how far it goes is tested elsewhere, and here it would be most of the time."""
+    monkeypatch.setattr(follow, "_RATES", (1e-3,))
+    monkeypatch.setattr(follow, "_PAIR_RATES", (1e-3,))
+    monkeypatch.setattr(follow, "_STEPS", 2)
+    monkeypatch.setattr(follow, "_PAIR_STEPS", 2)
 
 
 @pytest.fixture(scope="session")

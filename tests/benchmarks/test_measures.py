@@ -73,3 +73,5 @@ def test_rank_correlation_is_scipys(seed):
     a, b = rng.integers(0, 9, 30), rng.normal(size=30)
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
     assert np.isnan(spearman(np.ones(4), np.arange(4)))
+    rows = spearman(np.stack([a, -a, np.ones(30)]), np.stack([b, b, b]))
+    assert rows[:2] == pytest.approx([spearman(a, b), -spearman(a, b)], abs=1e-12) and np.isnan(rows[2])
