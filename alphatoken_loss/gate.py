@@ -41,7 +41,7 @@ from .selection.base import by_weights
 from .step import NESTED, UNMASKED, Step, check_nothing_behind
 from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
-from .weights import alphatoken_weights
+from .weights import weights_by_others
 
 IN_CONTEXT = "_alphatoken_context"  # attribute of a model in a context
 
@@ -278,8 +278,10 @@ class AlphaToken:
             weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
         elif not self.selection.valued:
             weights = self.selection.before(self.model, self.ref_model, read, seed)
+        elif self.config.rho >= 1.0:  # of theta*, at most its start and its KL are asked for
+            weights = read.at_labels(read.rows.float())
         elif not (self.source.validates or self._estimator.in_forward):
-            weights, values = self._by_others(read, beta)
+            weights, values = weights_by_others(self.model, self._scored(), read, self.source, beta)
         if weights is not None:
             factors = weights.to(read.labels.device).roll(-1, 1)
             self.record(values, read.at_labels(factors), read)
@@ -292,7 +294,9 @@ class AlphaToken:
 
     def _weigher(self, batch: Batch, asked: Asked, *, known: bool) -> Weigher:
         compares = self.config.path_kl > 0 and self.selection.valued
-        if known and self.selection.valued and not compares:  # theta* is no later step's start
+        if known and self.selection.valued and not compares:
+            if self.config.path_start:  # where training begins, whatever is masked
+                self._memory.prepare(self.source, self._scored(), batch)
             self._memory.enter(self.source, self._scored())
         if not self.selection.valued or (known and not compares):
             return Weighed(self.model, batch, None if known else self.selection.after)
@@ -307,15 +311,6 @@ class AlphaToken:
         valued = Valued(self._estimator, task, self.source)
         task.parts = {}  # the estimator lets go of them as soon as it can
         return valued
-
-    def _by_others(self, batch: Batch, beta: float) -> tuple[torch.Tensor, TokenValues | None]:
-        """Weights and values of a batch whose sequences are valued by each other."""
-        scored = self._scored()
-        if not bool(batch.rows.any()):
-            return torch.zeros(batch.shape, device=batch.labels.device), None
-        self.source.ensure_fisher(scored, batch)
-        options: dict[str, Any] = {"fisher": self.source.drift_fisher, "config": self.config, "beta": beta}
-        return alphatoken_weights(self.model, self.ref_model, batch, return_values=True, **options)
 
     def metrics(self) -> dict[str, float]:
         """Figures over the response tokens of all batches since the last call: `kept` (the share whose weight is not

@@ -28,7 +28,7 @@ from .models.changes import undoing
 from .models.decoder import last_hidden
 from .models.forwards import rows_without_graph
 from .models.modes import without_noise
-from .models.sites import find_scored
+from .models.sites import Scored, find_scored
 from .models.start import adopt_start
 from .models.structure import unwrap
 from .models.tensors import accumulation_dtype
@@ -158,6 +158,17 @@ def alphatoken_weights(
         values = _against_others(estimator, task, loss_sum)
     weights = select(values, read, config).float()
     return (weights, values) if return_values else weights
+
+
+def weights_by_others(
+    model: nn.Module, scored: Scored, batch: Batch, source: Source, beta: float
+) -> tuple[torch.Tensor, TokenValues | None]:
+    """Weights and values of a batch whose sequences are valued by each other, with the source's Fisher."""
+    if not bool(batch.rows.any()):
+        return torch.zeros(batch.shape, device=batch.labels.device), None
+    source.ensure_fisher(scored, batch)
+    options: dict[str, Any] = {"fisher": source.drift_fisher, "config": source.config, "beta": beta}
+    return alphatoken_weights(model, source.ref_model, batch, return_values=True, **options)
 
 
 def _value_in_forward(estimator: type[Estimator], task: Task) -> TokenValues:

@@ -466,11 +466,13 @@ def test_a_threshold_of_zero_does_not_hold_training_at_theta_star(kind, scope):
     assert max(float(gradient.abs().max()) for gradient in grads_of(model).values()) > 0
 
 
-def test_training_starts_at_theta_star_with_weights_that_are_given_too():
+@pytest.mark.parametrize("made", [False, True])
+def test_training_starts_at_theta_star_with_weights_that_are_given_too(made):
     """Else the first batch that is valued would undo the steps before it."""
     model, batch = lora_model("llama"), sft_batch("right")
-    path = some_path(model)
-    alphatoken = gate_of(model, path, path_start=True)
+    given = {"fisher": given_fisher(model), "config": config_of(path_start=True, path_steps=2, path_rate=1e-2)}
+    path = make_path(model, cases.validation(), progress=False, **given) if made else some_path(model)
+    alphatoken = AlphaToken(model, target=cases.validation(), **given, **({} if made else {"path": path}))
     with alphatoken(batch, weights=response(batch).double()):
         model(**batch, use_cache=False).loss.backward()
     assert torch.equal(_own(model, path), _flat(path))
@@ -681,6 +683,27 @@ def test_with_rho_1_training_begins_at_theta_star_and_is_held_there_all_the_same
     for options in ({"return_values": True}, {}):  # a threshold has no say
         found = alphatoken_weights(model, None, batch, path=path, config=nothing, **options)
         assert torch.equal(found[0] if options else found, everything.float())
+
+
+def test_with_rho_1_and_no_kl_theta_star_is_only_where_training_begins():
+    """No forward runs there, and nothing is masked."""
+    model, batch = lora_model("llama"), sft_batch("left")
+    path, forwards = some_path(model), []
+    alphatoken = gate_of(model, path, rho=1.0, path_start=True)
+    model.get_base_model().get_decoder().register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    everything = response(batch)
+    for step in range(2):
+        forwards.clear()
+        sft_loss(model, batch, alphatoken).backward()
+        assert forwards == [True]
+        assert torch.equal(_own(model, path), _flat(path)) == (step == 0)
+        assert_same_grads(
+            grads_of(model), reference.masked_sft(model, batch, everything, float(everything.sum()))[1], TOL64
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert alphatoken.metrics()["kept"] == 1.0 and torch.equal(alphatoken.weights, everything.float())
 
 
 # ------------------------------------------------------------------------------------------ whole pairs, from the start
