@@ -278,7 +278,7 @@ class AlphaToken:
             weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
         elif not self.selection.valued:
             weights = self.selection.before(self.model, self.ref_model, read, seed)
-        elif self.config.rho >= 1.0:  # of theta*, at most its start and its KL are asked for
+        elif self.config.rho >= 1.0 and not self.config.path_kl:  # theta* is only where training begins
             weights = read.at_labels(read.rows.float())
         elif not (self.source.validates or self._estimator.in_forward):
             weights, values = weights_by_others(self.model, self._scored(), read, self.source, beta)

@@ -13,6 +13,14 @@ RATE = (5e-4,)
 TITLES = {**PATHS, "path, from theta*": "path, begun at theta*, no KL"}
 FIGURES = {"target": "target", "retention": "WikiText-2", "gsm8k loss": "GSM8K", "tasks": "tasks, mean accuracy"}
 
+IN_PROBLEMS = {
+    "target": "target",
+    "right answers": "right answers",
+    "retention": "WikiText-2",
+    "nl2bash loss": "nl2bash",
+    "tasks": "tasks, mean accuracy",
+}
+
 
 def kept(world: str) -> str:
     """Share of each kind of token, mean over seeds."""
@@ -23,6 +31,16 @@ def kept(world: str) -> str:
             rows.append([title, *(f"{statistics.mean(share[kind] for share in shares):.2f}" for kind in shares[0])])
     kinds = next(run["kept"] for run in runs)
     return markdown(["share kept of", *kinds], rows, "real")
+
+
+@table
+def real_clean() -> str:
+    return ends(RATE, TITLES, FIGURES, "real", "nl2bash")
+
+
+@table
+def real_gsm8k() -> str:
+    return ends(RATE, TITLES, IN_PROBLEMS, "real", "gsm8k")
 
 
 @table

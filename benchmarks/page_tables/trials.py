@@ -7,15 +7,30 @@ from results import load
 from .base import markdown, table
 
 
+def foretold(file: str, *, interval: bool) -> str:
+    """Of what masking does after some steps."""
+    found = load(file)["spearman"]
+    columns = [(step, what) for what in ("objective", "drift") for step in next(iter(found.values()))]
+    rows = []
+    for name, at in found.items():
+        cells = []
+        for step, what in columns:
+            cell = f"{at[step][what]['spearman']:.2f}"
+            low, high = at[step][what]["interval"]
+            cells.append(f"{cell} ({low:.2f} to {high:.2f})" if interval else cell)
+        rows.append([name, *cells])
+    header = [f"{what}, after {step} step{'s' * (step != '1')}" for step, what in columns]
+    return markdown(["rank correlation with what masking did" + ", 95 %" * interval, *header], rows, file)
+
+
 @table
 def counterfactual() -> str:
-    """Of what masking does after 1, 4 and 16 steps."""
-    found = load("counterfactual-toy")["spearman"]
-    steps = list(next(iter(found.values())))
-    columns = [(step, what) for what in ("objective", "drift") for step in steps]
-    rows = [[name, *(f"{at[step][what]['spearman']:.2f}" for step, what in columns)] for name, at in found.items()]
-    header = [f"{what}, after {step} step{'s' * (step != '1')}" for step, what in columns]
-    return markdown(["rank correlation with what masking did", *header], rows, "counterfactual-toy")
+    return foretold("counterfactual-toy", interval=False)
+
+
+@table
+def counterfactual_real() -> str:
+    return foretold("counterfactual-real", interval=True)
 
 
 @table
