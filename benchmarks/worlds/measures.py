@@ -69,4 +69,4 @@ def spearman(a: Array, b: Array) -> Array:
     not vary."""
     a, b = (rankdata(x, axis=-1) - (x.shape[-1] + 1) / 2 for x in (np.asarray(a), np.asarray(b)))
     norms = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.where(norms > 0, (a * b).sum(-1) / np.where(norms > 0, norms, 1), np.nan)
+    return np.where(norms > 0, (a * b).sum(-1) / np.where(norms > 0, norms, 1), np.nan)[()]
