@@ -293,16 +293,17 @@ class AlphaToken:
         return step
 
     def _weigher(self, batch: Batch, asked: Asked, *, known: bool) -> Weigher:
-        compares = self.config.path_kl > 0 and self.selection.valued
-        if known and self.selection.valued and not compares:
-            if self.config.path_start:  # where training begins, whatever is masked
-                self._memory.prepare(self.source, self._scored(), batch)
-            self._memory.enter(self.source, self._scored())
-        if not self.selection.valued or (known and not compares):
+        if not self.selection.valued:
             return Weighed(self.model, batch, None if known else self.selection.after)
+        compares, scored = self.config.path_kl > 0, self._scored()
+        if known and not compares:
+            if self.config.path_start:  # where training begins, whatever is masked
+                self._memory.prepare(self.source, scored, batch)
+            self._memory.enter(self.source, scored)
+            return Weighed(self.model, batch, None)
         if asked.coef > 0 and self._estimator.gate == "block":
-            refuse_inside_checkpoint(self._scored().blocks)
-        task = Task(self.model, self._scored(), batch, self.config, {}, self._memory, apart=False, training=True)
+            refuse_inside_checkpoint(scored.blocks)
+        task = Task(self.model, scored, batch, self.config, {}, self._memory, apart=False, training=True)
         # At theta* itself values are 0 to the bit only if one head makes both log-probabilities.
         task.early = compares or asked.on == "dropped" or (self.config.path_start and self.source.age == 0)
         task.valued, task.kl_over, task.ref_model = not known, asked.over if compares else None, self.ref_model

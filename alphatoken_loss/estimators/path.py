@@ -196,11 +196,11 @@ class AlongPath(Estimator):
         """Keep what values and KL are made of; `ahead` is the hidden state at theta*."""
         task, batch, length = self.task, self.batch, self.batch.shape[1]
         index = batch.rows.flatten().nonzero().flatten()  # a wait for the device; else the head would run on prompts
-        labels, own = batch.labels.roll(-1, 1).flatten()[index], rows_at(hidden, index, length)
-        self.index = index
+        self.index, labels = index, batch.labels.roll(-1, 1).flatten()[index]
         if ahead is None:
-            self.wanted = batch.columns[COLUMN].roll(-1, 1).flatten()[index].to(accumulation_dtype(own))
+            self.wanted = batch.columns[COLUMN].roll(-1, 1).flatten()[index].to(accumulation_dtype(hidden))
         elif task.training and task.kl_over is not None:
+            own = rows_at(hidden, index, length)
             self.found = compare(task.model, own, rows_at(ahead, index, length), index, labels, over=task.kl_over)
             self.wanted = self.found.wanted_logps
         else:
@@ -212,7 +212,7 @@ class AlongPath(Estimator):
         elif self.found is not None:
             self.start = self.found.logps
         elif task.early or not task.training:
-            self.start = self._logps(own, labels)
+            self.start = self._logps(rows_at(hidden, index, length), labels)
         else:
             self._own = Forward(unwrap(task.model), batch, hidden)
 

@@ -47,12 +47,12 @@ def agreement(names: Iterable[str]) -> tuple[str, str]:
     return (low if low == high else f"{low} to {high}"), (f"{least} %" if least == most else f"{least} to {most} %")
 
 
-PATH = ("step_cost_path", "step_cost_path_vocabulary")  # the path alone; the same with a large vocabulary
+PATH, LARGE = "step_cost_path", "step_cost_path_vocabulary"  # the path alone; the same with a large vocabulary
 
 
 @table
 def costs() -> str:
-    found, along = load("step_cost")["results"], load(PATH[0])["results"]
+    found, along = load("step_cost")["results"], load(PATH)["results"]
     off, on = ({**found[kind], **along[kind]} for kind in ("plain graph", "checkpointing"))
     rows = []
     for name, (title, scores, known) in KINDS.items():
@@ -65,7 +65,7 @@ def costs() -> str:
         rows.append([title + (f" (of {measured})" if measured else ""), scores, *pairs, ranks, halves])
     header = ["", "scores", "step, without / with checkpointing", "least, by arithmetic", "with the target's refresh",
               "rank correlation with exact values", "same half kept"]  # fmt: skip
-    return markdown(header, rows, "step_cost", PATH[0], "fidelity")
+    return markdown(header, rows, "step_cost", PATH, "fidelity")
 
 
 @table
@@ -95,18 +95,19 @@ def costs_more() -> str:
         steps = [row["peak ratio"] for name, row in found.items() if name in KINDS and "peak ratio" in row]
         low, high = (min(steps), max(steps)) if steps else cost["peak ratio, all kinds of step"][kind]
         rows.append([f"peak memory of a step, {kind}", f"{low:.3f} to {high:.3f}"])
-    large = load(PATH[1])["results"]["plain graph"]
+    found = load(LARGE)
+    large, vocabulary = found["results"]["plain graph"], found["settings"]["vocabulary"]
     for name in ("path", "path, KL to theta*", "path, precomputed"):
         title = KINDS[name][0].replace("the same", '`"path"`')
         low, high = large[name]["low"], large[name]["high"]
         cell = f"{large[name]['time ratio']:.2f} ({low:.2f} to {high:.2f}), least {large[name]['floor']:.2f}"
-        rows.append([f"vocabulary of 32,768, short rows, {title}", cell])
+        rows.append([f"vocabulary of {vocabulary:,}, short rows, {title}", cell])
     if "ghost's time ratio at other hours" in cost:
         low, high = cost["ghost's time ratio at other hours"]
         rows.append(["ghost step without checkpointing, in rounds of other hours", f"{low} to {high}"])
     rows.append(["the method as first written down (`straightforward.py`): time", f"{naive['time ratio']}"])
     rows.append(["the same: peak memory", f"{naive['peak ratio']}"])
-    sources = ("step_cost", PATH[1], "step_cost_32_blocks", "straightforward")
+    sources = ("step_cost", LARGE, "step_cost_32_blocks", "straightforward")
     return markdown(["beside a plain step of the same model", "ratio"], rows, *sources)
 
 
