@@ -31,19 +31,17 @@ from .figures import Figures
 from .losses.forward import Forward
 from .losses.kl import refuse_inside_checkpoint
 from .losses.weighting import checked_weights
-from .models.changes import Changes
+from .models.changes import IN_CONTEXT, Changes
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
 from .models.structure import unwrap
-from .penalties import UNKNOWN_DROPPED, Asked, Penalties, check_no_path
+from .penalties import UNKNOWN_DROPPED, Asked, Penalties, check_unvalued
 from .selection import make_selection
 from .selection.base import by_weights
 from .step import NESTED, UNMASKED, Step, check_nothing_behind
 from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
 from .weights import weights_by_others
-
-IN_CONTEXT = "_alphatoken_context"  # attribute of a model in a context
 
 
 class AlphaToken:
@@ -142,7 +140,7 @@ class AlphaToken:
                 check_nothing_behind(model, self._estimator.gate)
                 self.source.check(self._scored())
             else:
-                check_no_path(self.config)
+                check_unvalued(self.config, target=target, fisher=fisher, optimizer=optimizer, path=path)
                 check_nothing_behind(model, "decoder")
 
     @property
@@ -278,7 +276,8 @@ class AlphaToken:
             weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
         elif not self.selection.valued:
             weights = self.selection.before(self.model, self.ref_model, read, seed)
-        elif self.config.rho >= 1.0 and not self.config.path_kl:  # theta* is only where training begins
+        elif self.config.rho >= 1.0 and (not self.config.path_kl or self.config.path_from == "reference"):
+            # theta* is where training begins, or what a KL holds it to: values would cost a forward, and choose nothing
             weights = read.at_labels(read.rows.float())
         elif not (self.source.validates or self._estimator.in_forward):
             weights, values = weights_by_others(self.model, self._scored(), read, self.source, beta)
@@ -286,8 +285,10 @@ class AlphaToken:
             factors = weights.to(read.labels.device).roll(-1, 1)
             self.record(values, read.at_labels(factors), read)
         weigher = self._weigher(read, asked, known=weights is not None)
-        if asked.on == "dropped" and factors is None and not weigher.in_forward:
-            raise ValueError(UNKNOWN_DROPPED)
+        penalised = asked.coef > 0 or self.config.path_kl > 0
+        if penalised and asked.on == "dropped" and factors is None and not weigher.in_forward:
+            when = "when the gradient arrives" if self.selection.valued else "when the forward has ended"
+            raise ValueError(UNKNOWN_DROPPED.format(when=when))
         step = Step(self, read, weigher, factors, mean_over_kept)
         self.figures.seconds += time.perf_counter() - started
         return step
@@ -297,9 +298,7 @@ class AlphaToken:
             return Weighed(self.model, batch, None if known else self.selection.after)
         compares, scored = self.config.path_kl > 0, self._scored()
         if known and not compares:
-            if self.config.path_start:  # where training begins, whatever is masked
-                self._memory.prepare(self.source, scored, batch)
-            self._memory.enter(self.source, scored)
+            self._memory.begin(self.source, scored, batch)  # training begins there, whatever is masked
             return Weighed(self.model, batch, None)
         if asked.coef > 0 and self._estimator.gate == "block":
             refuse_inside_checkpoint(scored.blocks)

@@ -18,17 +18,28 @@ from .step import Step
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 UNKNOWN_DROPPED = (
-    'kl_on is "dropped", but which tokens are is known only when the gradient arrives. Give weights, use '
-    'estimator="path", or kl_on="all".'
+    'kl_on is "dropped", but which tokens are is known only {when}. Give weights, choose tokens by values with '
+    'estimator="path", or set kl_on="all".'
 )
 
 
-def check_no_path(config: AlphaTokenConfig) -> None:
-    """Raise ValueError if settings need theta*, but tokens are not chosen by values, so that none is made."""
+def check_unvalued(config: AlphaTokenConfig, **given: object) -> None:
+    """Raise ValueError if settings, or what was given, are for values or theta*, but tokens are chosen otherwise."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} was given, but tokens are not chosen by their values, and nothing else needs it. Leave it "
+                "out, or the selection or token weights that choose them."
+            )
     if config.path_kl > 0 or config.path_start:
         raise ValueError(
             f"path_kl is {config.path_kl} and path_start {config.path_start}, but tokens are not chosen by their "
             "values, so there is no theta*. Leave both out, or selection and token_weights."
+        )
+    if config.threshold != "quantile":
+        raise ValueError(
+            f'threshold is "{config.threshold}", but tokens are not chosen by their values. Leave it out, or selection '
+            "and token_weights."
         )
 
 
@@ -84,9 +95,10 @@ class Penalties:
         if asked.coef > 0:
             self._of["kl"] = Penalty(self.model, batch, kl_coef=asked.coef, ref_model=asked.ref_model, **options)
         if self.path_kl > 0 and step is not None:
-            weigher, self._step = step.weigher, step
+            weigher = step.weigher
             options["compared"] = lambda: weigher.compared
             self._of["path_kl"] = Penalty(self.model, batch, kl_coef=self.path_kl, **options)
+        self._step = step if self._of else None
 
     def around(self, gate: Gate) -> Gate:
         """The same gate; the gradients of the KLs do not pass it."""
@@ -107,14 +119,17 @@ class Penalties:
             figures.add_kl(name, penalty)
 
     def check_counted(self) -> None:
-        """Check that the last backward had the KL to theta* in it, if the settings ask for one.
+        """Check that the last backward had in it the KLs that were asked for.
 
         Raises:
             RuntimeError: it had not.
         """
         step, self._step = self._step, None
-        if step is not None and step.masked and not self._of["path_kl"].counted:
+        left = [name for name, penalty in self._of.items() if not penalty.counted]
+        if step is not None and step.masked and left:
+            name = {"kl": "kl_coef"}.get(left[0], left[0])
             raise RuntimeError(
-                f"path_kl is {self.path_kl}, but the last context's KL was not part of what went backward. Add it to "
-                "the loss: `with alphatoken(batch) as step: loss = ...; (loss + step.kl).backward()`; or set path_kl=0."
+                f"{name} is {self._of[left[0]].coef}, but the last context's KL was not part of what went backward. "
+                "Add it to the loss: `with alphatoken(batch) as step: loss = ...; (loss + step.kl).backward()`; or set "
+                f"{name}=0."
             )

@@ -117,10 +117,10 @@ class Step:
         rows = rows.masked_fill(drop[..., None], 0)  # multiplying by 0 would leave nan
         if self.factors.dtype != torch.bool:
             scale = F.pad(self.factors.masked_fill(~batch.rows, 1), (virtual, 0), value=1)
-            rows = (rows * scale[..., None]).to(rows.dtype)  # rows may be bf16: multiplied in the weights' precision
+            rows = rows.mul_(scale[..., None])  # rows may be bf16: multiplied in the weights' precision
         if self.mean_over_kept:
             total = (self.factors * batch.rows).sum()
-            rows = rows * (batch.rows.sum() / torch.where(total == 0, 1, total))
+            rows = rows.mul_(batch.rows.sum() / torch.where(total == 0, 1, total))
         return rows
 
     def _weighed(self, values: TokenValues | None, weights: torch.Tensor) -> None:

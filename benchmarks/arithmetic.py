@@ -8,7 +8,7 @@ from __future__ import annotations
 from llamas import RANK, config_of
 from transformers import LlamaConfig
 
-from alphatoken_loss.losses.logps import _CHUNK_LOGITS
+from alphatoken_loss.losses.head import LOGITS
 
 GIB = 2**30
 
@@ -77,7 +77,7 @@ def resident_bytes(config: LlamaConfig) -> dict[str, float]:
 
 
 def _within(config: LlamaConfig) -> dict[str, tuple[float, str]]:
-    return within_steps(config, 2048, max(1, _CHUNK_LOGITS // config.vocab_size))
+    return within_steps(config, 2048, max(1, LOGITS // config.vocab_size))
 
 
 def totals(size: str) -> dict[str, float]:

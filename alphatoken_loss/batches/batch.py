@@ -46,6 +46,12 @@ class Batch:
         return F.pad(self.labels[:, 1:] != IGNORE, (0, 1))
 
     @cached_property
+    def predicting(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat positions `(N,)` that predict response tokens, and these `(N,)`. Their number is waited for once."""
+        index = self.rows.flatten().nonzero().flatten()
+        return index, self.labels.roll(-1, 1).flatten()[index]
+
+    @cached_property
     def attended(self) -> torch.Tensor | None:
         """`(B, T)` bool: real tokens, or `None` where there is no padding mask."""
         mask = self.inputs.get("attention_mask")

@@ -15,7 +15,7 @@ from ..config import AlphaTokenConfig, read_config
 from ..losses.logps import token_logps
 from ..models.attention import AttentionCall
 from ..models.changes import Changes, undoing
-from ..models.processes import all_sum
+from ..models.processes import all_counts, all_sum
 from ..models.reference import reference_mode, same_module
 from ..models.replay import capture_without_graph
 from ..models.sites import LinearSite, Scored, Site, find_scored
@@ -131,7 +131,8 @@ class _Sums:
 
     def mean(self, count: int) -> Fisher:
         tensors = [tensor for parts in self.of_sites.values() for tensor in parts] + list(self.of_others.values())
-        total = all_sum(tensors, count)
+        all_sum(tensors)
+        (total,) = all_counts([count], tensors[0].device if tensors else None)
         if not total:
             raise ValueError(
                 "The Fisher was to be estimated from no response token at all. Give at least one prompt, or batches "

@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..losses.compare import autocast_without_cache
 from ..losses.logps import token_logps
 from ..losses.preference import LOSSES, pair_logps, reference_logps
 from ..models import tensors
-from ..models.modes import refuse_inference_mode, without_noise
-from ..models.processes import all_sum
+from ..models.modes import autocast_without_cache, refuse_inference_mode, without_noise
+from ..models.processes import all_counts, all_sum
 from ..models.sites import Scored, find_scored
 from ..models.structure import unwrap
 from .drift import drift
@@ -108,7 +107,8 @@ def follow(
     refuse_inference_mode()
     inner = unwrap(model)
     drifting = fisher if config.stability_weight > 0 else None
-    goal = _Goal(inner, ref_model, scored, batches, config, drifting, config.path_holdout)
+    batches = [_with_reference(batch, inner, ref_model) for batch in batches if bool(batch.rows.any())]
+    goal = _Goal(inner, scored, batches, config, drifting, ref_model, config.path_holdout)
     if config.path_holdout > 0 and not goal.judges:
         raise ValueError(
             f"path_holdout is {config.path_holdout}, but the target is one row, or the rows to be held out have no "
@@ -119,12 +119,12 @@ def follow(
     rates = (rate,) if rate else known
     searched = goal
     if config.path_holdout == 0 and not (steps and rate):
-        searched = _Goal(inner, ref_model, scored, batches, config, drifting, HELD_OUT)
+        searched = _Goal(inner, scored, batches, config, drifting, ref_model, HELD_OUT)
     tries = len(rates) if searched.judges else 0
     again = searched is not goal or not tries  # on all rows
     bar = tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide)
     with bar, autocast_without_cache(scored.device.type):  # each step has tensors of its own, which a cache would keep
-        walks = [searched.walk(steps or most, each, bar) for each in rates[:tries]]
+        walks = (searched.walk(steps or most, each, bar, keep=not again) for each in rates[:tries])
         to_the_end = steps and again  # else it may end before, where the loss is lowest
         best = min(walks, key=lambda walk: walk.losses[-1] if to_the_end else walk.least, default=_Walk(rates[0]))
         if again:
@@ -182,35 +182,34 @@ class _Goal:
     def __init__(
         self,
         model: nn.Module,
-        ref_model: nn.Module | None,
         scored: Scored,
         batches: Sequence[Batch],
         config: AlphaTokenConfig,
         fisher: Fisher | None,
+        ref_model: nn.Module | None,
         share: float,
     ) -> None:
         self.model, self.ref_model, self.scored, self.config = model, ref_model, scored, config
         self.fisher = None if fisher is None else fisher.to(scored.device)
-        with_rows = [batch for batch in batches if bool(batch.rows.any())]
-        kinds = torch.tensor([sum(b.pairs for b in with_rows), sum(not b.pairs for b in with_rows)]).to(scored.device)
-        all_sum([kinds], 0)
-        pairs, plain = kinds.tolist()
+        pairs, plain = all_counts([sum(b.pairs for b in batches), sum(not b.pairs for b in batches)], scored.device)
         if not pairs + plain:
             raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
         if pairs and plain:
             raise ValueError("The target holds SFT batches and preference pairs. Give batches of one kind.")
         self.pairs = pairs > 0
-        self.groups: list[list[_Read]] = []
-        self.held_out: list[_Read] = []
-        for group in _grouped(with_rows):
-            kept, held = ([_with_reference(b, model, ref_model) for b in part] for part in apart(group, share))
+        self.groups: list[list[Batch]] = []
+        self.held_out: list[Batch] = []
+        for group in _grouped(batches):
+            kept, held = apart(group, share)
             self.groups.append(kept)
             self.held_out += held
-        self._held = _counts_of(self.held_out, scored.device)
+        self._counts = [_counts_of(group) for group in self.groups]
+        self._held = all_counts(_counts_of(self.held_out), scored.device)
         self.judges = self._held[0] > 0
 
-    def walk(self, steps: int, rate: float, bar: tqdm[Any]) -> _Walk:
-        """Adam steps from where the adapter is, down the loss of the next batch and the drift."""
+    def walk(self, steps: int, rate: float, bar: tqdm[Any], *, keep: bool = True) -> _Walk:
+        """Adam steps from where the adapter is, down the loss of the next batch and the drift. Without `keep` only its
+        losses are told."""
         there = accumulated({name: tensor.clone() for name, tensor in self.scored.parameters.items()})
         optimizer, walk = torch.optim.Adam(list(there.values()), lr=rate), _Walk(rate)
         for step in range(steps):
@@ -223,23 +222,25 @@ class _Goal:
             optimizer.step()
             loss = self.held_out_loss(there) if self.judges else math.inf
             walk.losses.append(loss if math.isfinite(loss) else math.inf)
-            if self.judges and loss == walk.least and walk.turn == step + 1:
+            if keep and self.judges and loss == walk.least and walk.turn == step + 1:
                 walk.lowest = {name: tensor.detach().clone() for name, tensor in there.items()}
             bar.update()
-        walk.end = {name: tensor.detach() for name, tensor in there.items()}
+        if keep:
+            walk.end = {name: tensor.detach() for name, tensor in there.items()}
         return walk
 
     def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradient at `there` of the mean loss of a step's batches, over all processes."""
-        group = self.groups[step % len(self.groups)] if self.groups else []
-        counts = _counts_of(group, self.scored.device)
+        place = step % max(len(self.groups), 1)
+        group = self.groups[place] if self.groups else []
+        counts = all_counts(self._counts[place] if self.groups else [0, 0], self.scored.device)
         found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
-        for batch, ref_logps in group:  # a process without a batch still takes part in the sum
+        for batch in group:  # a process without a batch still takes part in the sum
             moved = _placed(self.scored.parameters, there, grad=True)
             run = partial(scored_gradients, scored=_live(self.scored, moved), batch=batch,
-                          loss=self._loss(batch, ref_logps, counts))  # fmt: skip
+                          loss=self._loss(batch, counts))  # fmt: skip
             found = tensors.added(found, run_at(self.model, moved, run))
-        all_sum(list(found.values()), 0)
+        all_sum(list(found.values()))
         return found
 
     def held_out_loss(self, there: Mapping[str, torch.Tensor]) -> float:
@@ -247,41 +248,38 @@ class _Goal:
         moved = _placed(self.scored.parameters, there)
         total = torch.zeros((), dtype=next(iter(there.values())).dtype, device=self.scored.device)
         with torch.no_grad(), without_noise(self.model):
-            for batch, ref_logps in self.held_out:
-                total += run_at(self.model, moved, self._loss(batch, ref_logps, self._held)).to(total)
-        all_sum([total], 0)
+            for batch in self.held_out:
+                total += run_at(self.model, moved, self._loss(batch, self._held)).to(total)
+        all_sum([total])
         return float(total)
 
-    def _loss(self, batch: Batch, ref_logps: torch.Tensor | None, counts: Sequence[int]) -> Loss:
+    def _loss(self, batch: Batch, counts: Sequence[int]) -> Loss:
         """A batch's part of the mean over `counts` chosen tokens and pairs."""
         tokens, pairs = (max(count, 1) for count in counts)
 
         def loss(model: nn.Module) -> torch.Tensor:
             logps = token_logps(model, batch)
-            if ref_logps is None:
+            if batch.ref_logps is None:
                 return -logps.sum() / tokens
-            both = pair_logps(batch, logps, ref_logps)
+            both = pair_logps(batch, logps, torch.cat(batch.ref_logps))
             preferred = LOSSES["sigmoid"](both, self.config.path_beta, 0.0).sum() / pairs
             return preferred - self.config.path_likelihood * both.chosen.sum() / tokens
 
         return loss
 
 
-_Read = tuple[Batch, torch.Tensor | None]  # pairs with their log-probabilities under the reference
+def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> Batch:
+    """Pairs with their log-probabilities under the reference."""
+    if not batch.pairs:
+        return batch
+    chosen, rejected = reference_logps(model, ref_model, batch).chunk(2)
+    return replace(batch, ref_logps=(chosen, rejected))
 
 
-def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> _Read:
-    return batch, reference_logps(model, ref_model, batch) if batch.pairs else None
-
-
-def _counts_of(batches: Sequence[tuple[Batch, Any]], device: torch.device) -> list[int]:
-    """Numbers of response tokens (for pairs, of chosen answers) and of pairs in batches, over all processes."""
-    counts = torch.zeros(2, dtype=torch.int64)
-    for batch, _ in batches:
-        counts += torch.tensor([int(batch.chosen().rows.sum()), batch.size if batch.pairs else 0])
-    counts = counts.to(device)
-    all_sum([counts], 0)
-    return counts.tolist()
+def _counts_of(batches: Sequence[Batch]) -> list[int]:
+    """Numbers of response tokens (for pairs, of chosen answers) and of pairs in batches."""
+    tokens = sum(int(batch.chosen().rows.sum()) for batch in batches)
+    return [tokens, sum(batch.size for batch in batches if batch.pairs)]
 
 
 def apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
@@ -322,7 +320,7 @@ def _grouped(batches: Sequence[Batch]) -> list[list[Batch]]:
 def _placed(
     parameters: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor], *, grad: bool = False
 ) -> dict[str, torch.Tensor]:
-    return {name: there[name].detach().to(p).clone().requires_grad_(grad) for name, p in parameters.items()}
+    return {name: there[name].detach().to(p, copy=True).requires_grad_(grad) for name, p in parameters.items()}
 
 
 def _live(scored: Scored, moved: Mapping[str, torch.Tensor]) -> Scored:

@@ -68,6 +68,7 @@ class Source:
         self.age = 0
         self._parts: list[list[Batch]] = []
         self._turn = 0  # of the parts
+        self._most: int | None = None  # rows of a batch of them
         self._state: tuple[list[int], torch.Tensor] | None = None
 
     @property
@@ -115,6 +116,9 @@ class Source:
 
     def limit_rows(self, rows: int) -> None:
         """Divide the target's batches into smaller ones, of at most `rows` rows (pairs): memory ran out."""
+        if rows == self._most:
+            return
+        self._most = rows
         self.batches = self.batches and _at_most(map(read_batch, self.batches), rows)
         self._parts = [_at_most(part, rows) for part in self._parts]
 

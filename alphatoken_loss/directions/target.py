@@ -14,7 +14,7 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig, read_config
 from ..models import tensors
 from ..models.changes import undoing
-from ..models.processes import all_sum
+from ..models.processes import all_counts, all_sum
 from ..models.sites import Scored, find_scored
 from ..models.tensors import accumulation_dtype
 from .gradients import scored_gradients
@@ -125,7 +125,8 @@ def estimate_target(model: nn.Module, scored: Scored, batches: Iterable[Mapping[
         count += tokens
     if not sums:  # a rank without a batch still takes part in the sum
         sums = {n: torch.zeros_like(p, dtype=accumulation_dtype(p)) for n, p in scored.parameters.items()}
-    count = all_sum(list(sums.values()), count)
+    all_sum(list(sums.values()))
+    (count,) = all_counts([count], scored.device)
     if not count:
         raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
     return Target(tensors.scaled(sums, 1 / count), count)

@@ -70,6 +70,9 @@ class Memory:
     def enter(self, source: Source, scored: Scored) -> None:
         """A training forward is about to run."""
 
+    def begin(self, source: Source, scored: Scored, batch: Batch) -> None:
+        """The same, of a batch whose weights are known and for which nothing else is prepared."""
+
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         return {}
 

@@ -27,19 +27,21 @@ from ..directions.follow import follow
 from ..directions.parts import Parts
 from ..directions.path import Path
 from ..directions.source import Source
-from ..losses.compare import Compared, autocast_without_cache, compare, rows_at
+from ..losses.compare import Compared, compare, rows_at
 from ..losses.forward import Forward, outputs_of
+from ..losses.head import check_head, head_of
 from ..losses.logps import logps_of_rows
 from ..models.decoder import Call, DecoderForward, last_hidden
-from ..models.modes import without_noise
+from ..models.modes import autocast_without_cache, without_noise
 from ..models.reference import reference_mode
 from ..models.sites import Scored
-from ..models.structure import causal_lm, unwrap
+from ..models.structure import unwrap
 from ..models.tensors import accumulation_dtype
 from ..values import TokenValues
 from .base import Estimator, Memory, Task, check_weights_finite
 
 _PART = "path"
+_APPLIED = "applied"  # in the state: whether training has begun at theta*
 COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B, T)
 
 
@@ -75,6 +77,10 @@ class PathMemory(Memory):
             # Where theta is theta* all values are 0; the column, of another batch's rounding, would make noise of them.
             if not (self.config.path_start and source.age == 0):
                 return {}
+        check_head(source.model, batch)
+        return self._path(source, scored, batch)
+
+    def _path(self, source: Source, scored: Scored, batch: Batch) -> Parts:
         every = self.config.path_every
         if source.path is None:
             source.path = self._follow(source, scored, batch)
@@ -88,6 +94,12 @@ class PathMemory(Memory):
             self._known = source.path
         return {_PART: source.path.parameters}
 
+    def begin(self, source: Source, scored: Scored, batch: Batch) -> None:
+        if self.config.path_start and not self._applied:
+            source.count(scored)
+            self._path(source, scored, batch)
+            self.enter(source, scored)
+
     def enter(self, source: Source, scored: Scored) -> None:
         if self.config.path_start and not self._applied and source.path is not None:
             source.path.apply(source.model)
@@ -96,12 +108,15 @@ class PathMemory(Memory):
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         """theta*. A resumed run cannot make it again: the path began where the adapter was then."""
-        return {} if source.path is None else {f"{_PART}.{n}": t for n, t in source.path.parameters.items()}
+        if source.path is None:
+            return {}
+        there = {f"{_PART}.{name}": tensor for name, tensor in source.path.parameters.items()}
+        return {**there, _APPLIED: torch.tensor(self._applied)}
 
     def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
-        if state:
-            source.path = Path({name.partition(".")[2]: tensor for name, tensor in state.items()})
-        self._applied = True
+        self._applied = bool(state.get(_APPLIED, bool(state)))
+        there = {name.removeprefix(f"{_PART}."): tensor for name, tensor in state.items() if name != _APPLIED}
+        source.path = Path(there) if there else source.path
 
     def _follow(self, source: Source, scored: Scored, batch: Batch, **changes: Any) -> Path:
         if source.batches is None:
@@ -141,6 +156,8 @@ class AlongPath(Estimator):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.batch, self.there = task.batch, task.parts.get(_PART)
+        if not task.training:
+            check_head(task.model, task.batch)
         self.forward = DecoderForward(task.model, task.batch, task.scored.parameters, training=task.training)
         self.found: Compared | None = None
         # (N,) response rows, and the log-probabilities of their labels: of theta*, and of where values begin.
@@ -195,8 +212,8 @@ class AlongPath(Estimator):
     def _keep(self, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
         """Keep what values and KL are made of; `ahead` is the hidden state at theta*."""
         task, batch, length = self.task, self.batch, self.batch.shape[1]
-        index = batch.rows.flatten().nonzero().flatten()  # a wait for the device; else the head would run on prompts
-        self.index, labels = index, batch.labels.roll(-1, 1).flatten()[index]
+        index, labels = batch.predicting
+        self.index = index
         if ahead is None:
             self.wanted = batch.columns[COLUMN].roll(-1, 1).flatten()[index].to(accumulation_dtype(hidden))
         elif task.training and task.kl_over is not None:
@@ -218,8 +235,7 @@ class AlongPath(Estimator):
 
     def _logps(self, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """`(N,)` log-probabilities of labels, by the head as it is without noise."""
-        head = causal_lm(self.task.model).get_output_embeddings()  # type: ignore[operator]
-        with without_noise(head), autocast_without_cache(rows.device.type):
+        with without_noise(head_of(self.task.model)), autocast_without_cache(rows.device.type):
             return logps_of_rows(self.task.model, rows, labels)
 
     def _begin_at_own(self) -> None:

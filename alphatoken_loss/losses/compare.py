@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.modes import without_noise
-from ..models.structure import causal_lm
+from ..models.modes import autocast_without_cache, without_noise
 from ..models.tensors import accumulation_dtype
-from .logps import logits_of_hidden
+from .head import chunk_of, head_of, logits_of_hidden
 
-_ROWS, _LOGITS = 256, 2**25  # logits that exist at a time: those of so many rows, and at most so many numbers
+ROWS = 256  # that are compared at a time, at most: several tensors of their logits' size exist then
 KL_OVER = ("vocabulary", "without_label")
 
 
@@ -66,15 +65,14 @@ def compare(
         reference_logits (`Callable`, *optional*): the head of the other model, by default the policy's.
         trained (`Sequence`): trained parameters of the policy's head; the KL has a gradient there too.
     """
-    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
     reference_logits = reference_logits or (lambda rows: logits_of_hidden(model, rows))
     dtype = accumulation_dtype(hidden)
     with_grad = torch.is_grad_enabled()
     found: list[list[torch.Tensor]] = [[], [], []]
     gradient = torch.empty_like(hidden) if with_grad else None
     of_head = [torch.zeros_like(p, dtype=accumulation_dtype(p)) for p in trained]
-    size = min(_ROWS, max(1, _LOGITS // causal_lm(model).config.get_text_config().vocab_size))  # type: ignore[union-attr, operator]
-    with without_noise(head), autocast_without_cache(hidden.device.type):
+    size = min(ROWS, chunk_of(model))
+    with without_noise(head_of(model)), autocast_without_cache(hidden.device.type):
         for start in range(0, hidden.shape[0], size):
             here = slice(start, start + size)
             chunk = hidden[here].requires_grad_(with_grad)
@@ -95,12 +93,6 @@ def compare(
     logps, wanted_logps, kl = (torch.cat(parts).to(hidden.device) if parts else nothing for parts in found)
     of_head = [g.to(p.dtype) for g, p in zip(of_head, trained, strict=True)]
     return Compared(index, logps, wanted_logps, kl, gradient, of_head)
-
-
-def autocast_without_cache(device: str) -> torch.autocast:
-    """Autocast as it is now, without its cache: the model must not reuse casts made here, some without a graph."""
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 def in_whole(index: torch.Tensor, length: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..batches.read import read_batch
 from ..models.changes import undoing
-from .logps import token_logps
+from .logps import policy_logps
 from .preference import LOSSES, check_loss, pair_logps, reference_logps
 from .weighting import Weights, checked_weights, columns_of, valuing
 
@@ -61,17 +61,17 @@ def dpo_loss(
     kl = None
     if isinstance(weights, torch.Tensor):
         weights = checked_weights(weights, read, negative=negative_weights)
-        logps = token_logps(model, read)
+        logps, balance, _ = policy_logps(model, read)
         weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()
     else:
         with valuing(model, read, weights, beta=beta) as step:
-            logps = token_logps(model, read)
+            logps, balance, _ = policy_logps(model, read)
         kl = None if step is None else step.kl
     pairs = pair_logps(read, logps, ref_logps)
     loss = LOSSES[loss_type](pairs, beta, label_smoothing).mean()
-    if kl is not None:
-        loss = loss + kl
+    for more in (kl, balance):  # of a mixture of experts the router's loss, as in TRL
+        loss = loss if more is None else loss + more
     if not return_metrics:
         return loss
     chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()

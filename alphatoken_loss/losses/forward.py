@@ -16,13 +16,12 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..models.changes import Changes
-from ..models.decoder import DecoderForward
-from ..models.modes import without_noise
+from ..models.decoder import last_hidden
+from ..models.modes import autocast_without_cache, without_noise
 from ..models.structure import causal_lm, unwrap
 from ..models.tensors import accumulation_dtype
-from .logps import logits_of_hidden, token_logps
-
-_ROWS, _LOGITS = 256, 2**25  # logits that exist beside the model's own: those of so many rows, at most so many
+from .compare import ROWS
+from .head import check_head, chunk_of, head_of, logits_of_hidden
 
 
 class Forward:
@@ -43,10 +42,8 @@ class Forward:
         self._found: dict[str, torch.Tensor] = {}
         self._logits: torch.Tensor | None = None
         self._columns: torch.Tensor | None = None  # the positions that have logits, if not all have
-        device = hidden.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        # The autocast of the model's own head, without its cache: casts made here have no graph and must not be reused.
-        self._autocast = torch.autocast(device, dtype, enabled, cache_enabled=False)
+        self._virtual = hidden.shape[1] > batch.shape[1]
+        self._autocast = autocast_without_cache(hidden.device.type)  # as of the model's own head
 
     @cached_property
     def logps(self) -> torch.Tensor:
@@ -77,6 +74,8 @@ class Forward:
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[0] != self.labels.shape[0]:
             return
         columns = kwargs.get("logits_to_keep")
+        if isinstance(columns, torch.Tensor) and self._virtual:
+            return  # they count virtual tokens too
         if isinstance(columns, torch.Tensor) and columns.dim() == 1 and len(columns) == logits.shape[1]:
             wanted = self.batch.rows.any(0).nonzero().flatten()
             if bool(torch.isin(wanted, columns).all()):
@@ -93,11 +92,8 @@ class Forward:
     @torch.no_grad()
     def _at_labels(self, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`compute(logits (N, vocabulary), labels (N,))`, a chunk of the rows before labels at a time."""
-        rows = self.batch.rows
-        index = rows.flatten().nonzero().flatten()  # a wait for the device; else prompts would cost too
-        labels = self.labels.roll(-1, 1).flatten()[index]
-        vocabulary = causal_lm(self._model).config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-        size = min(_ROWS, max(1, _LOGITS // vocabulary))
+        rows, (index, labels) = self.batch.rows, self.batch.predicting
+        size = min(ROWS, chunk_of(self._model))
         dtype = accumulation_dtype(self.hidden)
         found = [torch.zeros(0, dtype=dtype, device=labels.device)]
         for here, label in zip(index.split(size), labels.split(size), strict=True):
@@ -113,10 +109,11 @@ class Forward:
             row, column = index // length, index % length
             column = column if self._columns is None else self._columns.to(column.device)[column]
             return self._logits[row.to(self._logits.device), column.to(self._logits.device)]
-        head = causal_lm(self._model).get_output_embeddings()  # type: ignore[operator]
+        check_head(self._model, self.batch)
+        head = head_of(self._model)
         with self._autocast, without_noise(head):
             hidden = self.hidden.flatten(0, 1)[index.to(self.hidden.device)]
-            return logits_of_hidden(self._model, hidden.to(head.weight.device))
+            return logits_of_hidden(self._model, hidden.to(head.weight.device))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -135,17 +132,9 @@ def outputs_of(model: nn.Module, on_output: Callable[[Any, Mapping[str, Any]], N
 
 def forward_of(model: nn.Module, batch: Batch) -> Forward:
     """Run a forward for this purpose, without grad and dropout."""
-    inner, seen = unwrap(model), []
-
-    def keep(call: Any, hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(Forward(inner, batch, hidden))
-        return hidden
-
-    watched = DecoderForward(inner, batch, {}, training=False)
-    with torch.no_grad(), without_noise(inner), watched.watching(keep):
-        logps = token_logps(inner, batch)
-    seen[0].logps = logps  # the head has just run
-    return seen[0]
+    inner = unwrap(model)
+    with torch.no_grad(), without_noise(inner):
+        return Forward(inner, batch, last_hidden(inner, batch))
 
 
 def _entropy(logits: torch.Tensor) -> torch.Tensor:

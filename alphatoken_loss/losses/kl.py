@@ -19,15 +19,22 @@ import torch
 from torch import nn
 
 from ..batches.batch import Batch
-from ..models.changes import Changes
+from ..models.changes import IN_CONTEXT, Changes
 from ..models.decoder import last_hidden
-from ..models.forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch
-from ..models.modes import HOOKS_INSIDE_CHECKPOINT, checkpointed, saved_tensors_hooked, unhooked, without_noise
+from ..models.forwards import SECOND_FORWARD, check_batch, hidden_of, refuse_packed_with_cache
+from ..models.modes import (
+    HOOKS_INSIDE_CHECKPOINT,
+    autocast_without_cache,
+    checkpointed,
+    saved_tensors_hooked,
+    unhooked,
+    without_noise,
+)
 from ..models.reference import reference_mode
 from ..models.start import start_of
-from ..models.structure import causal_lm, find_decoder, learns_prompts, unwrap
-from .compare import KL_OVER, Compared, autocast_without_cache, compare, in_whole, rows_at
-from .logps import logits_of_hidden
+from ..models.structure import find_decoder, learns_prompts, unwrap
+from .compare import KL_OVER, Compared, compare, in_whole, rows_at
+from .head import check_head, head_of, logits_of_hidden
 
 KL_ON = ("all", "dropped")
 
@@ -84,6 +91,12 @@ INSIDE_CHECKPOINT = (
 )
 
 
+GATED = (
+    "A KL was asked for inside the context of an AlphaToken, whose gate would mask its gradient too. Give kl_coef to "
+    "that context, `with alphatoken(batch, kl_coef=...) as step`, and add step.kl to the loss."
+)
+
+
 def refuse_inside_checkpoint(blocks: list[nn.Module]) -> None:
     """Raise ValueError, before the forward, where a gate at the last block would lie inside its checkpoint."""
     if HOOKS_INSIDE_CHECKPOINT and any([checkpointed(block) for block in blocks]):
@@ -133,10 +146,14 @@ class Penalty:
         self.coef, self.num_items = kl_coef, num_items_in_batch
         self.on, self.over = on, over
         self.dropped, self.compared = dropped, compared
+        check_head(self.model, batch)
+        if self.ref_model is not None:
+            check_head(self.ref_model, batch)
         self.kl: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self._counted = [False]
         self._gated: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._round_gate = False
         self._between = contextlib.ExitStack()
         self._running = False
 
@@ -146,6 +163,7 @@ class Penalty:
 
     def around(self, gate: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """The same gate; what it is given and returns is noted, since the penalty's gradient goes round it."""
+        self._round_gate = True
 
         def passing(hidden: torch.Tensor) -> torch.Tensor:
             if HOOKS_INSIDE_CHECKPOINT and saved_tensors_hooked():
@@ -160,7 +178,13 @@ class Penalty:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Penalty]:
-        """Make the penalty in the forward of the model that runs inside. Enter it after the gate has set its hooks."""
+        """Make the penalty in the forward of the model that runs inside. Enter it after the gate has set its hooks.
+
+        Raises:
+            RuntimeError: the model is in a context whose gate this penalty does not know, and which would mask it.
+        """
+        if IN_CONTEXT in vars(self.model) and not self._round_gate:
+            raise RuntimeError(GATED)
         training = torch.is_grad_enabled()
         decoder = find_decoder(self.model)
 
@@ -169,11 +193,8 @@ class Penalty:
                 return
             if self.kl is not None:
                 raise RuntimeError(SECOND_FORWARD)
-            caching = kwargs.get("use_cache")
-            caching = getattr(decoder.config, "use_cache", False) if caching is None else caching
-            if caching and self.batch.packed:
-                raise ValueError(PACKED_WITH_CACHE)
-            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            refuse_packed_with_cache(self.batch, decoder, kwargs)
+            hidden = hidden_of(output)
             check_batch(self.batch, *hidden.shape[:2], virtual=learns_prompts(self.model))
             self._between.close()
             gated, self._gated = self._gated, None
@@ -194,14 +215,18 @@ class Penalty:
 
     def _make(self, hidden: torch.Tensor, gated: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         rows, length = self._rows(), self.batch.shape[1]
-        trained = [p for p in _head(self.model).parameters() if p.requires_grad]
+        trained = [p for p in head_of(self.model).parameters() if p.requires_grad]
         found = None if self.compared is None else self.compared()
         if found is None:
             found = self._against_reference(hidden, rows, trained)
-        taken = rows.flatten()[found.index].to(found.kl.device)
-        self.total = total = found.kl.masked_fill(~taken, 0).sum()
-        if found.gradient is not None and (hidden.requires_grad or trained):
-            gradient = found.gradient.masked_fill(~taken[:, None], 0)
+        kl, gradient = found.kl, found.gradient
+        found.gradient = None  # it lives on in the graph alone
+        if self.on == "dropped":
+            taken = rows.flatten()[found.index].to(kl.device)
+            kl = kl.masked_fill(~taken, 0)
+            gradient = None if gradient is None else gradient.masked_fill_(~taken[:, None], 0)
+        self.total = total = kl.sum()
+        if gradient is not None and (hidden.requires_grad or trained):
             here = in_whole(found.index, length, hidden)
             before, gate = gated or (hidden, hidden)
             if gate is not hidden:
@@ -223,33 +248,30 @@ class Penalty:
         return self.batch.rows & self.dropped().to(self.batch.rows.device)
 
     def _against_reference(self, hidden: torch.Tensor, rows: torch.Tensor, trained: list[nn.Parameter]) -> Compared:
-        length = self.batch.shape[1]
-        index = rows.flatten().nonzero().flatten()  # a wait for the device; else the head would run on prompts too
+        length, (index, labels) = self.batch.shape[1], self.batch.predicting
+        if self.on == "dropped":
+            taken = rows.flatten()[index]
+            index, labels = index[taken], labels[taken]
         with torch.no_grad(), reference_mode(self.model, self.ref_model) as reference, without_noise(reference):
             wanted = rows_at(last_hidden(reference, self.batch), index, length)
-        with without_noise(_head(self.ref_model or self.model)):
+        with without_noise(head_of(self.ref_model or self.model)):
             return compare(
                 self.model,
                 rows_at(hidden.detach(), index, length),
                 wanted,
                 index,
-                self.batch.labels.roll(-1, 1).flatten()[index],
+                labels,
                 over=self.over,
                 reference_logits=self._reference_logits,
                 trained=trained,
             )
 
     def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        unlike = _adapted(_head(self.model)) or bool(start_of(self.model).tensors)  # a head that is trained itself
+        unlike = _adapted(head_of(self.model)) or bool(start_of(self.model).tensors)  # a head that is trained itself
         if self.ref_model is not None or not unlike:
             return logits_of_hidden(self.ref_model or self.model, hidden)
         with reference_mode(self.model, None) as reference:
             return logits_of_hidden(reference, hidden)
-
-
-def _head(model: nn.Module) -> nn.Module:
-    head: nn.Module = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
-    return head
 
 
 def _adapted(head: nn.Module) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..batches.batch import IGNORE, Batch
 from ..models.structure import causal_lm, find_decoder, learns_prompts, refuse_encoder_decoder
-
-_CHUNK_LOGITS = 2**25  # logits that exist at a time without TRL: 128 MiB in float32, enough rows to keep a GPU busy
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+from .head import arguments, chunk_of, head_of, is_plain, logits_of_hidden, may_be_plain
 
 
 def token_logps(
@@ -53,7 +49,7 @@ def _logps_at_columns(model: nn.Module, batch: Batch, labels: torch.Tensor) -> t
     following = _following(labels)
     wanted = (following != IGNORE).any(0)
     # Finding columns waits for an accelerator, and virtual tokens would shift them.
-    if wanted.device.type != "cpu" or learns_prompts(model) or "logits_to_keep" not in _arguments(causal_lm(model)):
+    if wanted.device.type != "cpu" or learns_prompts(model) or "logits_to_keep" not in arguments(causal_lm(model)):
         logits = model(**{**batch.inputs, "use_cache": False}).logits
         return logps_of_logits(logits[:, -labels.shape[1] :], labels)  # virtual tokens stand before
     columns = wanted.nonzero().flatten()
@@ -62,19 +58,44 @@ def _logps_at_columns(model: nn.Module, batch: Batch, labels: torch.Tensor) -> t
     return logps.new_zeros(labels.shape).index_copy(1, columns + 1, logps)
 
 
-def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+def policy_logps(
+    model: nn.Module, batch: Batch, *, whole: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    """What a loss is made of, of the model in training.
+
+    Args:
+        whole (`bool`): the model's outputs are wanted.
+
+    Returns:
+        `tuple`: log-probabilities of the labels `(B, T)`; of a mixture of experts that returns it, the loss that
+        balances its router, with its coefficient, as the model's own loss has it; and the outputs, where they were
+        wanted.
+    """
+    config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    routed = batch.inputs.get("output_router_logits", getattr(config, "output_router_logits", False))
+    if not (whole or routed):
+        return token_logps(model, batch, fused=fused_pays(model, batch)), None, None
+    outputs = model(**{**batch.inputs, "use_cache": False})
+    logps = logps_of_logits(outputs.logits[:, -batch.shape[1] :], batch.labels)  # virtual tokens stand before
+    balance = getattr(outputs, "aux_loss", None)
+    balance = None if balance is None else config.router_aux_loss_coef * balance.to(logps.device)
+    return logps, balance, outputs if whole else None
+
+
+def fused_pays(model: nn.Module, batch: Batch) -> bool:
+    """Whether TRL's fused head saves memory, and is right for this model: told by a forward of its own, once."""
+    return _fused_pays(model) and is_plain(model, batch)
 
 
 def _fused_pays(model: nn.Module) -> bool:
-    """Not on a CPU, in float64, with virtual tokens, or where the head is adapted or quantised."""
+    """Not on a CPU, in float64, with virtual tokens, or where the head is adapted, quantised or does not make logits
+    alone."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if learns_prompts(model):
+    if learns_prompts(model) or not may_be_plain(model):
         return False
-
-    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
-    weight = head.weight
+    head = head_of(model)
+    weight: Any = head.weight
     plain = not isinstance(head, BaseTunerLayer) and weight.is_floating_point()
     return plain and weight.device.type != "cpu" and weight.dtype != torch.float64
 
@@ -86,26 +107,11 @@ def logps_of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.pad(logps.view(labels.shape)[:, :-1], (1, 0))
 
 
-def logits_of_hidden(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """A causal LM's logits `(..., vocabulary)` from its last hidden state: its head, with any scale or cap."""
-    base = causal_lm(model)
-    config = base.config.get_text_config()  # type: ignore[union-attr, operator]
-    logits: torch.Tensor = base.get_output_embeddings()(hidden)  # type: ignore[operator]
-    scale = next((s for s in (getattr(config, name, None) for name in _MULTIPLIERS) if s is not None), None)
-    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3; HyperCLOVA X means a factor by it
-    if scale is None and divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    if scale is not None:
-        logits = logits * scale
-    cap = next((c for c in (getattr(config, name, None) for name in _CAPS) if c is not None), None)
-    return logits if cap is None else (logits / cap).tanh() * cap
-
-
 def logps_of_rows(model: nn.Module, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(N,)` of labels `(N,)` from rows `(N, hidden)` of the last hidden state, without grad and a
     chunk of rows at a time."""
     base = causal_lm(model)
-    size = max(1, _CHUNK_LOGITS // base.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    size = chunk_of(base)
     with torch.no_grad():
         found = [
             _scores(logits_of_hidden(base, some), wanted.to(some.device))
@@ -134,10 +140,9 @@ def chunked_logps(base: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -
     Only rows before a label go through the head, as in TRL's; their number is waited for. Each chunk's logits are freed
     after its forward, and computed again for its backward.
     """
-    head = base.get_output_embeddings()  # type: ignore[operator]
-    hidden, following = hidden[:, :-1].to(head.weight.device), labels[:, 1:].to(head.weight.device)
-    counts = following != IGNORE
-    size = max(1, _CHUNK_LOGITS // head.weight.shape[0])
+    device = head_of(base).weight.device
+    hidden, following = hidden[:, :-1].to(device), labels[:, 1:].to(device)  # type: ignore[arg-type]
+    counts, size = following != IGNORE, chunk_of(base)
 
     def score(rows: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         return _scores(logits_of_hidden(base, rows), following)

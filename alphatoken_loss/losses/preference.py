@@ -12,7 +12,7 @@ from torch import nn
 from ..batches.batch import Batch
 from ..models.modes import without_noise
 from ..models.reference import reference_mode
-from .logps import token_logps
+from .logps import fused_pays, token_logps
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def reference_logps(model: nn.Module, ref_model: nn.Module | None, batch: Batch)
     if batch.ref_logps is not None:
         return torch.cat(batch.ref_logps)
     with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(reference):
-        return token_logps(reference, batch).sum(1)
+        return token_logps(reference, batch, fused=fused_pays(reference, batch)).sum(1)
 
 
 def pair_logps(batch: Batch, logps: torch.Tensor, ref_logps: torch.Tensor) -> Pairs:

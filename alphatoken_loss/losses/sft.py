@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..models.changes import undoing
-from ..models.structure import causal_lm
 from .kl import Penalty, check_kl_coef, check_kl_options
-from .logps import logps_of_logits, token_logps
+from .logps import policy_logps
 from .weighting import Weights, checked_weights, columns_of, valuing
 
 
@@ -67,24 +66,24 @@ def sft_loss(
     check_kl_coef(kl_coef)
     check_kl_options(kl_on, kl_over)
     read = read_batch(batch, pairs=False, columns=columns_of(weights))
-    kl: dict[str, Any] = {"kl_coef": kl_coef, "num_items_in_batch": num_items_in_batch, "ref_model": ref_model}
-    if weights is not None and not isinstance(weights, torch.Tensor):
-        options = {**kl, "kl_on": kl_on, "kl_over": kl_over}
-        watching = valuing(model, read, weights, mean_over_kept=num_items_in_batch is None, **options)
-    elif kl_coef > 0:
-        if isinstance(weights, torch.Tensor):
-            weights = checked_weights(weights, read, negative=negative_weights)
-            dropped = weights.roll(-1, 1) == 0
-            kl["dropped"] = lambda: dropped
-        elif kl_on == "dropped":
-            raise ValueError('kl_on is "dropped", but without weights nothing is. Give weights, or kl_on="all".')
-        watching = Penalty(model, read, **kl, on=kl_on, over=kl_over).watching()
-    else:
-        watching = nullcontext()
+    options: dict[str, Any] = {"kl_coef": kl_coef, "num_items_in_batch": num_items_in_batch, "ref_model": ref_model}
+    given: torch.Tensor | None = None
+    watching: AbstractContextManager[Any] = nullcontext()
+    if isinstance(weights, torch.Tensor):
+        given = checked_weights(weights, read, negative=negative_weights)
+        options["dropped"] = lambda: given.roll(-1, 1) == 0
+    elif weights is not None:
+        options |= {"kl_on": kl_on, "kl_over": kl_over, "mean_over_kept": num_items_in_batch is None}
+        watching = valuing(model, read, weights, **options)
+    elif kl_coef > 0 and kl_on == "dropped":
+        raise ValueError('kl_on is "dropped", but without weights nothing is. Give weights, or kl_on="all".')
+    if kl_coef > 0 and (given is not None or weights is None):
+        watching = Penalty(model, read, **options, on=kl_on, over=kl_over).watching()
     with watching as penalised:
-        if isinstance(weights, torch.Tensor):
-            weights = checked_weights(weights, read, negative=negative_weights)
-            loss, outputs = _weighted_loss(model, read, weights, num_items_in_batch, return_outputs)
+        if given is not None:
+            logps, balance, outputs = policy_logps(model, read, whole=return_outputs)
+            loss = _weighted_mean(logps, read, given, num_items_in_batch)
+            loss = loss if balance is None else loss + balance
         else:
             count = read.rows.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             outputs = model(**{**read.inputs, "use_cache": False}, labels=read.labels, num_items_in_batch=count)
@@ -94,18 +93,10 @@ def sft_loss(
     return (loss, outputs) if return_outputs else loss
 
 
-def _weighted_loss(
-    model: nn.Module, batch: Batch, weights: torch.Tensor, num_items: int | torch.Tensor | None, whole: bool
-) -> tuple[torch.Tensor, Any]:
-    """Eq. 13, and the model's outputs where they were asked for."""
-    config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr, operator]
-    routed = batch.inputs.get("output_router_logits", getattr(config, "output_router_logits", False))
-    outputs = model(**{**batch.inputs, "use_cache": False}) if whole or routed else None
-    logps = token_logps(model, batch) if outputs is None else logps_of_logits(outputs.logits, batch.labels)
+def _weighted_mean(
+    logps: torch.Tensor, batch: Batch, weights: torch.Tensor, num_items: int | torch.Tensor | None
+) -> torch.Tensor:
+    """Eq. 13."""
     weights = batch.at_labels(weights.to(logps).roll(-1, 1))
     total = weights.sum() if num_items is None else torch.as_tensor(num_items).to(logps)
-    loss = -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total)
-    balance = getattr(outputs, "aux_loss", None)  # of a mixture's router; the model's own loss has it too
-    if balance is not None:
-        loss = loss + config.router_aux_loss_coef * balance.to(loss.device)
-    return loss, outputs
+    return -(weights * logps).sum() / torch.where(total == 0, torch.ones_like(total), total)

@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+IN_CONTEXT = "_alphatoken_context"  # attribute of a model in the context of an AlphaToken
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

@@ -14,7 +14,14 @@ from transformers import Cache
 
 from ..batches.batch import Batch
 from .changes import Changes
-from .forwards import PACKED_WITH_CACHE, SECOND_FORWARD, check_batch, refuse_compiled_call, renew_forward
+from .forwards import (
+    SECOND_FORWARD,
+    check_batch,
+    hidden_of,
+    refuse_compiled_call,
+    refuse_packed_with_cache,
+    renew_forward,
+)
 from .modes import may_draw, without_checkpointing
 from .structure import causal_lm, find_decoder, learns_prompts, runs_apart, unwrap
 
@@ -88,12 +95,12 @@ class DecoderForward:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             nonlocal call
             if self._running:
-                self._hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                self._hidden = hidden_of(output)
                 return None
             if call is None:
                 return None
             watched, call = call, None
-            hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            hidden = hidden_of(output)
             check_batch(self.batch, hidden.shape[0], hidden.shape[1], virtual=self.virtual)
             if isinstance(output, tuple):
                 return (on_hidden(watched, hidden), *output[1:])
@@ -148,10 +155,7 @@ class DecoderForward:
                 "The model was called with a cache, to which a second forward would append. Call it with "
                 "use_cache=False and without past_key_values."
             )
-        caching = kwargs.get("use_cache")
-        caching = getattr(self.decoder.config, "use_cache", False) if caching is None else caching
-        if self.batch.packed and caching:
-            raise ValueError(PACKED_WITH_CACHE)
+        refuse_packed_with_cache(self.batch, self.decoder, kwargs)
 
 
 def last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:

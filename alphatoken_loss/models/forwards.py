@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +51,19 @@ def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) 
             f"The model ran on a batch of shape {(size, length)}, but the batch being valued has shape {batch.shape}. "
             "Give the context the batch that the model runs on."
         )
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The last hidden state of what a decoder returned."""
+    return output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+
+def refuse_packed_with_cache(batch: Batch, decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError if a decoder is called with a cache on a packed batch."""
+    caching = kwargs.get("use_cache")
+    caching = getattr(decoder.config, "use_cache", False) if caching is None else caching
+    if caching and batch.packed:
+        raise ValueError(PACKED_WITH_CACHE)
 
 
 def rows_without_graph(

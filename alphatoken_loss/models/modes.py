@@ -84,6 +84,12 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+def autocast_without_cache(device: str) -> torch.autocast:
+    """Autocast as it is now, without its cache: the model must not reuse casts made here, some without a graph."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
+
+
 def draws_noise(module: nn.Module) -> bool:
     """Whether a module in its present mode applies dropout."""
     return any(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def all_sum(tensors: list[torch.Tensor], count: int) -> int:
-    """Add tensors, in place, and a count over all processes; alone, nothing happens."""
+def all_sum(tensors: list[torch.Tensor]) -> None:
+    """Add tensors over all processes, in place; alone, nothing happens."""
+    if _several():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def all_counts(counts: Sequence[int], device: torch.device | None) -> list[int]:
+    """The sums of numbers over all processes; alone, the numbers themselves, and no device is waited for."""
     if not _several():
-        return count
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-    device = tensors[0].device if tensors else None
-    total = torch.tensor(count, device=device)
+        return list(counts)
+    total = torch.tensor(counts, device=device)
     dist.all_reduce(total)
-    return int(total)
+    return total.tolist()
 
 
 def all_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -206,7 +206,7 @@ def capturing(capture: Capture, on_output: Callable[[torch.Tensor], torch.Tensor
             call = BlockCall(args, kwargs)
             refuse_compiled_call()
             check_batch(capture.batch, *call.hidden.shape[-3:-1])  # Gemma 3n's has one more dimension in front
-            if capture.batch.packed and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            if any(isinstance(value, Cache) for value in (*args, *kwargs.values())) and capture.batch.packed:
                 raise ValueError(PACKED_WITH_CACHE)
             if index == 0:
                 capture.seen = True

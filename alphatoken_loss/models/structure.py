@@ -105,6 +105,9 @@ def find_decoder(model: nn.Module) -> nn.Module:
     """The part before the LM head; its output is the last hidden state."""
     base = causal_lm(model)
     decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+    body = getattr(base, "base_model", base)
+    if body is not base and not _holds_blocks(decoder) and _holds_blocks(body):
+        decoder = body  # ModernBERT's `get_decoder` returns its output embedding
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
     # Some (Llama 4, Mllama) return an LM with its head: take its body, the child that holds the blocks.
     while head is not None and any(module is head for module in decoder.modules()):

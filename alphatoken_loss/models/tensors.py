@@ -51,6 +51,9 @@ def positive(total: torch.Tensor) -> torch.Tensor:
     return total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
+_LARGE = 2**20  # numbers in a tensor
+
+
 def fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
     """Sums of the bits, of some tensors at a time: exact, in any precision."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -59,5 +62,8 @@ def fingerprint(parameters: list[torch.Tensor]) -> torch.Tensor:
         alike: dict[Any, list[torch.Tensor]] = {}
         for p in parameters[start : start + 32]:
             alike.setdefault((p.device, p.dtype), []).append(p.contiguous().view(bits[p.element_size()]).flatten())
-        sums += [torch.cat(some).sum() for some in alike.values()]
+        for some in alike.values():
+            small = [x for x in some if x.numel() < _LARGE]  # joined, for one kernel; large ones would be copied
+            parts = [x.sum() for x in some if x.numel() >= _LARGE] + ([torch.cat(small).sum()] if small else [])
+            sums.append(torch.stack(parts).sum())
     return torch.stack([some.to(sums[0].device) for some in sums])

@@ -17,7 +17,7 @@ from ..directions.follow import HELD_OUT, apart, make_path
 from ..directions.path import Path
 from ..losses.logps import token_logps
 from ..models.modes import without_noise
-from ..models.processes import all_rows
+from ..models.processes import all_counts, all_rows
 from ..models.sites import find_scored
 from ..models.structure import unwrap
 
@@ -112,10 +112,10 @@ def shared_gain(
     for name, some in read.items():
         if any(batch.pairs for batch in some):
             raise ValueError(f"{name} holds preference pairs. Give their chosen answers, in SFT form.")
-        if not any(bool(batch.rows.any()) for batch in some):
+        if not _any_rows(some, device):
             raise ValueError(f"{name} holds no response token (no label other than -100). Give some rows with one.")
     made, clean = apart([batch for batch in read["target"] if bool(batch.rows.any())], HELD_OUT)
-    if not any(bool(batch.rows.any()) for batch in clean):
+    if not (_any_rows(clean, device) and _any_rows(made, device)):
         raise ValueError("target is one row, or the rows held out have no response token. Give more clean rows.")
     path = make_path(model, made, config=config, progress=progress)
     with tqdm(total=len(clean) + len(read["batches"]), desc="Gain", unit="batch", disable=not progress) as bar:
@@ -124,13 +124,18 @@ def shared_gain(
     return SharedGain(means[0], means[1], _interval(*gains))
 
 
+def _any_rows(batches: Iterable[Batch], device: torch.device) -> bool:
+    """Whether any process has a response token in these."""
+    return all_counts([sum(bool(batch.rows.any()) for batch in batches)], device) != [0]
+
+
 def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any]) -> torch.Tensor:
     """`(rows, 2)` float64: of each row the nats gained over its response tokens, and their number."""
-    found = []
+    found, inner = [torch.zeros(0, 2, dtype=torch.float64)], unwrap(model)
     for batch in batches:
-        with torch.no_grad(), without_noise(unwrap(model)):
-            before = token_logps(model, batch)
-        gained = (path.logps(model, batch) - before).sum(1)
+        with torch.no_grad(), without_noise(inner):
+            before = token_logps(inner, batch)
+        gained = (path.logps(inner, batch) - before).sum(1)
         found.append(torch.stack([gained.double(), batch.rows.sum(1).double()], 1).cpu())
         bar.update()
     rows = all_rows(torch.cat(found))

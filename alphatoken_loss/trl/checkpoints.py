@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 
 from ..directions.fisher import Fisher
@@ -54,7 +55,8 @@ class Checkpoints(_Trainer):
             gate.source.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
         if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
-            gate.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": {}})  # or path_start would apply again
+            begun = {"applied": torch.tensor(True)}  # or path_start would go back to theta*
+            gate.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": begun})
             return
         what = "state of token values (delete it to resume with a target that is estimated anew)"
         tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what)

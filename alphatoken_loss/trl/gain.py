@@ -49,7 +49,7 @@ class GainOfRows(TargetRows):
             places = random.Random(self.args.seed).sample(range(len(data)), min(rows, len(data)))
             drawn = [data[place] for place in self._share(places)]
         else:
-            drawn = list(islice(data, rows))  # in each process
+            drawn = list(islice(data, self.accelerator.process_index, rows, self.accelerator.num_processes))
         size = self._train_batch_size
         batches = [
             self.alphatoken_batch(self._prepare_inputs(self.data_collator(drawn[start : start + size])))

@@ -139,7 +139,7 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
             "token_weights": token_weights,
             "negative_weights": self.alphatoken_args.negative_weights,
         }
-        valued = token_weights is None and self._checked_selection().valued
+        valued = self._values(token_weights, target_dataset, fisher)
         self._check_path_column(target_dataset, valued)
         if valued:
             fisher = fisher if fisher is not None else self.alphatoken_args.fisher_path

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..losses.compare import autocast_without_cache
+from ..models.modes import autocast_without_cache
 
 _Trainer: Any = object
 

@@ -55,6 +55,13 @@ class Selecting:
         logger.warning(f"Token weights of the training data are used ({', '.join(columns)}), and nothing is valued.")
         return COLUMNS[0]
 
+    def _values(self, token_weights: Any, *unused: Any) -> bool:
+        """Whether tokens are chosen by their values; where not, a warning of what only these need."""
+        valued = token_weights is None and self._checked_selection().valued
+        if not valued and any(given is not None for given in unused):
+            logger.warning("target_dataset and fisher are not used, since tokens are not chosen by their values.")
+        return valued
+
     def _checked_selection(self) -> Selection:
         """The selection. An error if it needs a reference or pairs, and there are none."""
         args = self.alphatoken_args

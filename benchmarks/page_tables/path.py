@@ -131,17 +131,24 @@ def pair_titles(prefix: str) -> dict[str, str]:
     return {(PLAIN if name in alike else prefix) + name: title for name, title in PAIRED.items()}
 
 
-def pairs(prefix: str, file: str = "path") -> str:
+def pairs(
+    titles: dict[str, str],
+    rates: Sequence[float] = PAIR_RATES,
+    figures: dict[str, str] = PAIR_FIGURES,
+    file: str = "path",
+    world: str = "toy",
+) -> str:
+    """A row for each setting and rate."""
     rows = []
-    for name, title in pair_titles(prefix).items():
-        for rate in PAIR_RATES:
-            runs = by_setting([name], rate, file).get(name, {})
+    for name, title in titles.items():
+        for rate in rates:
+            runs = by_setting([name], rate, file, world).get(name, {})
             if runs:
                 before = next(iter(runs.values()))["before"]
-                cells = [spread(run[f] for run in runs.values()) for f in PAIR_FIGURES]
+                cells = [spread(run[f] for run in runs.values()) for f in figures]
                 rows.append([title, f"{rate:g}", *cells, str(len(runs))])
-    first = ["before tuning", "", *(f"{before[f]:.3f}" for f in PAIR_FIGURES), ""]
-    return markdown(["trained on", "lr", *PAIR_FIGURES.values(), "seeds"], [first, *rows], file)
+    first = ["before tuning", "", *(f"{before[f]:.3f}" for f in figures), ""]
+    return markdown(["trained on", "lr", *figures.values(), "seeds"], [first, *rows], file)
 
 
 @table
@@ -181,17 +188,17 @@ def more_pairs_gaps() -> str:
 
 @table
 def path_pairs() -> str:
-    return pairs(FLIPPED)
+    return pairs(pair_titles(FLIPPED))
 
 
 @table
 def more_pairs() -> str:
-    return pairs(FLIPPED, MORE)
+    return pairs(pair_titles(FLIPPED), file=MORE)
 
 
 @table
 def right_pairs() -> str:
-    return pairs(ALL_RIGHT, MORE)
+    return pairs(pair_titles(ALL_RIGHT), file=MORE)
 
 
 def of_kind(kind: str) -> dict[str, str]:

@@ -7,9 +7,9 @@ import statistics
 from results import load
 
 from .base import markdown, table
-from .path import PATHS, against, ends
+from .path import PAIR_FIGURES, PAIRED, PATHS, PLAIN, against, ends, pairs
 
-RATE = (5e-4,)
+RATE, PAIR_RATES = (5e-4,), (1.25e-4,)
 TITLES = {**PATHS, "path, from theta*": "path, begun at theta*, no KL"}
 FIGURES = {"target": "target", "retention": "WikiText-2", "gsm8k loss": "GSM8K", "tasks": "tasks, mean accuracy"}
 
@@ -66,3 +66,11 @@ def real_exchanged() -> str:
 @table
 def real_exchanged_kept() -> str:
     return kept("nl2bash, exchanged")
+
+
+@table
+def real_pairs() -> str:
+    """People's preferences, three in ten of the training labels exchanged."""
+    titles = {PLAIN + name: title for name, title in PAIRED.items()}
+    figures = {**PAIR_FIGURES, "retention": "WikiText-2", "nl2bash loss": "nl2bash", "tasks": "tasks, mean accuracy"}
+    return pairs(titles, PAIR_RATES, figures, "real", "pandalm, flipped")

@@ -177,7 +177,7 @@ def test_the_arithmetic_beside_measured_peaks(vocabulary, chunk, scripts, monkey
 
     monkeypatch.setattr(gpu_budget, "batch_of", shorter)
     monkeypatch.setattr(logps, "_trls_head", lambda: None)
-    monkeypatch.setattr(logps, "_CHUNK_LOGITS", chunk * vocabulary)
+    monkeypatch.setattr("alphatoken_loss.losses.head.LOGITS", chunk * vocabulary)
     model = llamas.build("small", torch.device("cpu"))
     lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert arithmetic.adapter_parameters(model.config) == lora

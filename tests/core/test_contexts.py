@@ -129,8 +129,8 @@ def test_a_step_that_fails_is_not_counted(estimator, place, given):
     gate, gate_of_twin = gate_for(model, estimator=estimator), gate_for(twin, estimator=estimator)
     options = {"weights": torch.ones_like(batch["labels"])} if given else {}
     for one, its_gate in ((model, gate), (twin, gate_of_twin)):
-        with its_gate(batch, kl_coef=0.1):
-            one(**batch).loss.backward()
+        with its_gate(batch, kl_coef=0.1) as step:
+            (one(**batch).loss + step.kl).backward()
     weights, values = gate.weights, gate.values
     with pytest.raises(KeyError), gate(other, kl_coef=0.1, **options):
         loss = model(**other).loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import pytest
 import reference
@@ -35,10 +37,13 @@ def validation_of(rank):
     return [sft_batch("none", seed=50 + rank)]
 
 
-def gain_rows(rank):
-    """Target batch and training batch; the latter of one process has more rows."""
-    more = sft_batch("left", seed=80)
-    return sft_batch("none", seed=50 + rank), more if rank else {name: tensor[:1] for name, tensor in more.items()}
+def gain_rows(rank, one=False):
+    """Target batch and training batch; the latter of one process has more rows. With `one`, that process has a single
+    row of the target."""
+    target, more = sft_batch("none", seed=50 + rank), sft_batch("left", seed=80)
+    if one and rank:
+        target = {name: tensor[:1] for name, tensor in target.items()}
+    return target, more if rank else {name: tensor[:1] for name, tensor in more.items()}
 
 
 def work(rank, folder):
@@ -74,6 +79,8 @@ def work(rank, folder):
         along = AlphaTokenConfig(estimator="path", path_steps=2, path_rate=1e-2)
         gain = shared_gain(wrapped, *gain_rows(rank), config=along, progress=False)
         results["gain"] = (gain.clean, gain.training, *gain.interval)
+        few = shared_gain(wrapped, *gain_rows(rank, one=True), config=along, progress=False)
+        results["few"] = (few.clean, few.training, *few.interval)
         batch = sft_batch("right", seed=60 + rank)
         gate = AlphaToken(wrapped, path=path, config=along)
         with gate(batch):
@@ -112,6 +119,11 @@ def test_the_target_is_averaged(results):
         assert set(result["target"]) == set(expected)
         for name, tensor in expected.items():
             assert_close(result["target"][name], tensor, TOL64, name)
+
+
+def test_one_clean_row_in_a_process_is_enough_if_others_have_more(results):
+    first, second = (result["few"] for result in results)
+    assert first == second and first != results[0]["gain"] and all(map(math.isfinite, first[:2]))
 
 
 def test_the_fisher_is_averaged(results):

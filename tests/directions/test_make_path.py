@@ -436,3 +436,16 @@ def test_what_cannot_be():
             make_path(model, cases.validation(), fisher=given_fisher(model), **changes)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         made(model, cases.validation())
+
+
+def test_a_trial_keeps_no_tensors_and_pairs_meet_their_reference_once(monkeypatch):
+    walks, walk, asked = [], follow._Goal.walk, []
+    monkeypatch.setattr(follow._Goal, "walk", lambda *args, **kw: walks.append(walk(*args, **kw)) or walks[-1])
+    real = follow.reference_logps
+    monkeypatch.setattr(follow, "reference_logps", lambda *args: asked.append(args[-1].size) or real(*args))
+    model, batches = lora_model("llama", layers=2), [pair_batch("stacked"), pair_batch("stacked_left")]
+    found = made(model, batches, path_steps=2, path_rate=None)
+    assert len(walks) == 4 and [bool(w.end) for w in walks] == [False] * 3 + [True]
+    assert not any(w.lowest for w in walks[:3]) and all(len(w.losses) == 2 for w in walks)
+    assert all(torch.equal(tensor, walks[-1].end[name]) for name, tensor in found.parameters.items())
+    assert asked == [len(stacked(batch)["labels"]) // 2 for batch in batches]

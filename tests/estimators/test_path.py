@@ -29,6 +29,8 @@ from alphatoken_loss import (
     sft_loss,
     target_gradient,
 )
+from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.losses.head import check_head
 
 KINDS = ("none", "right", "left", "ragged", "full", "packed")
 PAIRS = ("stacked", "stacked_left", "stacked_ref", "separate", "separate_mask")
@@ -61,10 +63,16 @@ def batch_of(kind, seed=0):
 # ------------------------------------------------------------------------------------------ values
 
 
+def told(model):
+    """The model, whose head was seen to make its logits: this takes a forward, once."""
+    check_head(model, read_batch(sft_batch("none")))
+    return model
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", [*KINDS, *PAIRS])
 def test_against_two_forwards(kind, seed, monkeypatch):
-    monkeypatch.setattr("alphatoken_loss.losses.compare._ROWS", 5)
+    monkeypatch.setattr("alphatoken_loss.losses.compare.ROWS", 5)
     model, batch = lora_model("llama", seed=seed), batch_of(kind, seed)
     path, config = some_path(model, seed), config_of()
     weights, values = alphatoken_weights(model, None, batch, path=path, config=config, return_values=True)
@@ -230,7 +238,7 @@ def path_free_logps(model, batch):
 @pytest.mark.parametrize("kind", ["right", "left", "packed", "stacked_left", "separate"])
 def test_precomputed(kind):
     """With theta*'s log-probabilities in the batch: the same values, one forward, and no theta* needed."""
-    model, batch = lora_model("llama"), batch_of(kind)
+    model, batch = told(lora_model("llama")), batch_of(kind)
     path = some_path(model)
     expected = explicit_values(model, path.parameters, batch)
     logps = path.logps(model, batch)
@@ -264,7 +272,7 @@ def _mask(batch):
 
 def test_precomputed_where_training_begins():
     """While theta is theta* no value is rounding of the column's; then the column is all that there is."""
-    model, batch = lora_model("llama"), sft_batch("right")
+    model, batch = told(lora_model("llama")), sft_batch("right")
     path = some_path(model)
     noise = 1e-8 * torch.randn(batch["labels"].shape, dtype=torch.float64)
     with_column = {**batch, "path_logps": path.logps(model, batch) + noise}
@@ -320,7 +328,7 @@ def explicit_kl(work, other, rows, mask, over):
 @pytest.mark.parametrize("on", ["all", "dropped"])
 @pytest.mark.parametrize("kind", ["right", "packed"])
 def test_kl_to_theta_star(kind, on, over, monkeypatch):
-    monkeypatch.setattr("alphatoken_loss.losses.compare._ROWS", 5)
+    monkeypatch.setattr("alphatoken_loss.losses.compare.ROWS", 5)
     model, batch = lora_model("llama"), sft_batch(kind)
     path = some_path(model)
     alphatoken = gate_of(model, path, path_kl=KL)
@@ -375,7 +383,7 @@ def test_both_kls():
 
 
 def test_one_forward_without_grad_is_all_that_it_takes():
-    model, batch = lora_model("llama"), sft_batch("right")
+    model, batch = told(lora_model("llama")), sft_batch("right")
     alphatoken = gate_of(model, path_kl=KL)
     forwards, heads = [], []
     base = model.get_base_model()
@@ -398,7 +406,8 @@ def test_one_forward_without_grad_is_all_that_it_takes():
 def test_without_a_kl_the_head_does_not_run_again(family, how):
     """Values begin with the log-probabilities of the model's own logits, capped where it caps them; only a loss that
     runs the head itself leaves none."""
-    model, batch = lora_model(family), sft_batch("none" if family == "gemma2" else "left")  # padded, it makes nan
+    model = told(lora_model(family))
+    batch = sft_batch("none" if family == "gemma2" else "left")  # padded, it makes nan
     path = some_path(model)
     expected = explicit_values(model, path.parameters, batch)
     given = {**batch, "path_logps": path.logps(model, batch)} if how == "column" else batch
@@ -704,6 +713,43 @@ def test_with_rho_1_and_no_kl_theta_star_is_only_where_training_begins():
         optimizer.step()
         optimizer.zero_grad()
     assert alphatoken.metrics()["kept"] == 1.0 and torch.equal(alphatoken.weights, everything.float())
+
+
+def test_with_rho_1_nothing_is_run_that_nothing_needs():
+    """Values choose no token then: no reference runs for them, and theta* is not renewed."""
+    model, batch = lora_model("llama"), sft_batch("left")
+    forwards, path = [], some_path(model)
+    held = gate_of(model, path, rho=1.0, path_start=True, path_kl=KL, path_from="reference")
+    config = config_of(rho=1.0, path_start=True, path_every=1, path_steps=2, path_rate=1e-2)
+    begun = AlphaToken(model, target=cases.validation(), fisher=given_fisher(model), config=config)
+    sft_loss(model, batch, held).backward()
+    sft_loss(model, batch, begun).backward()
+    model.get_base_model().get_decoder().register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    sft_loss(model, batch, held).backward()
+    assert forwards == [False, True]
+    forwards.clear()
+    theta = begun.path
+    sft_loss(model, batch, begun).backward()
+    assert forwards == [True] and begun.path is theta
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_state_tells_whether_training_has_begun(trained):
+    """Saved before the first step it does not keep training from beginning at theta*."""
+    model, batch, path = lora_model("llama"), sft_batch("right"), some_path(lora_model("llama"))
+    alphatoken = gate_of(model, path, path_start=True)
+    if trained:
+        sft_loss(model, batch, alphatoken).backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    state, own = alphatoken.state_dict(), _own(model, path)
+    other = gate_of(model, path, path_start=True)
+    other.load_state_dict(state)
+    sft_loss(model, batch, other).backward()
+    assert torch.equal(_own(model, path), own if trained else _flat(path))
+    empty = gate_of(lora_model("llama"), path, path_start=True)
+    empty.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": {}})
+    sft_loss(empty.model, batch, empty).backward()
+    assert torch.equal(_own(empty.model, path), _flat(path))
 
 
 # ------------------------------------------------------------------------------------------ whole pairs, from the start

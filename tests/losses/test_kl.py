@@ -29,15 +29,17 @@ from alphatoken_loss import (
     random_weights,
     sft_loss,
 )
+from alphatoken_loss.batches.read import read_batch
 from alphatoken_loss.losses import kl as kl_module
-from alphatoken_loss.losses.logps import logits_of_hidden
+from alphatoken_loss.losses.compare import compare
+from alphatoken_loss.losses.head import logits_of_hidden
 
 KINDS = ("none", "right", "left", "ragged", "full", "packed")
 ESTIMATORS = ("ghost", "difference", "exact")
 
 
 def small_chunks(monkeypatch, rows=5):
-    monkeypatch.setattr("alphatoken_loss.losses.compare._ROWS", rows)
+    monkeypatch.setattr("alphatoken_loss.losses.compare.ROWS", rows)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -510,3 +512,51 @@ def test_hooks_inside_a_checkpoint_are_refused(monkeypatch, estimator):
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     with pytest.raises(ValueError, match=r"hooks inside its checkpoint.*transformers 5.23"):
         sft_loss(model, batch, alphatoken, kl_coef=0.3)
+
+
+@pytest.mark.parametrize("rho", [0.5, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_inside_a_context_a_kl_of_its_own_is_refused(weighted, rho):
+    """The gate would mask its gradient, and ghost values would be of loss and KL together."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    before = snapshot(model)
+    alone = AlphaToken(model, config=AlphaTokenConfig(rho=1.0))
+    refused = pytest.raises(RuntimeError, match=r"inside the context of an AlphaToken.*Give kl_coef to that context")
+    with refused, gate_for(model)(batch):
+        if rho == 1.0:
+            sft_loss(model, batch, alone, kl_coef=COEF)
+        else:
+            sft_loss(model, batch, response(batch).float() if weighted else None, kl_coef=COEF)
+    assert not differences(before, snapshot(model))
+    with gate_for(model)(batch):
+        sft_loss(model, batch).backward()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_kl_that_was_left_out_of_the_loss_is_an_error(estimator):
+    model, batch = lora_model("llama"), sft_batch("right")
+    gate = gate_for(model, estimator=estimator)
+    for _ in range(2):  # with it all is well
+        with gate(batch, kl_coef=COEF) as step:
+            loss = model(**batch, use_cache=False).loss
+        (loss + step.kl).backward()
+    with gate(batch, kl_coef=COEF):
+        model(**batch, use_cache=False).loss.backward()
+    with pytest.raises(RuntimeError, match=rf"kl_coef is {COEF}, but the last context's KL was not.*set kl_coef=0"):
+        sft_loss(model, batch, gate)
+    sft_loss(model, batch, gate).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_held_once_and_freed_with_the_graph(kind):
+    model, batch = lora_model("llama"), sft_batch(kind)
+    penalty = kl_module.Penalty(model, read_batch(batch), kl_coef=COEF, compared=(found := []).pop)
+    read = read_batch(batch)
+    index, labels = read.predicting
+    hidden = torch.randn(len(index), model.config.hidden_size, dtype=torch.float64)
+    found.append(compare(model, hidden, hidden.flip(0), index, labels))
+    one, pointer = found[0], found[0].gradient.data_ptr()
+    with penalty.watching():
+        model(**batch, use_cache=False)
+    saved = penalty.kl.grad_fn.next_functions[0][0].next_functions[0][0].saved_tensors
+    assert one.gradient is None and any(tensor.data_ptr() == pointer for tensor in saved), "not copied, not held twice"

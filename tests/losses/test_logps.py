@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 from alphatoken_loss import dpo_loss, target_gradient
 from alphatoken_loss.batches.read import read_batch
 from alphatoken_loss.losses import logps as module
-from alphatoken_loss.losses.logps import logits_of_hidden, token_logps
+from alphatoken_loss.losses.head import logits_of_hidden
+from alphatoken_loss.losses.logps import token_logps
 
 ROWS = 3  # of a chunk: batches here have 7 to 19 rows before a label
 
@@ -20,7 +21,7 @@ ROWS = 3  # of a chunk: batches here have 7 to 19 rows before a label
 @pytest.fixture
 def without_trl(monkeypatch):
     monkeypatch.setattr(module, "_trls_head", lambda: None)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", ROWS * VOCAB + VOCAB // 2)
+    monkeypatch.setattr("alphatoken_loss.losses.head.LOGITS", ROWS * VOCAB + VOCAB // 2)
 
 
 KINDS = ("none", "full", "packed", "right", "left", "ragged")

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from batches import pair_batch, response, sft_batch, stacked
 from checks import TOL64, assert_close, assert_same_grads, grads_of
 from datasets import Dataset
-from models import VOCAB, base_model, lora_model, nf4_lora_model, randomise_adapter
+from models import ROTARY, VOCAB, add_lora, base_model, lora_model, nf4_lora_model, randomise_adapter
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 from trl import DPOConfig, DPOTrainer
 from words import word_tokenizer
 
@@ -315,3 +317,37 @@ def test_sigmoid_loss_against_torch():
         ratio = reference.token_nll(base, rows).sum(1) - reference.token_nll(policy, rows).sum(1)
     expected = -F.logsigmoid(0.1 * (ratio[:3] - ratio[3:])).mean()
     assert_close(dpo_loss(model, None, batch).detach(), expected, TOL64)
+
+
+# ---------------------------------------------------------------------------------------------- outputs, routers
+
+
+def test_outputs_behind_virtual_tokens():
+    batch = sft_batch("right")
+    model = get_peft_model(base_model("llama"), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    weights = random_weights(batch)
+    loss, outputs = sft_loss(model, batch, weights, return_outputs=True)
+    assert outputs.logits.shape[1] == batch["labels"].shape[1] + 3
+    assert_close(loss.detach(), sft_loss(model, batch, weights).detach(), TOL64)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dpo_of_a_mixture_of_experts_has_the_loss_of_its_router(weighted):
+    """As TRL's, router_aux_loss_coef times the model's own."""
+    torch.manual_seed(0)
+    config = MixtralConfig(num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5, **ROTARY)
+    config.num_hidden_layers = 2
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # as its kernels want it
+    model, batch = add_lora(base, targets=["q_proj", "v_proj"]), pair_batch("stacked")
+    rows, weights = stacked(batch), response(batch).double() if weighted else None
+    loss = dpo_loss(model, None, batch, weights)
+    loss.backward()
+    inputs = {key: value for key, value in rows.items() if key != "labels"}
+    ours, balance = grads_of(model), model(**inputs, use_cache=False).aux_loss
+    assert float(balance.detach()) > 0.1
+    model.zero_grad()
+    config.output_router_logits = False
+    alone = dpo_loss(model, None, batch, weights)
+    (alone + 0.5 * balance).backward()
+    assert_close(loss.detach(), (alone + 0.5 * balance).detach(), 1e-5)
+    assert_same_grads(ours, grads_of(model), 1e-4)

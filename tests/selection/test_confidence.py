@@ -12,7 +12,8 @@ from batches import is_pairs, pair_batch, response, segments, sft_batch, stacked
 from cases import expected_values, found_values
 from checks import TOL64, assert_close, assert_same_grads, error, grads_of
 from gates import CHECKPOINTING, checkpointed, gate_for, steady
-from models import FAMILIES, VOCAB, lora_model, nf4_lora_model
+from models import FAMILIES, VOCAB, base_model, lora_model, nf4_lora_model
+from peft import PromptTuningConfig, get_peft_model
 from state import differences, snapshot
 from trl import SFTConfig, SFTTrainer
 from tuning import arguments, base, dpo_data, lora, masked, sft_data, tokenizer, trained
@@ -21,6 +22,7 @@ from alphatoken_loss import (
     AlphaToken,
     AlphaTokenConfig,
     AlphaTokenMixin,
+    Path,
     dft_weights,
     dpo_loss,
     eaft_weights,
@@ -30,6 +32,7 @@ from alphatoken_loss import (
     stm_weights,
 )
 from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.losses.head import check_head
 from alphatoken_loss.losses.logps import _trls_head as trls_head
 from alphatoken_loss.losses.logps import token_logps
 from alphatoken_loss.selection.thresholds import soft_weights
@@ -273,9 +276,9 @@ def test_where_no_logits_are_kept(name):
     weights = formula_of(name, model, batch)
     _, grads = reference.masked_sft(model, batch, weights, 1.0)
     gate = AlphaToken(model, selection=name, selection_options=options_of(name))
-    runs = []
+    runs, read = [], read_batch(batch)
+    check_head(model, read)  # once in a model's life it runs for this
     model.get_base_model().lm_head.register_forward_hook(lambda *_: runs.append(1))
-    read = read_batch(batch)
     with gate(batch):
         (-token_logps(model, read, fused=True).sum()).backward()
     assert len(runs) == (name == "eaft") + (0 if trls_head() else 2)
@@ -523,3 +526,32 @@ def test_what_trainers_refuse(tmp_path):
     trainer = trainer_of("sft", tmp_path, options={"token_weights": lambda forward: forward.logps})
     with pytest.raises(ValueError, match=r"token_weights returned are below 0.*negative_weights=True"):
         trainer.train()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_of_chosen_columns_behind_virtual_tokens(fused):
+    """Their columns count the virtual tokens too."""
+    model = get_peft_model(base_model("llama"), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    batch = sft_batch("left", seed=3)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    wanted = dft_weights(model, batch)
+    alphatoken = AlphaToken(model, selection="dft", config=AlphaTokenConfig())
+    columns = 2 + (batch["labels"][:, 1:] != -100).any(0).nonzero().flatten()
+    with alphatoken(batch):
+        logits = model(**inputs, use_cache=False, **({"logits_to_keep": columns} if fused else {})).logits
+        logits.logsumexp(-1).sum().backward()
+    assert_close(alphatoken.weights, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("selection", [*NAMES, "random", "excess_loss", "given"])
+def test_what_only_values_need_is_refused(selection):
+    model, target = lora_model("llama"), [sft_batch("none")]
+    for threshold in ("zero", "soft"):
+        with pytest.raises(ValueError, match=f'threshold is "{threshold}", but tokens are not chosen by their values'):
+            AlphaToken(model, selection=selection, config=AlphaTokenConfig(threshold=threshold))
+    for name, value in {"target": target, "path": Path({})}.items():
+        with pytest.raises(ValueError, match=f"{name} was given, but tokens are not chosen by their values"):
+            AlphaToken(model, selection=selection, **{name: value})
+    with pytest.raises(ValueError, match="target was given, but tokens are not chosen by their values"):
+        AlphaToken(model, token_weights=lambda forward: forward.entropies, target=target)
+    AlphaToken(model, selection=selection, config=AlphaTokenConfig(rho=1.0, threshold="zero"), target=target)  # off

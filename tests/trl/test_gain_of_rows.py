@@ -65,3 +65,37 @@ def test_what_cannot_be_asked(tmp_path):
         asked("dpo", tmp_path, options=lambda: {"target_dataset": dpo_data(count=4)}).shared_gain()
     with pytest.raises(ValueError, match="batches holds preference pairs"):
         asked("dpo", tmp_path).shared_gain()
+
+
+class OfThree:
+    """An accelerator as the second of three processes has it."""
+
+    process_index, num_processes = 1, 3
+
+    def __init__(self, real):
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
+@pytest.mark.parametrize("how", ["drawn", "stream"])
+@pytest.mark.filterwarnings("ignore")
+def test_each_process_gives_rows_of_its_own(how, tmp_path, monkeypatch):
+    trainer = asked("sft", tmp_path, options=lambda: {"stream": how == "stream"})
+    data, seen = list(trainer.train_dataset), []
+    take = lambda model, target, batches, **_: seen.extend(batches)  # noqa: E731
+    monkeypatch.setattr("alphatoken_loss.trl.gain.shared_gain", take)
+    trainer.accelerator = OfThree(trainer.accelerator)
+    trainer.shared_gain(rows=8)
+    places = range(8) if how == "stream" else random.Random(trainer.args.seed).sample(range(len(data)), 8)
+    rows = [data[place]["input_ids"] for place in list(places)[1::3]]
+    found = [ids[mask.bool()].tolist() for batch in seen for ids, mask in
+             zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+    assert found == [list(ids) for ids in rows]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_a_target_that_nothing_needs_one_is_told(tmp_path, caplog):
+    asked("sft", tmp_path, selection="random")
+    assert "target_dataset and fisher are not used" in caplog.text

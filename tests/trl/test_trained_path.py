@@ -14,6 +14,8 @@ from trainer_cases import feature, make
 from tuning import arguments, base, dpo_data, lora, masked, sft_data, tokenizer, trained
 
 from alphatoken_loss import AlphaTokenConfig, Path, alphatoken_weights, make_path
+from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.losses.head import check_head
 from alphatoken_loss.trl.path import PathColumn
 
 IGNORE = -100
@@ -260,6 +262,7 @@ def test_a_step_with_the_column_runs_the_model_as_a_plain_one_does(kind, tmp_pat
         if name == "once":
             trainer.get_train_dataloader()
         seen = []
+        check_head(trainer.model, read_batch({"input_ids": torch.ones(1, 3).long(), "labels": torch.ones(1, 3).long()}))
         decoder = trainer.model.get_base_model().get_decoder()
         decoder.register_forward_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
         if name == "each":
