@@ -106,9 +106,12 @@ def check_head(model: nn.Module, batch: Batch) -> None:
 
 
 def _both(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first row's logits at its last position, `(1, vocabulary)`: the model's, and those of its hidden state."""
+    """The last position's logits in the first row (or in all), of the model and of its hidden state."""
     device = causal_lm(model).get_input_embeddings().weight.device  # type: ignore[operator]
-    inputs = {**batch.of_rows(slice(1)).to(device).inputs, "use_cache": False}
+    given = [value for value in batch.inputs.values() if isinstance(value, torch.Tensor)]
+    if all(value.shape[:1] == batch.shape[:1] for value in given):  # not so of the patches of images
+        batch = batch.of_rows(slice(1))
+    inputs = {**batch.to(device).inputs, "use_cache": False}
     if "logits_to_keep" in arguments(causal_lm(model)):
         inputs["logits_to_keep"] = 1
     kept: list[torch.Tensor] = []
