@@ -213,7 +213,7 @@ class AlphaToken:
 
         Raises:
             RuntimeError: a second forward with grad runs inside, or none; the model is in such a context already; or
-                the last context's `path_kl` was left out of what went backward.
+                a KL of the last context was left out of what went backward.
             ValueError: the forward's or the weights' shape is not the batch's; weights are not finite, all 0, or
                 negative without `negative_weights`; or the model can no longer be valued.
         """

@@ -31,7 +31,8 @@ def dpo_loss(
     """Preference loss of a batch of pairs, with the gradient of low-value tokens switched off (Eq. 14).
 
     The loss has the value of the full sequences; only the gradient of each token's log-probability is multiplied by its
-    weight. For `"sigmoid"` it is omega * sum_t (w_t+ grad l_t+ - w_t- grad l_t-), omega = beta * sigmoid(-s).
+    weight. For `"sigmoid"` it is omega * sum_t (w_t+ grad l_t+ - w_t- grad l_t-), omega = beta * sigmoid(-s). Of a
+    mixture of experts with `output_router_logits` the loss that balances its router is added, as TRL does.
 
     Args:
         model (`nn.Module`): the policy.

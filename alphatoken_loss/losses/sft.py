@@ -61,7 +61,9 @@ def sft_loss(
 
     Raises:
         ValueError: the batch has no labels, the weights are not of their shape, not finite or negative, `kl_coef` is
-            negative or not finite, or there is no reference of the model's vocabulary.
+            negative or not finite, or there is no reference of the model's vocabulary; or, with a KL, the model's
+            logits are not its head times the last hidden state.
+        RuntimeError: a KL is asked for inside the context of an `AlphaToken`, which would mask it.
     """
     check_kl_coef(kl_coef)
     check_kl_options(kl_on, kl_over)
