@@ -151,12 +151,11 @@ def pairs(
     return markdown(["trained on", "lr", *figures.values(), "seeds"], [first, *rows], file)
 
 
-@table
-def path_pairs_gaps() -> str:
+def hardest(file: str) -> str:
     """The preset at its worst rate minus each rival at its best, by accuracy on the test pairs."""
     have: dict[str, list[dict[int, dict[str, Any]]]] = {}
     for name in pair_titles(FLIPPED):
-        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate).get(name))]
+        have[name] = [runs for rate in PAIR_RATES if (runs := by_setting([name], rate, file).get(name))]
 
     def accuracy(runs: dict[int, dict[str, Any]]) -> float:
         return statistics.mean(run["accuracy"] for run in runs.values())
@@ -169,7 +168,17 @@ def path_pairs_gaps() -> str:
             lr, both = next(iter(best.values()))["lr"], worst.keys() & best.keys()
             rows.append([pair_titles(FLIPPED)[name], f"{lr:g}", *leads, str(len(both))])
     header = ["`best(pairs=True)` at its worst rate minus", "at its best lr", *PAIR_FIGURES.values(), "seeds"]
-    return markdown(header, rows, "path")
+    return markdown(header, rows, file)
+
+
+@table
+def path_pairs_gaps() -> str:
+    return hardest("path")
+
+
+@table
+def more_pairs_hardest() -> str:
+    return hardest(MORE)
 
 
 @table
