@@ -203,6 +203,7 @@ class _Goal:
             kept, held = apart(group, share)
             self.groups.append(kept)
             self.held_out += held
+        self.groups = self.groups or [[]]  # a process without a batch still takes part in the sums
         self._counts = [_counts_of(group) for group in self.groups]
         self._held = all_counts(_counts_of(self.held_out), scored.device)
         self.judges = self._held[0] > 0
@@ -231,11 +232,10 @@ class _Goal:
 
     def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradient at `there` of the mean loss of a step's batches, over all processes."""
-        place = step % max(len(self.groups), 1)
-        group = self.groups[place] if self.groups else []
-        counts = all_counts(self._counts[place] if self.groups else [0, 0], self.scored.device)
+        place = step % len(self.groups)
+        counts = all_counts(self._counts[place], self.scored.device)
         found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
-        for batch in group:  # a process without a batch still takes part in the sum
+        for batch in self.groups[place]:
             moved = _placed(self.scored.parameters, there, grad=True)
             run = partial(scored_gradients, scored=_live(self.scored, moved), batch=batch,
                           loss=self._loss(batch, counts))  # fmt: skip

@@ -93,6 +93,8 @@ class Forward:
     def _at_labels(self, compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """`compute(logits (N, vocabulary), labels (N,))`, a chunk of the rows before labels at a time."""
         rows, (index, labels) = self.batch.rows, self.batch.predicting
+        if self._logits is None:
+            check_head(self._model, self.batch)
         size = min(ROWS, chunk_of(self._model))
         dtype = accumulation_dtype(self.hidden)
         found = [torch.zeros(0, dtype=dtype, device=labels.device)]
@@ -109,7 +111,6 @@ class Forward:
             row, column = index // length, index % length
             column = column if self._columns is None else self._columns.to(column.device)[column]
             return self._logits[row.to(self._logits.device), column.to(self._logits.device)]
-        check_head(self._model, self.batch)
         head = head_of(self._model)
         with self._autocast, without_noise(head):
             hidden = self.hidden.flatten(0, 1)[index.to(self.hidden.device)]

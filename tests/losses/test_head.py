@@ -122,3 +122,16 @@ def test_a_hidden_state_in_float32_before_a_bf16_head(kl_coef):
     gate = gate_of(model, "path", path_steps=1, path_rate=1e-2)
     sft_loss(model, sft_batch("none"), gate, kl_coef=kl_coef).backward()
     assert bool(gate.values.total.isfinite().all()) and float(gate.values.total.abs().max()) > 0
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_inputs_that_are_not_of_rows_are_not_cut(of_all):
+    """As the patches of images: then the whole batch runs."""
+    model, batch, seen = lora_model("llama"), sft_batch("none"), []
+    rows, length = batch["labels"].shape
+    if of_all:
+        batch["position_ids"] = torch.arange(length)[None]
+    hook = model.get_base_model().register_forward_hook(lambda m, args, out: seen.append(out.logits.shape[:2]))
+    head.check_head(model, read_batch(batch))
+    hook.remove()
+    assert seen == [(rows if of_all else 1, 1)]

@@ -37,3 +37,13 @@ def test_a_factor_goes_to_each_device():
     x = tensors(0) | {"far": torch.zeros(2, device="meta")}
     found = foreach.scaled(x, torch.tensor(2.0))
     assert found["far"].is_meta and torch.equal(found["a"], 2 * x["a"])
+
+
+def test_a_fingerprint_is_the_same_whether_tensors_are_summed_alone_or_joined(monkeypatch):
+    some = [*tensors(0).values(), *tensors(1, torch.float32).values(), *tensors(2, torch.bfloat16).values()]
+    joined = foreach.fingerprint(some)
+    monkeypatch.setattr(foreach, "_LARGE", 6)
+    assert any(x.numel() < 6 for x in some) and any(x.numel() >= 6 for x in some)
+    assert torch.equal(foreach.fingerprint(some), joined)
+    some[0].view(torch.int64).flatten()[0] += 1
+    assert not torch.equal(foreach.fingerprint(some), joined), "a bit tells"

@@ -22,6 +22,7 @@ from alphatoken_loss import (
     AlphaToken,
     AlphaTokenConfig,
     AlphaTokenMixin,
+    Fisher,
     Path,
     dft_weights,
     dpo_loss,
@@ -549,9 +550,18 @@ def test_what_only_values_need_is_refused(selection):
     for threshold in ("zero", "soft"):
         with pytest.raises(ValueError, match=f'threshold is "{threshold}", but tokens are not chosen by their values'):
             AlphaToken(model, selection=selection, config=AlphaTokenConfig(threshold=threshold))
-    for name, value in {"target": target, "path": Path({})}.items():
+    for name, value in {"target": target, "path": Path({}), "fisher": Fisher({}, 1, ())}.items():
         with pytest.raises(ValueError, match=f"{name} was given, but tokens are not chosen by their values"):
             AlphaToken(model, selection=selection, **{name: value})
     with pytest.raises(ValueError, match="target was given, but tokens are not chosen by their values"):
         AlphaToken(model, token_weights=lambda forward: forward.entropies, target=target)
     AlphaToken(model, selection=selection, config=AlphaTokenConfig(rho=1.0, threshold="zero"), target=target)  # off
+
+
+def test_a_kl_on_dropped_tokens_that_are_known_too_late():
+    model, batch = lora_model("llama"), sft_batch("right")
+    alphatoken = AlphaToken(model, selection="eaft")
+    with pytest.raises(ValueError, match=r"is known only when the forward has ended\. Give weights"):
+        sft_loss(model, batch, alphatoken, kl_coef=0.1, kl_on="dropped")
+    sft_loss(model, batch, alphatoken, kl_on="dropped").backward()  # no KL is asked for
+    assert alphatoken.kl is None and alphatoken.weights is not None
