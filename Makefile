@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv on first use. Afterwards nothing is fetched.
 #   make demo    QLoRA DPO, plain and with AlphaToken, on a small model trained here (CPU, some minutes)
-#   make test    ruff, mypy and the tests
+#   make test    ruff, mypy and the tests that take no more than a few seconds each
+#   make test-slow  the others: scripts and recipes, several processes, threads and interrupts
 #   make docs    the pages as a site, in site/
 #   make figures write the tables of README and docs from benchmarks/results/
 #   make test-tools  Axolotl, LLaMA-Factory and others, each in an environment of its own (.tools/, some GB each)
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-tools lint docs figures bench clean
+.PHONY: help setup demo test test-slow test-tools lint docs figures bench clean
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
@@ -38,8 +39,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) --dist loadfile -m slow  # what a file sets up for its tests is made once
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

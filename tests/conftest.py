@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ from alphatoken_loss.models.modes import HOOKS_INSIDE_CHECKPOINT
 
 # What checkpoints of transformers before 5.23 do not allow; the refusals have tests of their own.
 REFUSED = ("hides the training forward from hooks", "runs a block's hooks inside its checkpoint")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: a collection that looks through it takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

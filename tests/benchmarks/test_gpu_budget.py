@@ -165,10 +165,10 @@ def test_what_a_block_keeps(scripts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocabulary, chunk", [(2048, 16), (4096, 192)])  # the peak is in the blocks; at the head
+@pytest.mark.parametrize("vocabulary, chunk", [(1024, 16), (2048, 192)])  # the peak is in the blocks; at the head
 def test_the_arithmetic_beside_measured_peaks(vocabulary, chunk, scripts, monkeypatch):
     gpu_budget, llamas, arithmetic = scripts
-    llamas.SIZES["small"] = (256, 4, 896, 8, 2, vocabulary, False, 8.0)
+    llamas.SIZES["small"] = (128, 4, 448, 8, 2, vocabulary, False, 8.0)
     tokens, make = 256, gpu_budget.batch_of
 
     def shorter(shape, rows, **options):

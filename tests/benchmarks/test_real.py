@@ -181,6 +181,7 @@ def test_rates_are_chosen_on_dev_rows():
     assert real_report.chosen_rates(pairs)["one"][0] == 0.2, "of pairs by the loss of pairs"
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     model, data = tiny
     monkeypatch.setattr(real, "QUICK", PLAN)

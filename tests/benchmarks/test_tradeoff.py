@@ -36,6 +36,7 @@ def small(tmp_path_factory):
         yield base, toy.Toy(toy.make_base(some, base), plan), cache
 
 
+@pytest.mark.slow
 def test_every_kind_of_setting_runs(small):
     """One of each selection and task; the rows that a selection must treat alike are the same."""
     _, world, _ = small

@@ -65,6 +65,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_each_module_can_be_the_first_to_be_imported():
     """The package imports none by itself, so a circle would show in whichever is asked for first."""

@@ -16,6 +16,8 @@ from state import differences, snapshot
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, alphatoken_weights, dpo_loss, estimate_fisher
 from alphatoken_loss.models import changes
 
+pytestmark = pytest.mark.slow
+
 TRIES = 40
 SETTINGS = {
     "ghost": {"num_layers": "all", "causal_window": 4, "target_decay": None},

@@ -18,6 +18,8 @@ from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher
 from alphatoken_loss.models.attention import eager_attention, replaced_attention
 from alphatoken_loss.models.structure import find_blocks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 HOW = {
     "in the graph": dict(estimator="ghost", causal_window=cases.WINDOW),

@@ -14,7 +14,7 @@ from batches import pair_batch, sft_batch, stacked
 from checks import TOL64, TOL_NF4, assert_close, error
 from explicit import norms_in_own_dtype
 from models import base_model, lora_model, nf4_lora_model
-from paths import at, explicit_path, given_fisher, mean_loss, names_of
+from paths import at, explicit_path, given_fisher, mean_loss, names_of, walk
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, Path, make_path
@@ -67,6 +67,7 @@ def row_by_row(batch):
     return [{name: tensor[i : i + 1] for name, tensor in batch.items()} for i in range(len(batch["input_ids"]))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"path_steps": None}, {"path_rate": None}, {"path_holdout": 0.25}])
 def test_how_many_rows_run_together_is_nothing_to_theta_star(changes, monkeypatch):
     """12 rows as 3 batches of 4, or one by one: of either, every fourth is held out, and the others are stepped on."""
@@ -211,14 +212,8 @@ def test_held_out_rows_choose_the_step():
     """No step is taken on the last rows of each batch, and theta* is where their loss was lowest."""
     with norms_in_own_dtype():
         model, batches = lora_model("llama"), [sft_batch("none", seed=1), sft_batch("none", seed=2)]
-        trained = [{name: t[:2] for name, t in batch.items()} for batch in batches]
-        held = [{name: t[2:] for name, t in batch.items()} for batch in batches]
         steps = 12
-        there = [explicit_path(model, trained, steps=n, rate=0.1) for n in range(1, steps + 1)]
-        losses = []
-        for parameters in there:
-            with torch.no_grad():
-                losses.append(float(sum(mean_loss(at(model, parameters), [(batch, None)]) for batch in held)))
+        there, losses = _held_out_walk(model, batches, 0.1, steps)
         best = losses.index(min(losses))
         assert 0 < best < steps - 1, "the case must have its best step within"
         found = made(model, batches, path_holdout=0.3, path_steps=steps, path_rate=0.1).parameters
@@ -231,27 +226,27 @@ def _parts_of(batches, size=2):
     return [[{name: t[part] for name, t in batch.items()} for batch in batches] for part in parts]
 
 
-def _held_out_losses(model, batches, rate, steps):
+def _held_out_walk(model, batches, rate, steps):
+    """The parameters after each step on the former part, and the loss of the latter there."""
     trained, held = _parts_of(batches)
-    losses = []
-    for count in range(1, steps + 1):
-        there = at(model, explicit_path(model, trained, steps=count, rate=rate))
-        with torch.no_grad():
-            losses.append(float(sum(mean_loss(there, [(batch, None)]) for batch in held)))
-    return losses
+    there = list(walk(model, trained, steps=steps, rate=rate))
+    with torch.no_grad():
+        losses = [float(sum(mean_loss(at(model, p), [(batch, None)]) for batch in held)) for p in there]
+    return there, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rate_and_steps_are_told_by_a_held_out_quarter_and_taken_on_all_rows(seed):
     with norms_in_own_dtype():
         model, batches = lora_model("llama", seed=seed), [sft_batch("none", seed=seed + i) for i in range(2)]
         most = 6
-        by_rate = {rate: _held_out_losses(model, batches, rate, most) for rate in (3e-3, 1e-3, 3e-4)}
+        by_rate = {rate: _held_out_walk(model, batches, rate, most)[1] for rate in (3e-3, 1e-3, 3e-4)}
         rate = min(by_rate, key=lambda rate: by_rate[rate][-1])
         found = made(model, batches, path_steps=most, path_rate=None)
         assert found.steps == most
         assert farthest(found.parameters, explicit_path(model, batches, steps=most, rate=rate), model) < 1e-8
-        losses = _held_out_losses(model, batches, RATE, 16)
+        _, losses = _held_out_walk(model, batches, RATE, 16)
         found = made(model, batches, path_steps=None)
         assert found.steps == losses.index(min(losses)) + 1
         assert farthest(found.parameters, explicit_path(model, batches, steps=found.steps, rate=RATE), model) < 1e-8

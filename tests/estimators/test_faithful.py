@@ -294,12 +294,12 @@ def test_difference_under_bf16_autocast(seed):
     config = AlphaTokenConfig(estimator="difference", stability_weight=0)
     target = target_gradient(model, [sft_batch("none")], config=config)
     gate = AlphaToken(model, target=target, config=config)
+    mask = response(batch)
+    (wanted,) = per_token(model, batch, target.gradients)
     for _ in range(2):  # the first step searches, the second carries
         with gate(batch), torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
-        mask = response(batch)
-        (wanted,) = per_token(model, batch, target.gradients)
         assert spearman(gate.values.total[mask], wanted[mask]) > 0.95
         assert gate.metrics()["difference_rms"] == pytest.approx(2**-4, rel=0.2)
 

@@ -58,8 +58,14 @@ def in_groups(batches, least):
     return groups
 
 
-def explicit_path(model, batches, *, steps, rate, weight=1.5, k="all", seed=0, wrong="", least=8, **options):
-    """theta* by name; a step takes `least` rows. `wrong` plants a mistake."""
+def explicit_path(model, batches, *, steps, rate, **options):
+    """theta* by name."""
+    *_, there = walk(model, batches, steps=steps, rate=rate, **options)
+    return there
+
+
+def walk(model, batches, *, steps, rate, weight=1.5, k="all", seed=0, wrong="", least=8, **options):
+    """The parameters by name after each step; a step takes `least` rows. `wrong` plants a mistake."""
     fisher = cases.fisher_tensors(model, FAMILY, k, seed=seed)
     groups = in_groups(batches[:1] if wrong == "first batch" else batches, least)
     with_refs = [[(b, reference.reference_logps(model, b) if is_pairs(b) else None) for b in g] for g in groups]
@@ -77,7 +83,7 @@ def explicit_path(model, batches, *, steps, rate, weight=1.5, k="all", seed=0, w
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {name: p.detach().clone() for name, p in parameters.items()}
+        yield {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def at(model, parameters):

@@ -7,9 +7,7 @@ Row `t` predicts `labels[t + 1]`; values are returned at the label, so column 0 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from batches import Batch, is_pairs, response, segments, stacked
-from models import FAMILIES, Family
+from models import FAMILIES, Family, deep_copy
 from torch import nn
 
 Rows = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -90,18 +88,8 @@ def scored_layers(model: nn.Module, family: Family, k: int | str, adapter: str =
 
 
 def weights_of(model: nn.Module, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    parameters = dict(model.named_parameters())
-    return parameters[layer.a].detach().double(), parameters[layer.b].detach().double()
-
-
-def deep_copy(model: nn.Module) -> nn.Module:
-    """What `copy.deepcopy` makes, in half of the time: most of what a module holds are empty tables of hooks."""
-    held = (value for module in model.modules() for value in vars(module).values())
-    return copy.deepcopy(model, {id(value): type(value)() for value in held if _is_empty(value)})
-
-
-def _is_empty(value: object) -> bool:
-    return type(value) in (dict, OrderedDict, set, list) and not value
+    a, b = (model.get_parameter(name).detach().double() for name in (layer.a, layer.b))
+    return a, b
 
 
 def frozen_copy(model: nn.Module, reference: str | None = None) -> nn.Module:
@@ -527,8 +515,8 @@ def contract(
             other = swapped.get(site.name, site.name)
             g, v = goal[other].double(), drift[other]
             d, x = site.d[row, t], site.h[row, t]
-            out["direct_target"][row, column] += sign * torch.einsum("o,oi,i->", d, g, x)
-            out["direct_drift"][row, column] += torch.einsum("o,oi,i->", d, v, x)
+            out["direct_target"][row, column] += sign * (d @ g @ x)
+            out["direct_drift"][row, column] += d @ v @ x
             squares[row, column] += (d * d).sum() * (x * x).sum()
             if site.value_d is None:
                 continue
@@ -536,8 +524,8 @@ def contract(
             first_k = t if wrong.include_self else t + 1
             for k in range(first_k, min(t + window + wrong.window, width - 1) + 1):
                 mixed += heads * probabilities[row, k, t] * site.value_d[row, k]
-            out["causal_target"][row, column] += sign * torch.einsum("o,oi,i->", mixed, g, x)
-            out["causal_drift"][row, column] += torch.einsum("o,oi,i->", mixed, v, x)
+            out["causal_target"][row, column] += sign * (mixed @ g @ x)
+            out["causal_drift"][row, column] += mixed @ v @ x
 
     total = out["direct_target"] + out["causal_target"]
     out["total"] = total + stability_weight * (out["direct_drift"] + out["causal_drift"])

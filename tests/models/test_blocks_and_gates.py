@@ -203,6 +203,7 @@ def test_compiled_code_is_refused(how):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "checkpointing"),
     [("ghost", "non_reentrant"), ("difference", "off"), ("exact", "off"), ("given", "off")],

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = "PRETRAINING, STEPS, TRAIN_ROWS, CLEAN_ROWS = Pretraining(vocab_size=300, hidden_size=64, intermediate_size=96, num_layers=3, steps=2, seq_len=32), 2, 24, 4"  # noqa: E501
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     notebook = json.loads((RECIPES / "alphatoken.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

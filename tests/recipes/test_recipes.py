@@ -83,6 +83,7 @@ def test_without_a_model_and_data(name, recipes, small_model, tmp_path, monkeypa
     check(printed, name, tmp_path, KEPT[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_as_a_script_with_a_model_a_data_file_and_yaml(name, small_model, tmp_path):
     rows = tuning.rows(110)

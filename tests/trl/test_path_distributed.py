@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import tuning
 from checks import error
 from datasets import Dataset
-from test_trainers_distributed import RANKS, some_fisher
+from processes import together
+from test_trainers_distributed import some_fisher
 from tuning import arguments, base, dpo_data, lora, sft_data, tokenizer, trained
 
 from alphatoken_loss import Fisher
+
+pytestmark = pytest.mark.slow
 
 
 def run(kind: str, folder: Path, *, size: int, together: int, fisher: Fisher) -> dict[str, object]:
@@ -41,24 +41,17 @@ def run(kind: str, folder: Path, *, size: int, together: int, fisher: Fisher) ->
     }
 
 
-def work(rank: int, port: int, folder: str, fisher: Fisher) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")  # fmt: skip
-    torch.set_num_threads(1)
+def work(rank: int, folder: str, fisher: Fisher) -> None:
     for kind in ("sft", "dpo"):
         torch.save(run(kind, Path(folder) / kind, size=2, together=4, fisher=fisher), f"{folder}/{kind}-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     fisher = some_fisher(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, args=(port, str(folder), fisher), nprocs=RANKS, start_method="spawn")
-    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(RANKS)] for kind in ("sft", "dpo")}
+    together(work, str(folder), fisher)
+    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)] for kind in ("sft", "dpo")}
     alone = {kind: run(kind, folder / "alone", size=4, together=8, fisher=fisher) for kind in ("sft", "dpo")}
     return ranks, alone
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import tuning
 from checks import error
 from datasets import Dataset
+from processes import together
 from tuning import arguments, base, dpo_data, lora, sft_data, tokenizer, trained
 
 from alphatoken_loss import Fisher
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
-RANKS = 2
 PENALTY = {"sft": {"kl_coef": 1.0}, "dpo": {}}
 
 
@@ -46,17 +45,13 @@ def run(kind: str, folder: Path, *, size: int, fisher: Fisher | None, **more: ob
     }
 
 
-def work(rank: int, port: int, folder: str, fisher: Fisher) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")  # fmt: skip
-    torch.set_num_threads(1)
+def work(rank: int, folder: str, fisher: Fisher) -> None:
     for kind in ("sft", "dpo"):
         result = {
             "given": run(kind, Path(folder) / kind, size=2, fisher=fisher, **PENALTY[kind]),
             "estimated": run(kind, Path(folder) / kind, size=2, fisher=None),
         }
         torch.save(result, f"{folder}/{kind}-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def some_fisher(folder: Path) -> Fisher:
@@ -71,11 +66,8 @@ def some_fisher(folder: Path) -> Fisher:
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     given = some_fisher(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(work, args=(port, str(folder), given), nprocs=RANKS, start_method="spawn")
-    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(RANKS)] for kind in ("sft", "dpo")}
+    together(work, str(folder), given)
+    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)] for kind in ("sft", "dpo")}
     alone = {kind: run(kind, folder / "alone", size=4, fisher=given, **PENALTY[kind]) for kind in ("sft", "dpo")}
     return ranks, alone
 
