@@ -9,7 +9,7 @@ from results import load
 from .base import markdown, table
 from .path import PAIR_FIGURES, PAIRED, PATHS, PLAIN, against, ends, pairs
 
-RATE, PAIR_RATES = (5e-4,), (1.25e-4,)
+RATE, HOT, PAIR_RATES = (5e-4,), (2e-3,), (1.25e-4,)
 TITLES = {**PATHS, "path, from theta*": "path, begun at theta*, no KL"}
 FIGURES = {"target": "target", "retention": "WikiText-2", "gsm8k loss": "GSM8K", "tasks": "tasks, mean accuracy"}
 
@@ -49,6 +49,16 @@ def real_boilerplate() -> str:
 
 
 @table
+def real_boilerplate_hot() -> str:
+    return ends(HOT, TITLES, FIGURES, "real", "nl2bash, boilerplate")
+
+
+@table
+def real_clean_hot() -> str:
+    return ends(HOT, TITLES, FIGURES, "real", "nl2bash")
+
+
+@table
 def real_boilerplate_gaps() -> str:
     return against("path, best()", RATE, TITLES, tuple(FIGURES), "real", "nl2bash, boilerplate")
 
@@ -68,9 +78,18 @@ def real_exchanged_kept() -> str:
     return kept("nl2bash, exchanged")
 
 
-@table
-def real_pairs() -> str:
-    """People's preferences, three in ten of the training labels exchanged."""
+def flipped(source: str) -> str:
+    """Preferences, three in ten of the training labels exchanged."""
     titles = {PLAIN + name: title for name, title in PAIRED.items()}
     figures = {**PAIR_FIGURES, "retention": "WikiText-2", "nl2bash loss": "nl2bash", "tasks": "tasks, mean accuracy"}
-    return pairs(titles, PAIR_RATES, figures, "real", "pandalm, flipped")
+    return pairs(titles, PAIR_RATES, figures, "real", f"{source}, flipped")
+
+
+@table
+def real_pairs() -> str:
+    return flipped("pandalm")
+
+
+@table
+def real_solutions() -> str:
+    return flipped("solutions")
