@@ -14,6 +14,7 @@ TOOLS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -38,8 +39,6 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: lint
 	$(PYTEST) --dist worksteal -m "not slow"

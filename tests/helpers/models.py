@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import tempfile
 import warnings
 from collections import OrderedDict
@@ -291,7 +290,6 @@ def lora_model(name: str = "llama", *, attn: str = "sdpa", seed: int = 0, **opti
     return _copy_of(("lora", name, attn, seed, sorted(options.items())), make)
 
 
-@functools.cache
 def _nf4_base(name: str, attn: str, seed: int) -> nn.Module:
     attn = "eager" if FAMILIES[name].eager_only else attn
     quantization = BitsAndBytesConfig(
@@ -309,10 +307,13 @@ def _nf4_base(name: str, attn: str, seed: int) -> nn.Module:
 
 def nf4_base(name: str = "llama", *, attn: str = "sdpa", seed: int = 0) -> nn.Module:
     """The same model with its linears in NF4, float32 compute; a fresh copy each time."""
-    return deep_copy(_nf4_base(name, attn, seed)).train()
+    return _copy_of(("nf4 base", name, attn, seed), lambda: _nf4_base(name, attn, seed))
 
 
 def nf4_lora_model(name: str = "llama", *, attn: str = "sdpa", seed: int = 0, **options: Any) -> PeftModel:
     """An NF4 base with float32 LoRA adapters."""
-    key = ("nf4", name, attn, seed, sorted(options.items()))
-    return _copy_of(key, lambda: add_lora(nf4_base(name, attn=attn, seed=seed), name, seed=seed, **options))
+
+    def make() -> PeftModel:
+        return add_lora(nf4_base(name, attn=attn, seed=seed), name, seed=seed, **options)
+
+    return _copy_of(("nf4", name, attn, seed, sorted(options.items())), make)

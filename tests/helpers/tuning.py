@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +35,6 @@ from alphatoken_loss.losses.logps import logps_of_logits
 
 disable_progress_bars()
 logging.disable_progress_bar()
-gc.freeze()  # trainers collect garbage before they train; what was imported is none
 
 
 @functools.cache

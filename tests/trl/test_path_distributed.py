@@ -9,7 +9,7 @@ import torch
 import tuning
 from checks import error
 from datasets import Dataset
-from processes import together
+from processes import RANKS, side_by_side
 from test_trainers_distributed import some_fisher
 from tuning import arguments, base, dpo_data, lora, sft_data, tokenizer, trained
 
@@ -50,8 +50,8 @@ def work(rank: int, folder: str, fisher: Fisher) -> None:
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     fisher = some_fisher(folder)
-    together(work, str(folder), fisher)
-    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)] for kind in ("sft", "dpo")}
+    side_by_side(work, str(folder), fisher)
+    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(RANKS)] for kind in ("sft", "dpo")}
     alone = {kind: run(kind, folder / "alone", size=4, together=8, fisher=fisher) for kind in ("sft", "dpo")}
     return ranks, alone
 

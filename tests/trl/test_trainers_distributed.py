@@ -9,7 +9,7 @@ import torch
 import tuning
 from checks import error
 from datasets import Dataset
-from processes import together
+from processes import RANKS, side_by_side
 from tuning import arguments, base, dpo_data, lora, sft_data, tokenizer, trained
 
 from alphatoken_loss import Fisher
@@ -66,8 +66,8 @@ def some_fisher(folder: Path) -> Fisher:
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     given = some_fisher(folder)
-    together(work, str(folder), given)
-    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)] for kind in ("sft", "dpo")}
+    side_by_side(work, str(folder), given)
+    ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(RANKS)] for kind in ("sft", "dpo")}
     alone = {kind: run(kind, folder / "alone", size=4, fisher=given, **PENALTY[kind]) for kind in ("sft", "dpo")}
     return ranks, alone
 
