@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from results import load
-from worlds.tables import paired, spread
+from worlds.tables import Paces, at_equal_time, paired, ratio, run_of, spread, steps_in_time
 
 from .base import markdown, table
 
@@ -33,6 +33,7 @@ PATHS = {
     "path, no drift, best() else": "`best()` with lambda 0",
     "path, three blocks, best() else": "`best()` with theta* in the last three blocks alone",
     "path, by sequence, best() else": "`best()` with the upper half of each sequence",
+    "path, KL 1.2, best() else": "`best()` with KL 1.2 to theta*",
     "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
     "path, best()": "**`best()`**: path, begun at theta*, KL 0.6 to it",
     "path, best(), rho of the data": "**`best(rho=...)`**, rho as `shared_gain` tells",
@@ -119,6 +120,29 @@ def path_more() -> str:
 @table
 def path_more_gaps() -> str:
     return against("path, best()", TOY_RATES, PATHS, ("target", "retention"), MORE)
+
+
+EQUAL_TIME = ("KL 0.3", "RHO-1, clean reference", "RHO-1 + KL 0.3 to the base", "all tokens, from theta*, KL to it",
+              "path, best()", "path, best(), rho of the data")  # fmt: skip
+
+
+@table
+def path_equal_time() -> str:
+    """In the time of all tokens' whole run: what is spent once is taken off, then fewer steps are taken."""
+    paces: Paces = load("tradeoff_paces")["results"]
+    header = ["in the time of 80 plain steps", "time a step", "once, in plain steps", "steps"]
+    header += [f"{figure}, lr {rate:g}" for rate in TOY_RATES for figure in ("target", "retention")]
+    groups = [by_setting(["all tokens", *EQUAL_TIME], rate, MORE) for rate in TOY_RATES]
+    whole = [{name: {s: run_of(run) for s, run in runs.items()} for name, runs in some.items()} for some in groups]
+    rows = []
+    for name in EQUAL_TIME:
+        once = (paces[name]["once"] - paces["all tokens"]["once"]) / paces["all tokens"]["step"]
+        line = [PATHS[name], f"{ratio(name, 'all tokens', paces):.2f}", f"{once:.0f}"]
+        line.append(f"{steps_in_time(name, 'all tokens', 80, paces):.0f}")
+        for some in whole:
+            line += [at_equal_time(some[name], some["all tokens"], f, paces) for f in ("target", "retention")]
+        rows.append(line)
+    return markdown(header, rows, "tradeoff_paces")
 
 
 PAIR_FIGURES = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", "retention": "retention"}

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import command
+from results import command, write
 from tqdm.auto import tqdm
 
 from .settings import Setting
-from .tables import joined, run_of
+from .tables import Paces, joined, run_of
 from .training import pace_of, run
 from .world import World
 
@@ -119,10 +119,10 @@ def run_missing(wanted: Wanted, file: Path, workers: int, device: str) -> None:
 
 
 def measure_paces(wanted: Wanted, file: Path) -> None:
-    """Seconds of a step of each setting, one after the other, by name."""
+    """Seconds of a step of each setting, and those it spends once, one after the other, by name."""
     torch.set_num_threads(1)  # as in the runs
     named = {setting.name: (world, setting) for world, setting, _, _ in wanted}
-    write_json(file, {name: pace_of(*named[name]) for name in tqdm(named, desc="paces")})
+    write(file, {name: pace_of(*named[name]) for name in tqdm(named, desc="paces")}, settings={})
 
 
 def add_options(parser: argparse.ArgumentParser, output: Path) -> None:
@@ -148,8 +148,8 @@ def selected(wanted: Wanted, args: argparse.Namespace) -> Wanted:
     return [(world, setting, rate, seed) for world, setting, rate, seed in wanted if left(setting.name, rate, seed)]
 
 
-def take_and_read(wanted: Wanted, file: Path, args: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
-    """Do as the options say; the runs that there are, and the seconds of a step by setting."""
+def take_and_read(wanted: Wanted, file: Path, args: argparse.Namespace) -> tuple[list[Any], Paces]:
+    """Do as the options say; the runs that there are, and what settings take."""
     wanted = selected(wanted, args)
     for world, setting in {(world, setting) for world, setting, _, _ in wanted}:
         if setting.config is not None and setting.config.stability_weight > 0 and not args.report:
@@ -162,7 +162,7 @@ def take_and_read(wanted: Wanted, file: Path, args: argparse.Namespace) -> tuple
         run_missing(wanted, file, args.workers, args.device)
     results = read_results(file)
     keys = [key_of(*r) for r in wanted]
-    known = json.loads(paces.read_text()) if paces.is_file() else {}
+    known = json.loads(paces.read_text())["results"] if paces.is_file() else {}
     found = [results[key] for key in keys if key in results]
     if args.join:
         found = joined(found, map(run_of, json.loads(args.join.read_text(encoding="utf-8"))["results"]))

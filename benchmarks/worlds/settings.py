@@ -93,6 +93,8 @@ def supervised() -> Iterator[Setting]:
     yield OF_DATA
     yield values("path, three blocks, best() else", **_PATH, num_layers=3)
     yield values("path, by sequence, best() else", **_PATH, threshold_scope="sequence")
+    # What best() comes to where the gradient is not made that of a mean over kept tokens: the KL counts 1 / rho times.
+    yield values("path, KL 1.2, best() else", **{**_PATH, "path_kl": 1.2})
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
@@ -205,6 +207,7 @@ MAIN = (
     "path, best()",
     "path, best(), KL 0.3 to the base",
     "path, no drift, best() else",
+    "path, KL 1.2, best() else",
     "all tokens, from theta*, KL to it",
     "path, best(), rho of the data",
     "path",

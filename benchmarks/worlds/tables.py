@@ -12,7 +12,8 @@ from scipy.stats import t as student
 
 Run = dict[str, Any]
 Runs = dict[int, Run]  # by seed
-Paces = dict[str, float]  # seconds of a step, by setting
+TIMED = ("step", "pace", "once")  # of a measured moment: when it was, and seconds
+Paces = dict[str, dict[str, float]]  # seconds of a "step" and those spent "once", by setting
 
 
 def final(run: Run, name: str) -> float:
@@ -50,7 +51,15 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def ratio(name: str, base: str, paces: Paces) -> float:
-    return paces[name] / paces[base] if name in paces and base in paces else math.nan
+    return paces[name]["step"] / paces[base]["step"] if name in paces and base in paces else math.nan
+
+
+def steps_in_time(name: str, base: str, steps: float, paces: Paces) -> float:
+    """Steps of a setting in the time of so many of the base, less what it spends once; nan where a pace is unknown."""
+    if name not in paces or base not in paces:
+        return math.nan
+    left = steps * paces[base]["step"] + paces[base]["once"] - paces[name]["once"]
+    return max(left / paces[name]["step"], 0.0)
 
 
 def times(name: str, base: str, paces: Paces) -> str:
@@ -76,16 +85,22 @@ def differences(groups: dict[str, Runs], base: str, figures: tuple[str, str], pa
         if name == base:
             continue
         cells = [paired(runs, groups[base], lambda run, figure=figure: final(run, figure)) for figure in figures]
-        slower = ratio(name, base, paces)
-        for figure in figures:
-
-            def of(run: Run, figure: str = figure, slower: float = slower) -> float:
-                return final(run, figure) if run["name"] == base else at_step(run, final(run, "step") / slower, figure)
-
-            cells.append(paired(runs, groups[base], of) if slower == slower else "")
+        cells += [at_equal_time(runs, groups[base], figure, paces) for figure in figures]
         rows.append([name, *cells])
     names = [f"{figure}, equal {what}" for what in ("steps", "time") for figure in figures]
     return table([f"minus {base}, 95 % interval", *names], rows)
+
+
+def at_equal_time(runs: Runs, base: Runs, figure: str, paces: Paces) -> str:
+    """Each run when the time of its base's whole run is over, minus the base; empty where a pace is not known."""
+    first = next(iter(base.values()))
+    name = next(iter(runs.values()))["name"]
+    steps = steps_in_time(name, first["name"], final(first, "step"), paces)
+
+    def of(run: Run) -> float:
+        return final(run, figure) if run["name"] == first["name"] else at_step(run, steps, figure)
+
+    return "" if math.isnan(steps) else paired(runs, base, of)
 
 
 def at_best(groups: dict[str, Runs]) -> str:
@@ -116,7 +131,7 @@ def ends(results: Iterable[Run]) -> list[Run]:
     step, target, retention), and the share kept of each kind."""
     found = []
     for run in sorted(results, key=lambda run: (run["world"], run["name"], -run["lr"], run["seed"])):
-        before, after = ({k: v for k, v in run["curve"][at].items() if k not in ("step", "pace")} for at in (0, -1))
+        before, after = ({k: v for k, v in run["curve"][at].items() if k not in TIMED} for at in (0, -1))
         told = {name: run[name] for name in ("world", "name", "lr", "seed", "kept")}
         way = [[point[name] for name in ("step", "target", "retention")] for point in run["curve"]]
         found.append({**told, "before": before, **after, "way": way})

@@ -61,9 +61,9 @@ Losses are in nats a token, lower is better. Target: clean C++ answers. Retentio
 prose and Python, 48 pieces of 96 tokens each, drawn from all held-out documents, without those that share 12 tokens in
 a row with what was trained on. Tasks: the little tasks of pretraining. ± is the standard deviation over seeds or, in
 differences paired by seed, the half-width of a 95 % interval (Student's t) over training seeds alone: the test texts
-are the same for all runs. Time is that of a step, measured apart; one-off costs (Fisher, first target, RHO-1's
-reference) are left out. At equal time a slower setting has taken fewer steps, which by itself retains more: read its
-two columns together.
+are the same for all runs. Time is that of a step, measured apart. Equal time is that of the whole run of all tokens: of
+it a setting spends what it needs once (RHO-1's reference, theta*, a first target; not the Fisher, which is kept) and
+takes fewer steps, which by itself retains more: read its two columns together.
 """
 
 

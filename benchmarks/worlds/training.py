@@ -120,6 +120,7 @@ class _Run:
         self.generator, self.rng = torch.Generator().manual_seed(seed), random.Random(seed)
         self.optimizer = make_optimizer(self.model, lr)
         self.key = world, setting.task, setting.nf4
+        self.begun = time.perf_counter()
 
     def weigher(self, target: list[Batch]) -> AlphaToken | None:
         config = self.setting.config
@@ -139,7 +140,8 @@ class _Run:
         return self.world.last_exam(self.setting)
 
     def train(self, steps: Iterable[Callable[[], torch.Tensor]], exam: Callable[[Any], dict[str, float]], count: int):
-        """Take a step by each of the losses, and the exam on the way; `pace` is the median of the steps' seconds."""
+        """Take a step by each of the losses, and the exam on the way. `pace`: the median of their seconds; `once`: what it
+        took beside steps before the second one (a reference of its own, theta*)."""
         last = self.last_exam()
 
         def whole(model: Any) -> dict[str, float]:
@@ -163,7 +165,9 @@ class _Run:
             if number in self.plan.moments(count):
                 with self.world.autocast():
                     found = exam(self.model) if number < count else whole(self.model)
-                curve.append({"step": number, "pace": statistics.median(seconds), **found})
+                pace = statistics.median(seconds)
+                once = self.prepared + seconds[0] - pace
+                curve.append({"step": number, "pace": pace, "once": once, **found})
         return curve
 
 
@@ -178,6 +182,7 @@ class _Supervised(_Run):
         self.base = world.load().to(world.device).eval() if apart else None
         self.counts = torch.zeros(2, len(world.kinds))
         self.seen: list[tuple[torch.Tensor, torch.Tensor | AlphaToken | None]] = []
+        self.prepared = time.perf_counter() - self.begun
 
     def loss(self, number: int) -> torch.Tensor:
         setting, size = self.setting, self.plan.batch
@@ -227,6 +232,7 @@ class _Preferences(_Run):
         if setting.flipped:
             self.rows = flipped(self.rows, random.Random(seed + 77), setting.flipped)
         self.values = self.weigher([world.pair_batch(pairs) for pairs in chunks(self.clean, size)])
+        self.prepared = time.perf_counter() - self.begun
 
     def batch(self, pairs: list[Pair]) -> Batch:
         """With the reference's log-probabilities, which runs of one process share."""
@@ -301,7 +307,8 @@ def run(world: World, setting: Setting, lr: float, seed: int) -> dict[str, Any]:
     return kind(world, setting, lr, seed).run()
 
 
-def pace_of(world: World, setting: Setting, steps: int = 15) -> float:
-    """Median seconds of a step, of some steps that nothing else is measured of."""
+def pace_of(world: World, setting: Setting, steps: int = 15) -> dict[str, float]:
+    """Seconds of a `step` and those spent `once`, of some steps that nothing else is measured of."""
     plan = replace(world.plan, steps=steps, pair_steps=steps, measured_at=(1.0,), test=2, last_pairs=2)
-    return run(replace(world, plan=plan), setting, 1e-4, 0)["curve"][-1]["pace"]
+    last = run(replace(world, plan=plan), setting, 1e-4, 0)["curve"][-1]
+    return {"step": last["pace"], "once": last["once"]}

@@ -109,7 +109,8 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
     assert set(rows[0]["about"]) == {"date", "machine", "versions", "command"}
     again = json.loads(lines[1])
     for one, other in zip(rows[1]["curve"], again["curve"], strict=True):  # the same seed, the same run
-        assert {k: v for k, v in one.items() if k != "pace"} == {k: v for k, v in other.items() if k != "pace"}
+        timed = {"pace", "once"}
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
     assert "| random half |" in (tmp_path / "report.md").read_text()
     published = tmp_path / "published.json"
     published.write_text((tmp_path / "runs.json").read_text().replace("random half", "another"))
@@ -120,7 +121,8 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
     assert "| random half |" in capsys.readouterr().out
     tradeoff.main([*arguments, "--pace"])
-    assert set(json.loads((tmp_path / "paces.json").read_text())) == {"all tokens", "random half"}
+    paces = json.loads((tmp_path / "paces.json").read_text())["results"]
+    assert set(paces) == {"all tokens", "random half"} and all(pace["step"] > 0 for pace in paces.values())
 
 
 def test_no_path_of_this_machine_is_written():
@@ -144,13 +146,16 @@ def test_differences_are_paired_by_seed():
     assert tables.at_step(runs[1], 2.5, "target") == pytest.approx(5 + 0.25 * (4.6 - 5))
     assert tables.at_step(runs[1], 99, "target") == pytest.approx(4.6)
     assert tables.paired({1: runs[1]}, base, lambda run: tables.final(run, "target")) == ""
-    # At equal time: four times slower, it is a quarter of the way.
-    text = tables.differences({"all tokens": base, "half": runs}, "all tokens", ("target", "retention"),
-                              {"all tokens": 0.5, "half": 2.0})  # fmt: skip
+    # At equal time: four times slower, and one of its steps gone before the first, it is at step 1.5 of 10.
+    paces = {"all tokens": {"step": 0.5, "once": 0.25}, "half": {"step": 2.0, "once": 2.25}}
+    assert tables.steps_in_time("half", "all tokens", 10, paces) == pytest.approx(1.5)
+    assert tables.steps_in_time("half", "all tokens", 1, paces) == 0.0
+    text = tables.differences({"all tokens": base, "half": runs}, "all tokens", ("target", "retention"), paces)
     cells = text.splitlines()[-1].split(" | ")
     assert cells[:2] == ["| half", tables.paired(runs, base, lambda run: tables.final(run, "target"))]
-    gaps = [5 + 0.25 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
+    gaps = [5 + 0.15 * (3.5 + 1.1 * s - 5) - (4 + s) for s in range(1, 4)]
     assert cells[3].split(" ")[0] == f"{sum(gaps) / 3:+.3f}"
+    assert tables.at_equal_time(runs, base, "target", {}) == ""
     assert tables.spread([1.0, 2.0]) == "1.500 ±0.707"
 
 
