@@ -1,15 +1,18 @@
 """Supervised fine-tuning in a plain PyTorch and accelerate loop, in which AlphaToken is one changed line.
 
     python recipes/custom_loop.py
-    python recipes/custom_loop.py --rho 1     # the same loop on all tokens
-    python recipes/custom_loop.py --model Qwen/Qwen3-0.6B --dataset rows.jsonl
+    python recipes/custom_loop.py --plain     # the same loop without AlphaToken
+    python recipes/custom_loop.py --model Qwen/Qwen3-0.6B --dataset rows.jsonl --clean clean.jsonl
 
-Without `--model`: a small language model made from text that ships with Python learns to complete code in a house
-style (see tiny_lm.py). Rows of a dataset have "prompt" and "completion" as text. Prints the loss on held-out answers
-and on held-out prose, before and after; at the same number of steps, half of the tokens also learn less.
+Before the first step it asks what the training rows share with the clean ones (`shared_gain`), and takes the preset
+`AlphaTokenConfig.best` with the share of tokens that this tells. Without `--model`: a small language model made from
+text that ships with Python learns to complete code in a house style, from answers with random forum lines around them
+(see tiny_lm.py). Rows of a dataset have "prompt" and "completion" as text; clean rows say what is to be learned, and
+half of them are tested on. Prints the loss on held-out answers and on held-out prose, before and after.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -25,14 +28,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, estimate_fisher, sft_loss
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, estimate_fisher, sft_loss, shared_gain
 
 STEPS, BATCH_SIZE = 60, 16  # optimizer steps; sequences per step
 LEARNING_RATE, LEARNING_RATE_REAL = 1e-3, 2e-5  # the small model; --model
-RHO = 0.5  # share of answer tokens trained on
 LORA_RANK = 8
 MAX_LENGTH = 512  # tokens of prompt and answer
-HELD_OUT = 32, 128  # rows that define the target; rows for the test loss
+HELD_OUT = 32, 128  # rows that define the target; rows for the test loss (at most)
+ASKED = 4  # batches by which it is told what there is to mask
 FISHER_PROMPTS, FISHER_TOKENS = 64, 32  # prompts; tokens sampled for each
 ROWS = {
     "answers": "loss on held-out answers, nats/token",
@@ -48,11 +51,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", help="causal LM, hub name or folder; default: the small LM made here")
     add("--dataset", help="hub name or .jsonl file with prompt and completion; default: the task made here")
+    add("--clean", help="the same, of clean rows; default: rows of the dataset that are then not trained on")
     add("--output-dir", type=Path, default=Path("outputs/custom_loop"), help="where the adapter goes")
     add("--steps", type=int, default=STEPS, help="optimizer steps")
     add("--batch-size", type=int, default=BATCH_SIZE, help="sequences per step")
     add("--learning-rate", type=float, help="constant; 1e-3, with --model 2e-5")
-    add("--rho", type=float, default=RHO, help="share of answer tokens trained on, in (0, 1]; 1 is plain training")
+    add("--rho", type=float, help="share of answer tokens trained on, in (0, 1]; default: what shared_gain tells")
+    add("--plain", action="store_true", help="train on all tokens, without AlphaToken")
     add("--lora-rank", type=int, default=LORA_RANK, help="rank of the adapters")
     add("--max-length", type=int, default=MAX_LENGTH, help="tokens of prompt and answer kept")
     add("--seed", type=int, default=0, help="of adapters and batches")
@@ -67,16 +72,21 @@ def load_rows(args, corpus):
     wanted = args.steps * args.batch_size
     if args.dataset is None:
         parts = (
-            preference_rows(corpus.code_train, noisy=False, seed=args.seed, limit=wanted),
+            preference_rows(corpus.code_train, noisy=True, seed=args.seed, limit=wanted),
             preference_rows(corpus.code_validation, noisy=False, seed=1, limit=HELD_OUT[0]),
             preference_rows(corpus.code_test, noisy=False, seed=2, limit=HELD_OUT[1]),
         )
         return [[(row["prompt"], row["chosen"]) for row in part] for part in parts]
-    local = Path(args.dataset).is_file()
-    data = load_dataset("json", data_files=args.dataset) if local else load_dataset(args.dataset)
-    rows = [(row["prompt"], row["completion"]) for row in data["train"].shuffle(seed=args.seed)]
-    target, test = HELD_OUT
-    return rows[target + test :], rows[:target], rows[target : target + test]
+
+    def read(name):
+        local = Path(name).is_file()
+        data = load_dataset("json", data_files=name) if local else load_dataset(name)
+        return [(row["prompt"], row["completion"]) for row in data["train"].shuffle(seed=args.seed)]
+
+    rows = read(args.dataset)
+    clean = rows[: sum(HELD_OUT)] if args.clean is None else read(args.clean)
+    target = min(HELD_OUT[0], len(clean) // 2)
+    return rows if args.clean else rows[len(clean) :], clean[:target], clean[target : target + HELD_OUT[1]]
 
 
 def collate(rows, tokenizer, ending, max_length):
@@ -136,11 +146,13 @@ def main(argv=None):
     prose = pieces(tokenizer, corpus.prose_heldout, 64, 128).to(accelerator.device)
     prose = [{"input_ids": ids, "labels": ids} for ids in prose.split(16)]
 
-    config = AlphaTokenConfig(rho=args.rho)
-    fisher = None
-    if args.rho < 1:
+    alphatoken = None
+    if not args.plain:
+        gain = shared_gain(model, target, list(itertools.islice(loader, ASKED)))
+        print(f"\n{gain}")
+        config = AlphaTokenConfig.best(rho=gain.rho if args.rho is None else args.rho)
         fisher = estimate_fisher(model, prompts, tokenizer=tokenizer, config=config, max_new_tokens=FISHER_TOKENS)
-    alphatoken = AlphaToken(model, target=target, fisher=fisher, config=config)
+        alphatoken = AlphaToken(model, target=target, fisher=fisher, config=config)
     before = {"answers": mean_loss(model, test), "prose": mean_loss(model, prose)}
 
     start, steps = time.perf_counter(), 0
@@ -159,7 +171,7 @@ def main(argv=None):
     progress.close()
 
     seconds = (time.perf_counter() - start) / steps
-    kept = alphatoken.metrics().get("kept", 1.0)
+    kept = 1.0 if alphatoken is None else alphatoken.metrics()["kept"]
     after = {"answers": mean_loss(model, test), "prose": mean_loss(model, prose)}
     after |= {"kept": kept, "seconds": seconds, "memory": peak_memory(accelerator.device)}
     accelerator.unwrap_model(model).save_pretrained(args.output_dir)

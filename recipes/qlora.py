@@ -111,10 +111,10 @@ def load_base(path, model_args):
 
 
 def adapters_in_float32(model):
-    """TRL stores the adapter of a 4-bit model in bf16, which is far slower than float32 on a CPU without instructions
-    for it; on a CPU, keep it as PEFT made it."""
+    """Keep the adapter of a 4-bit model as PEFT made it. TRL stores it in bf16, which rounds small steps, and is far
+    slower on a CPU without instructions for it."""
     for parameter in model.parameters():
-        if parameter.requires_grad and not ON_GPU:
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 

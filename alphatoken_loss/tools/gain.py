@@ -31,7 +31,8 @@ class SharedGain:
     Attributes:
         clean (`float`): of clean rows that theta* was not made of.
         training (`float`): of training rows.
-        interval (`tuple`): confidence interval of `share`: a bootstrap over rows of both, a twentieth of it outside.
+        interval (`tuple`): confidence interval of `share`: a bootstrap over rows of both, a twentieth of it outside. An
+            end is infinite where too few clean rows were held out to tell that theta* helps with them.
     """
 
     clean: float
@@ -143,7 +144,11 @@ def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any
 
 
 def _interval(clean: torch.Tensor, training: torch.Tensor) -> tuple[float, float]:
-    """95 % of the ratio of the training rows' mean gain to the clean rows'."""
+    """95 % of the ratio of the training rows' mean gain to the clean rows'.
+
+    Of a draw whose clean rows gain nothing the ratio has no meaning, but it is known on which side of 1 it stands:
+    below, infinitely far, where training rows gain less. So the interval reaches 1 where the difference's reaches 0.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def means(rows: torch.Tensor) -> torch.Tensor:
@@ -151,6 +156,8 @@ def _interval(clean: torch.Tensor, training: torch.Tensor) -> tuple[float, float
         sums = rows[places].sum(1)
         return sums[:, 0] / sums[:, 1]
 
-    ratios = means(training) / means(clean)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=ratios.dtype)).tolist()
+    there, here = means(training), means(clean)
+    ratios = torch.where(here > 0, there / here, torch.sign(there - here) * torch.inf)
+    ends = torch.tensor([0.025, 0.975], dtype=ratios.dtype)
+    low, high = ratios.quantile(ends, interpolation="nearest").tolist()  # not between: some may be infinite
     return low, high

@@ -128,21 +128,26 @@ EQUAL_TIME = ("KL 0.3", "RHO-1, clean reference", "RHO-1 + KL 0.3 to the base", 
 
 @table
 def path_equal_time() -> str:
-    """In the time of all tokens' whole run: what is spent once is taken off, then fewer steps are taken."""
+    """In the time of all tokens' whole run: fewer steps, without and with what is spent once taken off."""
     paces: Paces = load("tradeoff_paces")["results"]
-    header = ["in the time of 80 plain steps", "time a step", "once, in plain steps", "steps"]
+    steps_alone = {name: {**pace, "once": 0.0} for name, pace in paces.items()}
+    header = ["minus all tokens, in the time of 80 plain steps", "time a step", "steps"]
     header += [f"{figure}, lr {rate:g}" for rate in TOY_RATES for figure in ("target", "retention")]
     groups = [by_setting(["all tokens", *EQUAL_TIME], rate, MORE) for rate in TOY_RATES]
     whole = [{name: {s: run_of(run) for s, run in runs.items()} for name, runs in some.items()} for some in groups]
     rows = []
     for name in EQUAL_TIME:
         once = (paces[name]["once"] - paces["all tokens"]["once"]) / paces["all tokens"]["step"]
-        line = [PATHS[name], f"{ratio(name, 'all tokens', paces):.2f}", f"{once:.0f}"]
-        line.append(f"{steps_in_time(name, 'all tokens', 80, paces):.0f}")
-        for some in whole:
-            line += [at_equal_time(some[name], some["all tokens"], f, paces) for f in ("target", "retention")]
-        rows.append(line)
-    return markdown(header, rows, "tradeoff_paces")
+        counted = {PATHS[name]: steps_alone}
+        if once >= 1:
+            counted[f"the same, and {once:.0f} plain steps' time once"] = paces
+        for told, known in counted.items():
+            steps = steps_in_time(name, "all tokens", 80, known)
+            line = [told, f"{ratio(name, 'all tokens', known):.2f}", f"{steps:.0f}"]
+            for some in whole:
+                line += [at_equal_time(some[name], some["all tokens"], f, known) for f in ("target", "retention")]
+            rows.append(line)
+    return markdown(header, rows, MORE, "tradeoff_paces")
 
 
 PAIR_FIGURES = {"accuracy": "accuracy", "margin": "margin", "target": "loss of chosen", "retention": "retention"}

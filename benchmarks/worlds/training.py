@@ -140,8 +140,8 @@ class _Run:
         return self.world.last_exam(self.setting)
 
     def train(self, steps: Iterable[Callable[[], torch.Tensor]], exam: Callable[[Any], dict[str, float]], count: int):
-        """Take a step by each of the losses, and the exam on the way. `pace`: the median of their seconds; `once`: what it
-        took beside steps before the second one (a reference of its own, theta*)."""
+        """Take a step by each of the losses, and the exam on the way; `pace` is the median of a step's seconds, `once`
+        those spent beside steps before the second one (on a reference of its own, theta*)."""
         last = self.last_exam()
 
         def whole(model: Any) -> dict[str, float]:

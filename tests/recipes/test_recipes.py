@@ -17,6 +17,8 @@ import tuning
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from alphatoken_loss import shared_gain
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 TABLE = {"dpo_qlora": 7, "sft_qlora": 5}
 KEPT = {"dpo_qlora": (0.01, 1.0), "sft_qlora": (0.4, 0.9)}  # along the path: pairs; all at theta*, then half
@@ -136,7 +138,7 @@ def test_settings_are_the_best_of_the_estimator(recipes, tmp_path):
         assert settings(args)["rho"] == 0.3  # the runs' arguments are copies
 
 
-def test_the_adapter_of_a_4_bit_model_trains_in_float32_on_a_cpu(recipes, small_model, tmp_path):
+def test_the_adapter_of_a_4_bit_model_trains_in_float32(recipes, small_model, tmp_path):
     """TRL would have it in bf16."""
     import qlora
     from trl import DPOTrainer, get_peft_config
@@ -155,6 +157,39 @@ def test_the_adapter_of_a_4_bit_model_trains_in_float32_on_a_cpu(recipes, small_
     qlora.adapters_in_float32(trained)
     assert {p.dtype for p in parameters} == {torch.float32}
     assert [p.dtype for p in trained.parameters() if not p.requires_grad] == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["nothing", "files"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_custom_loop(given, small_model, tmp_path, monkeypatch, capsys):
+    """It asks what there is to mask, and trains with that; --plain without."""
+    import custom_loop
+
+    monkeypatch.setattr(custom_loop, "tiny_lm", lambda corpus: small_model)
+    monkeypatch.setattr(custom_loop, "HELD_OUT", (8, 6))
+    monkeypatch.setattr(custom_loop, "FISHER_PROMPTS", 2)
+    asked = []
+    monkeypatch.setattr(custom_loop, "shared_gain", lambda *args: asked.append(args) or shared_gain(*args))
+    argv = ["--steps", "4", "--batch-size", "4", "--learning-rate", "2e-2", "--output-dir", str(tmp_path / "out")]
+    if given == "files":
+        for name, count in (("rows", 30), ("clean", 10)):
+            rows = "".join(json.dumps(row) + "\n" for row in tuning.rows(count))
+            (tmp_path / f"{name}.jsonl").write_text(rows)
+        argv += ["--model", str(small_model), "--dataset", str(tmp_path / "rows.jsonl")]
+        argv += ["--clean", str(tmp_path / "clean.jsonl"), "--rho", "0.6"]
+    custom_loop.main(argv)
+    printed = capsys.readouterr().out
+    (_, target, training), kept = asked[0], float(table(printed)["share of answer tokens kept"][1])
+    assert sum(len(batch["labels"]) for batch in target) == (5 if given == "files" else 8)
+    assert sum(len(batch["labels"]) for batch in training) == 16
+    told = 0.6 if given == "files" else float(printed.split("Keep ")[1].split()[0].rstrip("."))
+    assert kept == pytest.approx((1 + 3 * told) / 4, abs=0.05)  # at theta* all values tie, and all are kept
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+    custom_loop.main([*argv, "--plain"])
+    plain = table(capsys.readouterr().out)
+    assert plain["share of answer tokens kept"][1] == "1.000" and len(asked) == 1
+    assert plain["loss on held-out answers, nats/token"][0] == table(printed)["loss on held-out answers, nats/token"][0]
 
 
 def test_muon_in_float32(recipes):

@@ -83,6 +83,31 @@ def test_the_interval_is_a_bootstrap_over_rows():
     assert low < 0.2 < high < 0.32
 
 
+def test_few_clean_rows_do_not_hide_that_training_rows_lose():
+    """The mean of few clean rows may be 0 or below by chance, and then a ratio to it says nothing: a hundred training
+    rows that lose are told from clean ones all the same, as by the interval of the difference."""
+    spread = torch.tensor([-1.0, -0.5, 0.0, 0.2, 0.4, 0.6, 0.8, 1.3]).double()
+
+    def rows(gains):
+        return torch.stack([10 * gains, torch.full_like(gains, 10.0)], 1)
+
+    clean = rows(spread)  # +0.225 +- 0.26
+    low, high = gain._interval(clean, rows(torch.linspace(-1.2, -0.8, 100).double()))
+    assert low == -math.inf and high < 1
+    assert gain.SharedGain(0.225, -1.0, (low, high)).rho == 0.5
+    # Rows that gain what clean ones do are not told from them, nor are those that may gain more.
+    for mean in (0.225, 0.0):
+        low, high = gain._interval(clean, rows(torch.linspace(mean - 0.1, mean + 0.1, 100).double()))
+        assert low < 1 <= high, (mean, low, high)
+    assert high == math.inf and gain.SharedGain(0.225, 0.0, (low, high)).rho == 1.0
+    # At the edge it is the difference that decides: one is excluded where few draws have a difference of 0 or more.
+    for mean in (-0.15, -0.35):
+        training = rows(torch.full((100,), mean).double())
+        draws = torch.randint(8, (20_000, 8), generator=torch.Generator().manual_seed(7))
+        reaches = (spread[draws].mean(1) <= mean).double().mean() > 0.025
+        assert (gain._interval(clean, training)[1] >= 1) == bool(reaches), mean
+
+
 def test_clean_rows_share_all_and_noise_little():
     """A model that can tell: the clean rows count upwards, noise is of random tokens."""
     torch.manual_seed(0)
