@@ -33,6 +33,7 @@ PATHS = {
     "path, no drift, best() else": "`best()` with lambda 0",
     "path, three blocks, best() else": "`best()` with theta* in the last three blocks alone",
     "path, by sequence, best() else": "`best()` with the upper half of each sequence",
+    "path, from the base, best() else": '`best()` with `path_from="reference"`',
     "path, KL 1.2, best() else": "`best()` with KL 1.2 to theta*",
     "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
     "path, best()": "**`best()`**: path, begun at theta*, KL 0.6 to it",

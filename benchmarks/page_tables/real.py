@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 
 from results import load
+from worlds.real_report import chosen_rates
+from worlds.tables import final, paired, run_of, spread
 
 from .base import markdown, table
 from .path import PAIR_FIGURES, PAIRED, PATHS, PLAIN, against, ends, pairs
@@ -61,6 +63,26 @@ def real_clean_hot() -> str:
 @table
 def real_boilerplate_gaps() -> str:
     return against("path, best()", RATE, TITLES, tuple(FIGURES), "real", "nl2bash, boilerplate")
+
+
+@table
+def real_boilerplate_chosen() -> str:
+    """Each setting at the rate that dev rows choose, of those that were run at more than one; and the preset's lead."""
+    world, best = "nl2bash, boilerplate", "path, best()"
+    runs = [run_of(run) for run in load("real")["results"] if run["world"] == world]
+    tried = {name: sorted({run["lr"] for run in runs if run["name"] == name}) for name in TITLES}
+    chosen = chosen_rates([run for run in runs if len(tried.get(run["name"], ())) > 1])
+    rows = []
+    for name, title in TITLES.items():
+        if name in chosen:
+            rate, some = chosen[name]
+            cells = [spread(final(run, figure) for run in some.values()) for figure in FIGURES]
+            rows.append([title, f"{rate:g} of {', '.join(f'{lr:g}' for lr in tried[name])}", *cells, str(len(some))])
+    for name in chosen:
+        if name != best:
+            leads = [paired(chosen[best][1], chosen[name][1], lambda run, f=f: final(run, f)) for f in FIGURES]
+            rows.append([f"`best()` minus {name.partition(',')[0]}, paired, 95 %", "", *leads, ""])
+    return markdown(["trained on", "lr, chosen on dev rows", *FIGURES.values(), "seeds"], rows, "real")
 
 
 @table

@@ -95,6 +95,7 @@ def supervised() -> Iterator[Setting]:
     yield values("path, by sequence, best() else", **_PATH, threshold_scope="sequence")
     # What best() comes to where the gradient is not made that of a mean over kept tokens: the KL counts 1 / rho times.
     yield values("path, KL 1.2, best() else", **{**_PATH, "path_kl": 1.2})
+    yield values("path, from the base, best() else", **_PATH, path_from="reference")
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
@@ -208,6 +209,7 @@ MAIN = (
     "path, best(), KL 0.3 to the base",
     "path, no drift, best() else",
     "path, KL 1.2, best() else",
+    "path, from the base, best() else",
     "all tokens, from theta*, KL to it",
     "path, best(), rho of the data",
     "path",
