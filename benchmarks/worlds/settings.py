@@ -71,6 +71,7 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 
 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
+RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
 OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
 
@@ -97,6 +98,7 @@ def supervised() -> Iterator[Setting]:
     yield values("path, KL 1.2, best() else", **{**_PATH, "path_kl": 1.2})
     yield values("path, from the base, best() else", **_PATH, path_from="reference")
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
+    yield RENEWED
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
     for name in ("EAFT", "STM", "DFT"):
@@ -210,6 +212,8 @@ MAIN = (
     "path, no drift, best() else",
     "path, KL 1.2, best() else",
     "path, from the base, best() else",
+    "path, theta* renewed",
+    "path, theta* renewed, best() else",
     "all tokens, from theta*, KL to it",
     "path, best(), rho of the data",
     "path",
@@ -280,6 +284,7 @@ def real_supervised() -> Iterator[Setting]:
     yield values("difference", estimator="difference")
     yield Setting("path, best()", "values", BEST)
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
+    yield RENEWED
     yield UNMASKED
     yield OF_DATA
     yield OF_SHARE
