@@ -157,7 +157,7 @@ def _interval(clean: torch.Tensor, training: torch.Tensor) -> tuple[float, float
         return sums[:, 0] / sums[:, 1]
 
     there, here = means(training), means(clean)
-    ratios = torch.where(here > 0, there / here, torch.sign(there - here) * torch.inf)
+    ratios = torch.where(here > 0, there / here, torch.where(there < here, -torch.inf, torch.inf))
     ends = torch.tensor([0.025, 0.975], dtype=ratios.dtype)
     low, high = ratios.quantile(ends, interpolation="nearest").tolist()  # not between: some may be infinite
     return low, high
