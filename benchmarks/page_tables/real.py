@@ -6,6 +6,7 @@ import statistics
 
 from results import load
 from worlds.real_report import chosen_rates
+from worlds.settings import RENEWED
 from worlds.tables import final, paired, run_of, spread
 
 from .base import markdown, table
@@ -53,6 +54,12 @@ def real_boilerplate() -> str:
 @table
 def real_boilerplate_hot() -> str:
     return ends(HOT, TITLES, FIGURES, "real", "nl2bash, boilerplate")
+
+
+@table
+def real_boilerplate_renewed() -> str:
+    """The preset with theta* renewed on the way, minus each other."""
+    return against(RENEWED.name, HOT, TITLES, tuple(FIGURES), "real", "nl2bash, boilerplate")
 
 
 @table
