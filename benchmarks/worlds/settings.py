@@ -72,7 +72,6 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
-WEAKLY_HELD = values("path, KL 0.2, best() else", **{**_PATH, "path_kl": 0.2})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
 OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
 
@@ -286,7 +285,6 @@ def real_supervised() -> Iterator[Setting]:
     yield Setting("path, best()", "values", BEST)
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield RENEWED
-    yield WEAKLY_HELD
     yield UNMASKED
     yield OF_DATA
     yield OF_SHARE
