@@ -7,8 +7,8 @@
 Before the first step it asks what the training rows share with the clean ones (`shared_gain`), and takes the preset
 `AlphaTokenConfig.best` with the share of tokens that this tells. Without `--model`: a small language model made from
 text that ships with Python learns to complete code in a house style, from answers with random forum lines around them
-(see tiny_lm.py). Rows of a dataset have "prompt" and "completion" as text; clean rows say what is to be learned, and
-half of them are tested on. Prints the loss on held-out answers and on held-out prose, before and after.
+(see tiny_lm.py). Rows of a dataset have "prompt" and "completion" as text. Some of the clean rows say what is to be
+learned, the others are tested on. Prints the loss on held-out answers and on held-out prose, before and after.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from results import load
-from worlds.tables import Paces, at_equal_time, paired, ratio, run_of, spread, steps_in_time
+from worlds.tables import Paces, at_equal_time, paired, run_of, spread, steps_in_time, times
 
 from .base import markdown, table
 
@@ -145,7 +145,7 @@ def path_equal_time() -> str:
             counted[f"the same, and {once:.0f} plain steps' time once"] = paces
         for told, known in counted.items():
             steps = steps_in_time(name, "all tokens", 80, known)
-            line = [told, f"{ratio(name, 'all tokens', known):.2f}", f"{steps:.0f}"]
+            line = [told, times(name, "all tokens", known), f"{steps:.0f}"]
             for some in whole:
                 line += [at_equal_time(some[name], some["all tokens"], f, known) for f in ("target", "retention")]
             rows.append(line)

@@ -50,20 +50,14 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def ratio(name: str, base: str, paces: Paces) -> float:
-    return paces[name]["step"] / paces[base]["step"] if name in paces and base in paces else math.nan
-
-
 def steps_in_time(name: str, base: str, steps: float, paces: Paces) -> float:
-    """Steps of a setting in the time of so many of the base, less what it spends once; nan where a pace is unknown."""
-    if name not in paces or base not in paces:
-        return math.nan
+    """Steps of a setting in the time of so many of the base, less what it spends once."""
     left = steps * paces[base]["step"] + paces[base]["once"] - paces[name]["once"]
     return max(left / paces[name]["step"], 0.0)
 
 
 def times(name: str, base: str, paces: Paces) -> str:
-    return f"{ratio(name, base, paces):.2f}" if name in paces and base in paces else ""
+    return f"{paces[name]['step'] / paces[base]['step']:.2f}" if {name, base} <= paces.keys() else ""
 
 
 def quality(groups: dict[str, Runs], base: str, figures: dict[str, str], paces: Paces) -> str:
@@ -95,12 +89,14 @@ def at_equal_time(runs: Runs, base: Runs, figure: str, paces: Paces) -> str:
     """Each run when the time of its base's whole run is over, minus the base; empty where a pace is not known."""
     first = next(iter(base.values()))
     name = next(iter(runs.values()))["name"]
+    if not {name, first["name"]} <= paces.keys():
+        return ""
     steps = steps_in_time(name, first["name"], final(first, "step"), paces)
 
     def of(run: Run) -> float:
         return final(run, figure) if run["name"] == first["name"] else at_step(run, steps, figure)
 
-    return "" if math.isnan(steps) else paired(runs, base, of)
+    return paired(runs, base, of)
 
 
 def at_best(groups: dict[str, Runs]) -> str:

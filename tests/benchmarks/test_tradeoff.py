@@ -7,6 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,27 @@ def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, caps
     tradeoff.main([*arguments, "--pace"])
     paces = json.loads((tmp_path / "paces.json").read_text())["results"]
     assert set(paces) == {"all tokens", "random half"} and all(pace["step"] > 0 for pace in paces.values())
+
+
+def test_what_is_spent_once_is_told_apart_from_steps(small, monkeypatch):
+    """By a clock of its own: a reference of 7 seconds, and steps of 2, the first of 5."""
+    _, world, _ = small
+    now, loss = [0.0], training._Supervised.loss
+
+    def slow(run, number):
+        now[0] += 2 if number else 5
+        return loss(run, number)
+
+    def tune(*_):
+        now[0] += 7
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training, "tune_reference", tune)
+    monkeypatch.setitem(training.SELECTIONS, "rho1", training.SELECTIONS["oracle"])
+    monkeypatch.setattr(training._Supervised, "loss", slow)
+    (setting,) = (s for s in settings.supervised() if s.name == "RHO-1, clean reference")
+    last = training.run(world, setting, 1e-4, 0)["curve"][-1]
+    assert (last["pace"], last["once"]) == (2, 7 + 5 - 2)
 
 
 def test_no_path_of_this_machine_is_written():
