@@ -18,6 +18,8 @@ MORE = "path_more"  # runs on a second base
 # Setting of runs.json -> what the pages call it.
 PATHS = {
     "all tokens": "all tokens",
+    "validation mixed in": "validation examples mixed into the batches",
+    "validation only": "the 32 validation examples alone",
     "KL 0.1": "all tokens with KL 0.1 to the base",
     "KL 0.3": "all tokens with KL 0.3 to the base",
     "KL 1.0": "all tokens with KL 1 to the base",

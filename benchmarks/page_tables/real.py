@@ -6,13 +6,14 @@ import statistics
 
 from results import load
 from worlds.real_report import chosen_rates
-from worlds.settings import RENEWED
-from worlds.tables import final, paired, run_of, spread
+from worlds.settings import OF_DATA, RENEWED, UNMASKED
+from worlds.tables import Run, Runs, final, paired, run_of, spread
 
 from .base import markdown, table
-from .path import PAIR_FIGURES, PAIRED, PATHS, PLAIN, against, ends, pairs
+from .path import MORE, PAIR_FIGURES, PAIRED, PATHS, PLAIN, TOY_RATES, against, by_setting, ends, pairs
 
 RATE, HOT, PAIR_RATES = (5e-4,), (2e-3,), (1.25e-4,)
+BEST, NOISY = "path, best()", "nl2bash, boilerplate"
 TITLES = {**PATHS, "path, from theta*": "path, begun at theta*, no KL"}
 FIGURES = {"target": "target", "retention": "WikiText-2", "gsm8k loss": "GSM8K", "tasks": "tasks, mean accuracy"}
 
@@ -48,18 +49,18 @@ def real_gsm8k() -> str:
 
 @table
 def real_boilerplate() -> str:
-    return ends(RATE, TITLES, FIGURES, "real", "nl2bash, boilerplate")
+    return ends(RATE, TITLES, FIGURES, "real", NOISY)
 
 
 @table
 def real_boilerplate_hot() -> str:
-    return ends(HOT, TITLES, FIGURES, "real", "nl2bash, boilerplate")
+    return ends(HOT, TITLES, FIGURES, "real", NOISY)
 
 
 @table
 def real_boilerplate_renewed() -> str:
     """The preset with theta* renewed on the way, minus each other."""
-    return against(RENEWED.name, HOT, TITLES, tuple(FIGURES), "real", "nl2bash, boilerplate")
+    return against(RENEWED.name, HOT, TITLES, tuple(FIGURES), "real", NOISY)
 
 
 @table
@@ -69,32 +70,66 @@ def real_clean_hot() -> str:
 
 @table
 def real_boilerplate_gaps() -> str:
-    return against("path, best()", RATE, TITLES, tuple(FIGURES), "real", "nl2bash, boilerplate")
+    return against(BEST, RATE, TITLES, tuple(FIGURES), "real", NOISY)
+
+
+def runs_of(world: str) -> list[Run]:
+    return [run_of(run) for run in load("real")["results"] if run["world"] == world]
 
 
 @table
 def real_boilerplate_chosen() -> str:
-    """Each setting at the rate that dev rows choose, of those that were run at more than one; and the preset's lead."""
-    world, best = "nl2bash, boilerplate", "path, best()"
-    runs = [run_of(run) for run in load("real")["results"] if run["world"] == world]
-    tried = {name: sorted({run["lr"] for run in runs if run["name"] == name}) for name in TITLES}
-    chosen = chosen_rates([run for run in runs if len(tried.get(run["name"], ())) > 1])
-    rows = []
-    for name, title in TITLES.items():
-        if name in chosen:
-            rate, some = chosen[name]
-            cells = [spread(final(run, figure) for run in some.values()) for figure in FIGURES]
-            rows.append([title, f"{rate:g} of {', '.join(f'{lr:g}' for lr in tried[name])}", *cells, str(len(some))])
-    for name in chosen:
-        if name != best:
-            leads = [paired(chosen[best][1], chosen[name][1], lambda run, f=f: final(run, f)) for f in FIGURES]
-            rows.append([f"`best()` minus {name.partition(',')[0]}, paired, 95 %", "", *leads, ""])
+    """Each setting at the rate that dev rows choose, of those that it was run at; and the preset's lead."""
+    runs = [run for run in runs_of(NOISY) if run["name"] in TITLES]
+    chosen, rows = chosen_rates(runs), []
+    for name in filter(chosen.get, TITLES):
+        rate, some = chosen[name]
+        tried = sorted({run["lr"] for run in runs if run["name"] == name})
+        of = f"of {', '.join(f'{lr:g}' for lr in tried)}" if len(tried) > 1 else "alone"
+        cells = [spread(final(run, figure) for run in some.values()) for figure in FIGURES]
+        rows.append([TITLES[name], f"{rate:g} {of}", *cells, str(len(some))])
+    best = chosen[BEST][1]
+    for name in filter(chosen.get, TITLES):
+        if name != BEST:
+            leads = [paired(best, chosen[name][1], lambda run, f=f: final(run, f)) for f in FIGURES]
+            rows.append([f"`best()` minus {TITLES[name]}, paired, 95 %", "", *leads, ""])
     return markdown(["trained on", "lr, chosen on dev rows", *FIGURES.values(), "seeds"], rows, "real")
 
 
 @table
+def evidence_short() -> str:
+    """The real model with noise and without, each at the rate that dev rows choose, and the toy at its hot rate."""
+    noisy, clean = ({name: some for name, (_, some) in chosen_rates(runs_of(w)).items()} for w in (NOISY, "nl2bash"))
+    toy = {
+        name: {seed: run_of(run) for seed, run in some.items()}
+        for name, some in by_setting(PATHS, TOY_RATES[0], MORE).items()
+    }
+    rivals = ("all tokens", "KL 0.3", "validation only", "RHO-1, clean reference")
+    lines = [(TITLES[name], (name, name, name)) for name in rivals]
+    lines.append(("**`best(rho=...)`**, rho as `shared_gain` tells", (BEST, UNMASKED.name, OF_DATA.name)))
+    worlds = ((noisy, ("target", "gsm8k loss")), (clean, ("target", "gsm8k loss")), (toy, ("target", "retention")))
+
+    def row(title: str, of: tuple[Runs, ...], at: int) -> list[str]:
+        cells = []
+        for runs, (_, figures) in zip(of, worlds, strict=True):
+            cells += [spread(run["curve"][at][f] for run in runs.values()) if runs else "" for f in figures]
+        seeds = [len(runs) for runs in of]
+        return [title, *cells, " / ".join(map(str, seeds))]
+
+    before = [{0: next(iter(world["all tokens"].values()))} for world, _ in worlds]
+    rows = [[*row("before tuning", tuple(before), 0)[:-1], ""]]
+    for title, names in lines:
+        of = tuple(world.get(name, {}) for (world, _), name in zip(worlds, names, strict=True))
+        if any(of):
+            rows.append(row(title, of, -1))
+    header = ["trained on", "real, noisy: target", "GSM8K", "real, clean: target", "GSM8K", "toy, noisy: target",
+              "retention", "seeds"]  # fmt: skip
+    return markdown(header, rows, "real", MORE)
+
+
+@table
 def real_boilerplate_kept() -> str:
-    return kept("nl2bash, boilerplate")
+    return kept(NOISY)
 
 
 @table
