@@ -298,6 +298,7 @@ class AlphaToken:
             return Weighed(self.model, batch, None if known else self.selection.after)
         compares, scored = self.config.path_kl > 0, self._scored()
         if known and not compares:
+            self.source.count(scored)
             self._memory.begin(self.source, scored, batch)  # training begins there, whatever is masked
             return Weighed(self.model, batch, None)
         if asked.coef > 0 and self._estimator.gate == "block":

@@ -79,8 +79,11 @@ class Penalties:
 
     @property
     def kl(self) -> torch.Tensor | None:
-        """Their sum, a scalar with graph, when the forward has run."""
+        """Their sum, a scalar with graph, when the forward has run. Without grad nothing runs at theta*: then that KL
+        is 0, so that a loss with it is the plain one."""
         found = [penalty.kl for penalty in self._of.values() if penalty.kl is not None]
+        if not found and self.path_kl > 0 and not torch.is_grad_enabled():
+            return torch.zeros(())
         return sum(found[1:], found[0]) if found else None
 
     def forget(self) -> None:

@@ -137,8 +137,9 @@ class Fisher:
         saved = json.loads(about["about"])
         start = NOWHERE_ELSE
         if started:
-            base = torch.tensor(saved["start"]["base"], dtype=torch.float64)
-            start = Start(started, saved["start"]["adapters_on"], base)
+            base = saved["start"]["base"]
+            told_by = None if base is None else torch.tensor(base, dtype=torch.float64)
+            start = Start(started, saved["start"]["adapters_on"], told_by)
         return cls(factors, saved["prompts"], tuple(saved["base"]), others, start)
 
     def check(self, scored: Scored) -> None:

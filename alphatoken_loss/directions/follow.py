@@ -23,6 +23,7 @@ from ..config import AlphaTokenConfig
 from ..losses.logps import token_logps
 from ..losses.preference import LOSSES, pair_logps, reference_logps
 from ..models import tensors
+from ..models.changes import undoing
 from ..models.modes import autocast_without_cache, refuse_inference_mode, without_noise
 from ..models.processes import all_counts, all_sum
 from ..models.sites import Scored, find_scored
@@ -34,6 +35,7 @@ from .gradients import Loss, scored_gradients
 from .path import Path, accumulated, run_at
 
 
+@undoing
 def make_path(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any] | Batch],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -19,13 +19,15 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..files import write_whole
 from ..losses.logps import token_logps
+from ..models.changes import Changes, undoing
 from ..models.modes import without_noise
 from ..models.sites import Scored, find_scored
-from ..models.structure import unwrap
+from ..models.structure import name_in, unwrap
 from ..models.tensors import accumulation_dtype
 from .fisher import base_of, check_same_base
 
 _FORMAT = "alphatoken_loss.path.1"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Path:
                 "training. Name another one of them, or give a Path."
             )
         own = dict(inner.named_parameters())
-        names = {name: name.replace(f".{active}.", f".{adapter}.") for name in scored.parameters}
-        found = {name: own[other].detach().clone() for name, other in names.items() if other in own and other != name}
+        names = {name: name_in(adapter, name, active, own) for name in scored.parameters}
+        found = {name: own[other].detach().clone() for name, other in names.items() if other is not None}
         path = cls(accumulated(found), base=base_of(inner))
         path.check(scored)
         _check_alike(inner, own, active, adapter)
@@ -96,6 +98,7 @@ class Path:
                 )
         return own
 
+    @undoing
     def logps(self, model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Tensor:
         """Log-probabilities of a batch's labels at theta*, without dropout: what `path_logps` of a batch holds.
 
@@ -193,7 +196,7 @@ def _check_alike(model: nn.Module, own: Mapping[str, nn.Parameter], active: str,
                 f"{both[1]:g}, so that these parameters mean another function in each. Train path's adapter with the "
                 "same r, lora_alpha and use_rslora."
             )
-    beyond = [name for name in own if f".{adapter}." in name and name.replace(f".{adapter}.", f".{active}.") not in own]
+    beyond = [name for name in own if f".{adapter}." in name and name_in(active, name, adapter, own) is None]
     if beyond:
         raise ValueError(
             f"path's adapter {adapter!r} has {beyond[0]}, which {active!r} in training has not. Give one of the same "
@@ -201,21 +204,12 @@ def _check_alike(model: nn.Module, own: Mapping[str, nn.Parameter], active: str,
         )
 
 
-class _At(nn.Module):
-    """A function of a model, which `functional_call` runs with other tensors in the place of its parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Any) -> Any:
-        return run(self.model)
-
-
-def run_at(model: nn.Module, moved: Mapping[str, torch.Tensor], run: Any) -> Any:
+def run_at(model: nn.Module, moved: Mapping[str, torch.Tensor], run: Callable[[nn.Module], _T]) -> _T:
     """`run(model)` with `moved` in the place of parameters of these names; theirs are never written to."""
-    holder = _At(model)
-    return torch.func.functional_call(holder, {f"model.{name}": tensor for name, tensor in moved.items()}, (run,))
+    own = dict(model.named_parameters())
+    with Changes() as changes:  # functional_call would leave them there if Ctrl-C cut its end short
+        changes.replace(model, {id(own[name]): tensor for name, tensor in moved.items()})
+        return run(model)
 
 
 def accumulated(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

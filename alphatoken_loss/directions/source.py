@@ -156,16 +156,20 @@ class Source:
         self._moved(scored)
 
     def state_dict(self, scored: Scored) -> dict[str, Any]:
-        """The target, if it was estimated from batches, and the age of it or of the path, after the last step."""
+        """The target's gradients, if it was estimated from batches, and the age of it or of the path, after the last
+        step: tensors and numbers, which `torch.load` takes."""
         if self.batches is None or (self.target is None and self.path is None):
-            return {"target": None, "age": 0, "turn": 0}
+            return {"target": {}, "tokens": 0, "age": 0, "turn": 0}
         self.count(scored)
-        return {"target": self.target, "age": self.age, "turn": self._turn}
+        held = self.target or Target({}, 0)
+        return {"target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
 
     def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
-        if state["target"] is not None:
-            state["target"].check(scored)
-            self.target = state["target"]
+        if state["target"]:
+            target = Target(state["target"], state["tokens"])
+            target.check(scored)
+            here = {name: target.gradients[name].to(p.device) for name, p in scored.parameters.items()}
+            self.target = Target(here, target.tokens)
         self.age, self._turn = state["age"], state["turn"]
         self._state = None
 
@@ -183,17 +187,17 @@ class Source:
         self.count(scored)
         if self.batches is None or (self.target is not None and self.age < self.config.target_every):
             return
-        self.age = 0
         decay = self.config.target_decay
         if self.target is None or decay is None:
             self.target = estimate_target(self.model, scored, self.batches)
-            return
-        held = self.target
-        if not self._turn:  # the first is from all parts, but counts as a later one, from one part
-            held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
-        part = self._parts[self._turn % len(self._parts)] if self._parts else []
-        self._turn += 1
-        self.target = held.averaged(estimate_target(self.model, scored, part), decay)
+        else:
+            held = self.target
+            if not self._turn:  # the first is from all parts, but counts as a later one, from one part
+                held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
+            part = self._parts[self._turn % len(self._parts)] if self._parts else []
+            self.target = held.averaged(estimate_target(self.model, scored, part), decay)
+            self._turn += 1
+        self.age = 0  # not before: if estimating fails, the next try makes it
 
     def _moved(self, scored: Scored) -> bool:
         """Whether the scored parameters have changed since the last call.

@@ -96,7 +96,6 @@ class PathMemory(Memory):
 
     def begin(self, source: Source, scored: Scored, batch: Batch) -> None:
         if self.config.path_start and not self._applied:
-            source.count(scored)
             self._path(source, scored, batch)
             self.enter(source, scored)
 
@@ -124,10 +123,11 @@ class PathMemory(Memory):
                 'estimator="path" was given neither a target nor a path, and the batch brings no path_logps. Give '
                 "target validation batches, or path, made with make_path(model, batches)."
             )
-        source.age = 0
         source.ensure_fisher(scored, batch)
         batches, config = source.target_batches(scored), replace(self.config, **changes)
-        return follow(source.model, scored, batches, source.drift_fisher, ref_model=source.ref_model, config=config)
+        path = follow(source.model, scored, batches, source.drift_fisher, ref_model=source.ref_model, config=config)
+        source.age = 0  # not before: if making it fails, the next try makes it
+        return path
 
 
 def check_column(config: AlphaTokenConfig, path: Path | None) -> None:

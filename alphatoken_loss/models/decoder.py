@@ -21,6 +21,7 @@ from .forwards import (
     refuse_compiled_call,
     refuse_packed_with_cache,
     renew_forward,
+    with_hidden,
 )
 from .modes import may_draw, without_checkpointing
 from .structure import causal_lm, find_decoder, learns_prompts, runs_apart, unwrap
@@ -102,10 +103,7 @@ class DecoderForward:
             watched, call = call, None
             hidden = hidden_of(output)
             check_batch(self.batch, hidden.shape[0], hidden.shape[1], virtual=self.virtual)
-            if isinstance(output, tuple):
-                return (on_hidden(watched, hidden), *output[1:])
-            output.last_hidden_state = on_hidden(watched, hidden)
-            return output
+            return with_hidden(output, on_hidden(watched, hidden))
 
         with Changes() as changes:
             renew_forward(self.entry, changes)

@@ -58,6 +58,24 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
+def with_hidden(output: Any, gated: torch.Tensor) -> Any:
+    """What a decoder returned, with another tensor in the place of its last hidden state, also where that is listed
+    among all hidden states."""
+    hidden = hidden_of(output)
+
+    def placed(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(map(placed, part))
+        return gated if part is hidden else part
+
+    if isinstance(output, tuple):
+        return placed(output)
+    output.last_hidden_state = gated
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = placed(output.hidden_states)
+    return output
+
+
 def refuse_packed_with_cache(batch: Batch, decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError if a decoder is called with a cache on a packed batch."""
     caching = kwargs.get("use_cache")

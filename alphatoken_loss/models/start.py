@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .changes import Changes
-from .structure import unwrap
+from .structure import name_in, unwrap
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained further
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of LoraConfig.init_lora_weights
@@ -125,7 +125,8 @@ def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> Non
             "set_adapter(), or pass ref_model."
         )
     name = active[0]
-    beside = [n for n in start.tensors if f".{name}." not in n]
+    named, of_adapters = dict(model.named_parameters()), _of_adapters(model)
+    beside = [n for n in start.tensors if id(named[n]) not in of_adapters]
     if beside:
         raise ValueError(
             f"{beside[0]} is trained beside the adapters ({len(beside)} such parameters) and stays trained when they "
@@ -140,23 +141,28 @@ def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> Non
     named = dict(model.named_parameters())
     with torch.no_grad():
         for own, tensor in named.items():
-            if f".{REFERENCE_ADAPTER}." in own:
-                of = own.replace(f".{REFERENCE_ADAPTER}.", f".{name}.")
+            of = name_in(name, own, REFERENCE_ADAPTER, named)
+            if of is not None:
                 tensor.copy_(start.tensors.get(of, named[of]))
     _starts[model] = NOWHERE_ELSE  # the adapter "ref" has it now
 
 
 def _copied(model: nn.Module, *, adapters_on: bool) -> Start:
-    wrappers = _wrappers(model)
-    if not wrappers:
+    if not _wrappers(model):
         return NOWHERE_ELSE
-    of_adapters: set[int] = set()
-    for wrapper, inner in wrappers:
-        inside = set() if inner is None else {id(p) for p in inner.parameters()}
-        of_adapters |= {id(p) for p in wrapper.parameters() if id(p) not in inside}
+    of_adapters = _of_adapters(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = {name: p.detach().clone() for name, p in trained.items() if adapters_on or id(p) not in of_adapters}
     return Start(kept, adapters_on, _numbers(model)) if kept else NOWHERE_ELSE
+
+
+def _of_adapters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that adapters add."""
+    found: set[int] = set()
+    for wrapper, inner in _wrappers(model):
+        inside = set() if inner is None else {id(p) for p in inner.parameters()}
+        found |= {id(p) for p in wrapper.parameters() if id(p) not in inside}
+    return found
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -188,9 +194,17 @@ def _moved_bases(model: nn.Module) -> bool:
     return any(init.startswith(_MOVES_THE_BASE) for init in inits)
 
 
+def _weight(module: nn.Module | None, of_adapters: set[int]) -> torch.Tensor | None:
+    """A weight of an adapted module: that of a linear, or the first of experts that are one module."""
+    weight = getattr(module, "weight", None)
+    if module is None or isinstance(weight, torch.Tensor):
+        return weight
+    return next((p for p in module.parameters() if id(p) not in of_adapters), None)
+
+
 def _numbers(model: nn.Module) -> torch.Tensor | None:
-    weights = [w for _, inner in _wrappers(model) if isinstance(w := getattr(inner, "weight", None), torch.Tensor)]
-    found = []
+    of_adapters, found = _of_adapters(model), []
+    weights = [w for _, inner in _wrappers(model) if (w := _weight(inner, of_adapters)) is not None]
     for weight in weights[:: max(1, len(weights) // 8)]:
         flat = weight.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long()

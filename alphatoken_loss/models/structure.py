@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     return model
+
+
+def name_in(adapter: str, name: str, own: str, named: Mapping[str, object]) -> str | None:
+    """The name that a parameter of the adapter `own` has in another adapter, if it is among `named`."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts) if part == own]  # modules may be called what an adapter is
+    found = (".".join([*parts[:place], adapter, *parts[place + 1 :]]) for place in reversed(places))
+    return next((other for other in found if other in named), None)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +17,11 @@ from ..config import AlphaTokenConfig
 from ..directions.follow import HELD_OUT, apart, make_path
 from ..directions.path import Path
 from ..losses.logps import token_logps
+from ..models.changes import undoing
 from ..models.modes import without_noise
 from ..models.processes import all_counts, all_rows
 from ..models.sites import find_scored
 from ..models.structure import unwrap
-
-_DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class SharedGain:
     Attributes:
         clean (`float`): of clean rows that theta* was not made of.
         training (`float`): of training rows.
-        interval (`tuple`): confidence interval of `share`: a bootstrap over rows of both, a twentieth of it outside. An
-            end is infinite where too few clean rows were held out to tell that theta* helps with them.
+        interval (`tuple`): 95 % confidence interval of `share` over rows of both (Fieller's, by Student's t). An end is
+            infinite where too few clean rows were held out to tell that theta* helps with them.
     """
 
     clean: float
@@ -63,6 +63,12 @@ class SharedGain:
                 "token): values along this path would say nothing. Give more clean rows, or a lower path_rate."
             )
         low, high = self.interval
+        if math.isinf(low) and math.isinf(high):
+            return (
+                f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones, "
+                "of which too few were held out to tell the two apart. Give more clean rows (of 32, 8 are held out). "
+                "Keep 1.00."
+            )
         return (
             f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones: a "
             f"share of {self.share:.2f} (95 %: {low:.2f} to {high:.2f}). Near 1, training rows are like the clean "
@@ -71,6 +77,7 @@ class SharedGain:
         )
 
 
+@undoing
 def shared_gain(
     model: nn.Module,
     target: Iterable[Mapping[str, Any] | Batch] | Mapping[str, Any],
@@ -144,20 +151,40 @@ def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any
 
 
 def _interval(clean: torch.Tensor, training: torch.Tensor) -> tuple[float, float]:
-    """95 % of the ratio of the training rows' mean gain to the clean rows'.
+    """95 % of the ratio of the training rows' mean gain to the clean rows', by Fieller's theorem.
 
-    Of a draw whose clean rows gain nothing the ratio has no meaning, but it is known on which side of 1 it stands:
-    below, infinitely far, where training rows gain less. So the interval reaches 1 where the difference's reaches 0.
+    In it are the ratios r at which training - r * clean may be 0, by Student's t: 1, where the difference may be 0. If
+    the clean gain itself may be 0, there is no bound on one side, or on both.
     """
-    generator = torch.Generator().manual_seed(0)
+    (here, own), (there, other) = _mean(clean), _mean(training)
+    squared = _student(min(len(clean), len(training)) - 1) ** 2
+    # r is in the interval if least * r^2 - 2 * here * there * r + rest <= 0.
+    least, rest = here**2 - squared * own, there**2 - squared * other
+    apart = (there - here) ** 2 > squared * (own + other)
+    if not (least > 0 or (least < 0 and apart)):
+        return -math.inf, math.inf
+    half = math.sqrt(max((here * there) ** 2 - least * rest, 0.0))
+    low, high = sorted((here * there + sign * half) / least for sign in (-1, 1))
+    if least > 0:
+        return low, high
+    return (-math.inf, low) if there < here else (high, math.inf)  # between the two, where 1 is, is none
 
-    def means(rows: torch.Tensor) -> torch.Tensor:
-        places = torch.randint(len(rows), (_DRAWS, len(rows)), generator=generator)
-        sums = rows[places].sum(1)
-        return sums[:, 0] / sums[:, 1]
 
-    there, here = means(training), means(clean)
-    ratios = torch.where(here > 0, there / here, torch.where(there < here, -torch.inf, torch.inf))
-    ends = torch.tensor([0.025, 0.975], dtype=ratios.dtype)
-    low, high = ratios.quantile(ends, interpolation="nearest").tolist()  # not between: some may be infinite
-    return low, high
+def _mean(rows: torch.Tensor) -> tuple[float, float]:
+    """Nats gained a token, and the variance of that, of rows that count by their tokens; infinite of one row."""
+    count, (nats, tokens) = len(rows), rows.sum(0).tolist()
+    mean = nats / tokens
+    residuals = float((rows[:, 0] - mean * rows[:, 1]).square().sum())
+    return mean, count / (count - 1) * residuals / tokens**2 if count > 1 else math.inf
+
+
+def _student(freedom: int) -> float:
+    """Student's t, of which a fortieth is above."""
+    if freedom < 1:
+        return math.inf
+    if freedom <= len(_FEW):
+        return _FEW[freedom - 1]
+    return 1.960 + 2.372 / freedom + 2.823 / freedom**2  # Cornish and Fisher
+
+
+_FEW = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)  # of 1 to 7 degrees of freedom

@@ -10,7 +10,6 @@ import torch
 from accelerate.logging import get_logger
 
 from ..directions.fisher import Fisher
-from ..directions.target import Target
 from ..files import read_tensors, write_tensors
 from ..gate import AlphaToken
 from .arguments import AlphaTokenArguments
@@ -41,9 +40,8 @@ class Checkpoints(_Trainer):
         if self._gate is None or not self._gate.selection.valued or not self.args.should_save:
             return
         state = self._gate.state_dict()
-        target = state["target"] or Target({}, 0)
-        about = {"age": state["age"], "turn": state["turn"], "tokens": target.tokens}
-        tensors = {**target.gradients, **{f"{_STEPS}{name}": tensor for name, tensor in state["steps"].items()}}
+        about = {name: state[name] for name in ("age", "turn", "tokens")}
+        tensors = {**state["target"], **{f"{_STEPS}{name}": tensor for name, tensor in state["steps"].items()}}
         write_tensors(Path(output_dir) / STATE_FILE, tensors, kind=_KIND, about={"about": json.dumps(about)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -56,12 +54,10 @@ class Checkpoints(_Trainer):
         if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
             begun = {"applied": torch.tensor(True)}  # or path_start would go back to theta*
-            gate.load_state_dict({"target": None, "age": 0, "turn": 0, "steps": begun})
+            gate.load_state_dict({"target": {}, "tokens": 0, "age": 0, "turn": 0, "steps": begun})
             return
         what = "state of token values (delete it to resume with a target that is estimated anew)"
         tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what)
-        about = json.loads(words["about"])
-        gradients = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
-        target = Target(gradients, about["tokens"]) if gradients else None
-        steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in gradients}
-        gate.load_state_dict({"target": target, "age": about["age"], "turn": about["turn"], "steps": steps})
+        target = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
+        steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in target}
+        gate.load_state_dict({**json.loads(words["about"]), "target": target, "steps": steps})

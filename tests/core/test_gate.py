@@ -149,6 +149,37 @@ def test_any_loss_on_the_logits():
     assert_same_grads(grads_of(model), expected, TOL64)
 
 
+@pytest.mark.parametrize("returned", ["dict", "tuple"])
+@pytest.mark.parametrize("estimator", ["ghost", "exact", "difference", "path", "given"])
+def test_a_loss_on_the_listed_hidden_states(estimator, returned):
+    """A head that the user runs on the last of `hidden_states` is masked as one on `last_hidden_state` is."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    options = {"path_steps": 2, "path_kl": 0.5} if estimator == "path" else {}
+    kind = "difference" if estimator == "given" else estimator
+    config = AlphaTokenConfig(estimator=kind, stability_weight=0, **options)
+    given = (torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    found = []
+    for listed in (False, True):
+        gate = AlphaToken(model, target=cases.validation(), config=config)
+        with gate(batch, weights=given if estimator == "given" else None) as step:
+            whole = model(**inputs, use_cache=False, output_hidden_states=True, return_dict=returned == "dict")
+            logits, hidden = (whole.logits, whole.hidden_states) if returned == "dict" else (whole[0], whole[-1])
+            logits = model.get_base_model().lm_head(hidden[-1]) if listed else logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+            (loss if step.kl is None else loss + step.kl).backward()
+        assert 0 < gate.metrics()["kept"] < 1
+        found.append(grads_of(model))
+        model.zero_grad()
+    assert_same_grads(found[1], found[0], TOL64)
+    F.cross_entropy(model(**inputs).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    assert error_of(found[1], grads_of(model)) > 1e-2, "nothing was masked"
+
+
+def error_of(found, wanted):
+    return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+
 def test_gradients_accumulate():
     """Two contexts without an optimizer step in between: `.grad` adds up."""
     model = lora_model("llama")
@@ -630,6 +661,71 @@ def test_state_dict_resumes_the_target_and_its_age(stop):
         assert torch.equal(gradient, gates[2].target.gradients[name]), name
     for (name, p), q in zip(whole.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "path"])
+def test_a_state_goes_through_a_file_and_to_the_device(estimator, tmp_path):
+    """`torch.load` reads it as it does by default; tensors that were read on one device go to the model's."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    options = {"path_steps": 2} if estimator == "path" else {}
+    config = AlphaTokenConfig(estimator=estimator, stability_weight=0, **options)
+    first, second = (AlphaToken(model, target=cases.validation(), config=config) for _ in range(2))
+    sft_loss(model, batch, first).backward()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    second.load_state_dict(state)
+    sft_loss(model, batch, second).backward()
+    assert torch.equal(second.values.total, first.values.total)
+    if estimator == "ghost":
+        away = AlphaToken(model.to("meta"), target=cases.validation(), config=config)
+        away.load_state_dict(state)
+        assert {gradient.device.type for gradient in away.target.gradients.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("estimator", ["difference", "path"])
+def test_what_could_not_be_made_anew_is_made_at_the_next_try(estimator, monkeypatch):
+    model, batch = lora_model("llama"), sft_batch("right")
+    options = {"path_steps": 2, "path_every": 2} if estimator == "path" else {"target_every": 2}
+    config = AlphaTokenConfig(estimator=estimator, stability_weight=0, **options)
+    gate = AlphaToken(model, target=cases.validation(), config=config)
+    made = "estimators.path.follow" if estimator == "path" else "directions.source.estimate_target"
+    held = lambda: gate.path if estimator == "path" else gate.target  # noqa: E731
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def step():
+        sft_loss(model, batch, gate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    before = held()
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"alphatoken_loss.{made}", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            step()
+    assert held() is before and gate.source.age == 2
+    step()
+    assert held() is not before and gate.source.age == 0
+
+
+def test_steps_in_contexts_with_given_weights_count():
+    model, batch = lora_model("llama"), sft_batch("right")
+    gate = gate_for(model, target_every=3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for weights in (None, torch.ones(batch["labels"].shape), torch.ones(batch["labels"].shape)):
+        with gate(batch, weights=weights):
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = gate.target
+    with gate(batch):
+        model(**batch).loss.backward()
+    assert gate.target is not before and gate.source.age == 0
 
 
 def test_metrics_report_the_share_and_the_terms():

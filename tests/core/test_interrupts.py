@@ -13,7 +13,16 @@ from batches import pair_batch, sft_batch
 from models import lora_model
 from state import differences, snapshot
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, alphatoken_weights, dpo_loss, estimate_fisher
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    Fisher,
+    alphatoken_weights,
+    dpo_loss,
+    estimate_fisher,
+    make_path,
+    shared_gain,
+)
 from alphatoken_loss.models import changes
 
 pytestmark = pytest.mark.slow
@@ -46,6 +55,7 @@ def gated(estimator):
         alphatoken, batch = AlphaToken(model, target=cases.validation(), fisher=fisher, config=config), sft_batch()
 
         def act():
+            alphatoken.source.path = None  # theta* is made in each try
             with alphatoken(batch, kl_coef=0.1) as step:
                 (model(**batch).loss + step.kl).backward()
 
@@ -70,10 +80,22 @@ def fisher(model):
     return lambda: estimate_fisher(model, [[3, 4, 5], [6]], config=config, max_new_tokens=2, progress=False)
 
 
+def path(model):
+    config = AlphaTokenConfig(estimator="path", path_steps=2, path_rate=1e-3)
+    return lambda: make_path(model, cases.validation(), config=config, progress=False)
+
+
+def gain(model):
+    config = AlphaTokenConfig(path_steps=2, path_rate=1e-3)
+    return lambda: shared_gain(model, cases.validation(), [sft_batch()], config=config, progress=False)
+
+
 ACTS = {name: gated(name) for name in SETTINGS} | {
     "weights": weights,
     "dpo": dpo,
     "fisher": fisher,
+    "make_path": path,
+    "shared_gain": gain,
 }
 
 

@@ -15,6 +15,7 @@ from checks import TOL64, TOL_NF4, assert_close, error
 from explicit import norms_in_own_dtype
 from models import base_model, lora_model, nf4_lora_model
 from paths import at, explicit_path, given_fisher, mean_loss, names_of, walk
+from peft import LoraConfig, get_peft_model
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, Path, make_path
@@ -392,6 +393,14 @@ def test_of_another_adapter():
     assert set(found) == set(names_of(model))
     for name, tensor in found.items():
         assert torch.equal(tensor, own[name.replace(".default.", ".star.")]), name
+    base = base_model("llama")  # whose modules are called "model" too
+    named = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="model")
+    named.add_adapter("star", named.peft_config["model"])
+    named.set_adapter("model")
+    own = dict(named.named_parameters())
+    for name, tensor in Path.of_adapter(named, "star").parameters.items():
+        head, _, end = name.rpartition(".model.")
+        assert torch.equal(tensor, own[f"{head}.star.{end}"]), name
     for name in ("default", "moon"):
         with pytest.raises(
             ValueError, match=rf"path is the adapter '{name}'; the model's adapters are .*default.*star"

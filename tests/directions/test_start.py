@@ -22,6 +22,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils import loftq_utils
 from state import differences, snapshot
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from alphatoken_loss import (
     AlphaToken,
@@ -35,7 +36,7 @@ from alphatoken_loss import (
 )
 from alphatoken_loss.directions.drift import drift
 from alphatoken_loss.models.sites import find_scored
-from alphatoken_loss.models.start import add_reference_adapter
+from alphatoken_loss.models.start import add_reference_adapter, start_of
 
 GRADIENTS = hasattr(peft, "LoraGAConfig")  # not in every PEFT that pyproject.toml admits
 MOVED = ("pissa", "pissa_niter_4", "olora", *(["lora_ga"] if GRADIENTS else []), "corda", "loftq")
@@ -218,6 +219,47 @@ def test_remember_start_holds_an_adapter_that_is_trained_further_to_where_it_is(
     assert abs(float(dpo_loss(model, None, pair_batch()).detach()) - math.log(2)) > 1e-3, "by default: the base"
     remember_start(model)
     assert float(dpo_loss(model, None, pair_batch()).detach()) == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_the_start_of_adapters_on_experts_goes_through_a_file(tmp_path):
+    """These are parameters of one module, which has no weight of its own."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=40, num_key_value_heads=2, num_local_experts=2, **shape))
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+
+    def made():
+        torch.manual_seed(1)
+        return get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=[], target_parameters=experts))
+
+    model, config = made(), AlphaTokenConfig(estimator="difference")
+    remember_start(model)
+    estimate_fisher(model, [[3, 4]], config=config, max_new_tokens=2, progress=False).save(tmp_path / "fisher")
+    resumed = made()
+    with torch.no_grad():
+        for name, parameter in resumed.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1)
+    fisher = Fisher.load(tmp_path / "fisher")
+    AlphaToken(resumed, target=[sft_batch("none")], fisher=fisher, config=config)
+    for name, tensor in start_of(model).tensors.items():
+        assert torch.equal(start_of(resumed).tensors[name], tensor), name
+
+
+def test_what_is_trained_beside_an_adapter_of_a_modules_name_is_refused():
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(base_model("llama", dtype=torch.float32), config, adapter_name="model")
+    norm = model.base_model.model.model.norm.weight
+    norm.requires_grad_()
+    with pytest.raises(ValueError, match=r"norm\.weight is trained beside the adapters \(1 such"):
+        add_reference_adapter(model)
+    norm.requires_grad_(False)
+    remember_start(model)
+    add_reference_adapter(model)
+    own = dict(model.named_parameters())
+    held = {name: own[name.replace(".lora_A.model", ".lora_A.ref").replace(".lora_B.model", ".lora_B.ref")]
+            for name, p in own.items() if p.requires_grad}  # fmt: skip
+    assert held and all(torch.equal(own[name], tensor) for name, tensor in held.items())
 
 
 def test_several_active_adapters_have_no_single_start():

@@ -733,6 +733,18 @@ def test_with_rho_1_nothing_is_run_that_nothing_needs():
     assert forwards == [True] and begun.path is theta
 
 
+def test_without_grad_a_loss_with_its_kl_is_the_plain_one():
+    model, batch = lora_model("llama"), sft_batch("right")
+    alphatoken = gate_of(model, path_kl=KL)
+    with torch.no_grad():
+        with alphatoken(batch) as step:
+            loss = model(**batch).loss
+            assert loss + step.kl == loss == sft_loss(model, batch, alphatoken)
+        with alphatoken(batch, kl_coef=0.5) as step:
+            model(**batch)
+        assert_close(step.kl, 0.5 * kl_sum(model, batch) / response(batch).sum(), TOL64)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_state_tells_whether_training_has_begun(trained):
     """Saved before the first step it does not keep training from beginning at theta*."""

@@ -9,6 +9,7 @@ import torch
 from batches import pair_batch, response, sft_batch
 from explicit import norms_in_own_dtype
 from models import lora_model, nf4_lora_model
+from scipy.stats import t
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, SharedGain, make_path, shared_gain
@@ -68,7 +69,7 @@ def test_gains_are_means_over_response_tokens(kind, seed):
         assert found.share == found.training / found.clean and low < high
 
 
-def test_the_interval_is_a_bootstrap_over_rows():
+def test_the_interval_is_one_over_rows():
     """Against the normal approximation of a ratio of means, for many rows of one length."""
     generator = torch.Generator().manual_seed(1)
     clean = torch.stack([10 + torch.randn(400, generator=generator).double(), torch.full((400,), 10.0).double()], 1)
@@ -100,12 +101,60 @@ def test_few_clean_rows_do_not_hide_that_training_rows_lose():
         low, high = gain._interval(clean, rows(torch.linspace(mean - 0.1, mean + 0.1, 100).double()))
         assert low < 1 <= high, (mean, low, high)
     assert high == math.inf and gain.SharedGain(0.225, 0.0, (low, high)).rho == 1.0
-    # At the edge it is the difference that decides: one is excluded where few draws have a difference of 0 or more.
-    for mean in (-0.15, -0.35):
+    # At the edge it is the difference that decides: one is excluded where its own interval leaves 0 out.
+    half = float(t.ppf(0.975, 7) * spread.std() / math.sqrt(8))
+    for mean in (0.225 - 0.98 * half, 0.225 - 1.02 * half):
         training = rows(torch.full((100,), mean).double())
-        draws = torch.randint(8, (20_000, 8), generator=torch.Generator().manual_seed(7))
-        reaches = (spread[draws].mean(1) <= mean).double().mean() > 0.025
-        assert (gain._interval(clean, training)[1] >= 1) == bool(reaches), mean
+        assert (gain._interval(clean, training)[1] >= 1) == (0.225 - mean < half), mean
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_interval_is_the_ratios_that_students_t_does_not_reject(seed):
+    """One ratio after the other, with scipy's t; also where there is no bound on one side, or on both."""
+    generator = torch.Generator().manual_seed(seed)
+    for size, shift in ((2, 1.0), (3, 3.0), (4, 0.1), (8, 1.0), (9, 0.3), (40, 0.5)):
+        tokens = torch.randint(5, 30, (size + 64,), generator=generator).double()
+        nats = tokens * (torch.randn(size + 64, generator=generator).double() + shift)
+        nats[size:] -= 2 * shift * tokens[size:]
+        both = torch.stack([nats, tokens], 1)
+        clean, training = both[:size], both[size:]
+        low, high = gain._interval(clean, training)
+        limit = t.ppf(0.975, size - 1)
+
+        def kept(ratio, clean=clean, training=training, limit=limit):
+            means, variances = [], []
+            for some in (training, clean):
+                mean = some[:, 0].sum() / some[:, 1].sum()
+                weights = some[:, 1] / some[:, 1].mean()
+                residuals = weights * (some[:, 0] / some[:, 1] - mean)
+                means.append(float(mean))
+                variances.append(float(residuals.square().sum()) / (len(some) * (len(some) - 1)))
+            return abs(means[0] - ratio * means[1]) <= limit * math.sqrt(variances[0] + ratio**2 * variances[1])
+
+        ends = [end for end in (low, high) if math.isfinite(end)]
+        for end in ends:
+            assert kept(end * 0.99) != kept(end * 1.01), (size, low, high)
+        if len(ends) == 2:
+            assert kept((low + high) / 2) and not kept(low - 1e3) and not kept(high + 1e3)
+        elif not ends:
+            assert kept(1.0) or all(map(kept, (-1e6, 1e6))), "not told apart"
+        else:
+            assert kept(low + 1 if math.isfinite(low) else high - 1) and not kept(1.0)
+
+
+@pytest.mark.parametrize("held", [1, 2, 3, 4, 8, 16])
+def test_few_clean_rows_do_not_tell_more_than_they_can(held):
+    """Rows of one kind are told from each other as often as 95 % allow, however few were held out."""
+    generator, told, draws = torch.Generator().manual_seed(held), 0, 400
+
+    def rows(count):
+        return torch.stack([20 + 14 * torch.randn(count, generator=generator).double(), torch.full((count,), 20.0)], 1)
+
+    for _ in range(draws):
+        told += gain._interval(rows(held), rows(64).double())[1] < 1
+    assert told <= 0.025 * draws + 3 * math.sqrt(0.025 * draws), told
+    if held == 1:
+        assert gain._interval(rows(1), rows(64)) == (-math.inf, math.inf)
 
 
 def test_clean_rows_share_all_and_noise_little():
@@ -159,6 +208,8 @@ def test_it_says_how_to_read_it():
     assert [SharedGain(1.0, gain, (-3, 0.9)).rho for gain in (-2.0, 0.0, 0.5, 0.8)] == [0.5, 0.5, 0.75, 0.9]
     assert [SharedGain(1.0, gain, (0.1, 1.0)).rho for gain in (0.5, 0.9, 1.4)] == [1.0] * 3, "they may be alike"
     assert worse.rho == 1.0, "what cannot tell drops nothing"
+    unknown = SharedGain(1.0, 0.1, (-math.inf, math.inf))
+    assert unknown.rho == 1.0 and "too few were held out to tell the two apart. Give more clean rows" in str(unknown)
     assert math.isnan(worse.share) and "would say nothing. Give more clean rows" in str(worse)
 
 
