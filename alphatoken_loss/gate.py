@@ -32,9 +32,10 @@ from .losses.forward import Forward
 from .losses.kl import refuse_inside_checkpoint
 from .losses.weighting import checked_weights
 from .models.changes import IN_CONTEXT, Changes
+from .models.forwards import refuse_other_rows
 from .models.reference import refuse_trained_reference
 from .models.sites import Scored, find_scored
-from .models.structure import unwrap
+from .models.structure import find_decoder, unwrap
 from .penalties import UNKNOWN_DROPPED, Asked, Penalties, check_unvalued
 from .selection import make_selection
 from .selection.base import by_weights
@@ -214,8 +215,8 @@ class AlphaToken:
         Raises:
             RuntimeError: a second forward with grad runs inside, or none; the model is in such a context already; or
                 a KL of the last context was left out of what went backward.
-            ValueError: the forward's or the weights' shape is not the batch's; weights are not finite, all 0, or
-                negative without `negative_weights`; or the model can no longer be valued.
+            ValueError: the forward's tokens or the weights' shape are not the batch's; weights are not finite, all 0,
+                or negative without `negative_weights`; or the model can no longer be valued.
         """
         reference = self.ref_model if ref_model is None else ref_model
         asked = Asked(kl_coef, kl_on, kl_over, num_items_in_batch, reference)
@@ -248,6 +249,8 @@ class AlphaToken:
             return
         with Changes() as changes:
             changes.set(unwrap(self.model), IN_CONTEXT, True)
+            check = lambda _, args, kwargs: refuse_other_rows(step.batch, args, kwargs)  # noqa: E731
+            changes.hook(find_decoder(self.model), check, before=True, with_kwargs=True)
             with step.weigher.watching(self._penalties.around(step.gate)):
                 yield
         if not step.weigher.seen and self.strict:

@@ -28,6 +28,7 @@ from .models.changes import undoing
 from .models.decoder import last_hidden
 from .models.forwards import rows_without_graph
 from .models.modes import without_noise
+from .models.reference import refuse_itself
 from .models.sites import Scored, find_scored
 from .models.start import adopt_start
 from .models.structure import unwrap
@@ -135,6 +136,8 @@ def alphatoken_weights(
         return (nothing, TokenValues(*[nothing] * 8)) if return_values else nothing
     given: dict[str, Any] = {"target": target, "fisher": fisher, "optimizer": optimizer}
     source = Source(model, ref_model, config=config, path=path, **given)
+    if ref_model is not None:
+        refuse_itself(model, ref_model)
     estimator = estimator_class(config.estimator)
     memory = estimator.memory(config)
     memory.check(source)

@@ -11,7 +11,7 @@ cached), quantised to NF4, and tuned to prefer code in a house style to the code
 random forum lines around both answers carry no preference and three training pairs in ten are labelled wrongly (see
 tiny_lm.py). With arguments: any causal LM and any preference dataset of the hub or a JSON Lines file, on a GPU.
 Arguments are those of TRL: data, AlphaTokenDPOConfig and ModelConfig with its quantisation flags; defaults are in
-qlora.py, and AlphaToken's are those of `AlphaTokenConfig.best(pairs=True)`.
+qlora.py, and AlphaToken's are those of `AlphaTokenDPOConfig.best()`.
 
 For both runs it prints what was learned (accuracy and margin of the implicit reward on held-out pairs, loss on
 the chosen answers), what was forgotten (loss on held-out prose of the language reference), and what it cost.
@@ -79,7 +79,7 @@ def evaluate(model, pairs, prose, *, beta):
 
 
 def main(argv=None):
-    data, args, model_args = parse(AlphaTokenDPOConfig, argv, pairs=True, output_dir="outputs/dpo_qlora")
+    data, args, model_args = parse(AlphaTokenDPOConfig, argv, output_dir="outputs/dpo_qlora")
     corpus = read_corpus()
     path = model_args.model_name_or_path or tiny_lm(corpus)
     tokenizer = load_tokenizer(path)

@@ -46,8 +46,8 @@ DEFAULTS = {  # of TRL's own arguments; every one can be given on the command li
 }
 
 
-def parse(config_class, argv, *, pairs=False, **defaults):
-    """Read TRL's arguments: data, training, model. Defaults are the recipes' and those of `AlphaTokenConfig.best`.
+def parse(config_class, argv, **defaults):
+    """Read TRL's arguments: data, training, model. Defaults are the recipes' and those of `config_class.best`.
 
     Which settings are best depends on the estimator, so that one is read first.
     """
@@ -61,7 +61,8 @@ def parse(config_class, argv, *, pairs=False, **defaults):
         return parser.parse_args_and_config(argv)
 
     estimator = read({"estimator": "path"})[1].estimator
-    data, args, model = read(asdict(AlphaTokenConfig.best(pairs=pairs, estimator=estimator)))
+    best = config_class.best(estimator=estimator, bf16=False)
+    data, args, model = read(asdict(best.alphatoken_config))
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATE_REAL if model.model_name_or_path else LEARNING_RATE
     return data, args, model

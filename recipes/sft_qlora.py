@@ -1,7 +1,7 @@
 """SFT on a 4-bit base model with LoRA (QLoRA), plainly and with AlphaToken, from the same seed.
 
     python recipes/sft_qlora.py
-    python recipes/sft_qlora.py --rho 0.3 --path_kl 0.3 --report_to tensorboard
+    python recipes/sft_qlora.py --rho 0.3 --path_kl 0.2 --report_to tensorboard
     python recipes/sft_qlora.py --estimator difference
     python recipes/sft_qlora.py --config run.yaml     # any argument of TRL's SFT script, in a file
     python recipes/sft_qlora.py --model_name_or_path Qwen/Qwen3-8B --dataset_name rows.jsonl
@@ -10,7 +10,7 @@ Without arguments: the small language model of tiny_lm.py, quantised to NF4, lea
 from answers with random forum lines around them; what counts is the loss on answers without those lines. With
 arguments: any causal LM and any dataset with a prompt and a completion (or a chosen answer), text or conversations, of
 the hub or a JSON Lines file, on a GPU. Arguments are those of TRL: data, AlphaTokenSFTConfig and ModelConfig with its
-quantisation flags; defaults are in qlora.py, and AlphaToken's are those of `AlphaTokenConfig.best()`.
+quantisation flags; defaults are in qlora.py, and AlphaToken's are those of `AlphaTokenSFTConfig.best()`.
 
 Prints the loss on held-out answers (what was learned) and on held-out prose of the language reference (what was
 forgotten), before and after either run, and what it cost.

@@ -12,6 +12,7 @@ from .batch import IGNORE, Batch
 
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 _NOT_FOR_THE_MODEL = {"labels", "completion_mask", *REFERENCE_LOGPS, "num_items_in_batch"}
+_TEXTS = {"messages", "prompt", "completion", "text", "chosen", "rejected"}
 COLUMNS = ("token_weights", "path_logps")  # a batch may have these: one number per token
 
 
@@ -37,9 +38,10 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, c
     else:
         read = _read_stacked(batch, pairs, {*COLUMNS, *columns})
     if pairs is not None and read.pairs != pairs:
-        came, wanted = ("preference pairs", "`labels`") if read.pairs else ("`labels`", "`completion_mask`")
+        came, wanted = ("preference pairs", "`labels`") if read.pairs else ("`labels`", "preference pairs")
         raise ValueError(
-            f"The batch holds {came} where one with {wanted} is needed; its keys are {sorted(read.inputs)}."
+            f"The batch holds {came} where one with {wanted} is needed; its keys are {sorted(_keys(batch))}. sft_loss "
+            "takes batches with `labels`, dpo_loss preference pairs (`completion_mask`, or `chosen_*`, `rejected_*`)."
         )
     _check_shapes(read)
     return read
@@ -47,8 +49,15 @@ def read_batch(batch: Mapping[str, Any] | Batch, *, pairs: bool | None = None, c
 
 def _read_stacked(batch: Mapping[str, Any], pairs: bool | None, columns: set[str]) -> Batch:
     if "input_ids" not in batch:
-        raise ValueError(f"The batch has no `input_ids`; its keys are {sorted(batch)}.")
+        text = " These are texts: tokenise and collate them; the trainers do." if _TEXTS & set(batch) else ""
+        raise ValueError(f"The batch has no `input_ids`; its keys are {sorted(batch)}.{text}")
     ids = batch["input_ids"]
+    for name in ("input_ids", "attention_mask", "labels", "completion_mask"):
+        if batch.get(name) is not None and not isinstance(batch[name], torch.Tensor):
+            raise TypeError(
+                f"{name} of the batch is a {type(batch[name]).__name__}; it must be a tensor (batch, time). If this is "
+                "a row of a data set, pad and stack rows to batches first: a DataLoader with a collator does."
+            )
     found = {name: batch[name] for name in columns if batch.get(name) is not None}
     not_for_the_model = _NOT_FOR_THE_MODEL | columns
     inputs = {key: value for key, value in batch.items() if key not in not_for_the_model and value is not None}
@@ -73,6 +82,10 @@ def _read_stacked(batch: Mapping[str, Any], pairs: bool | None, columns: set[str
             f"preference pairs); its keys are {sorted(batch)}. Add one of them."
         )
     return Batch(inputs, batch["labels"], columns=found)
+
+
+def _keys(batch: Mapping[str, Any] | Batch) -> Iterable[str]:
+    return batch.inputs if isinstance(batch, Batch) else batch
 
 
 def _stack_branches(batch: Mapping[str, Any], columns: set[str]) -> Batch:

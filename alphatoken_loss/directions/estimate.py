@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -195,12 +195,15 @@ def estimate_fisher(
 
     Raises:
         ValueError: no prompts, an empty prompt, or text without a tokenizer.
+        TypeError: `prompts` is one text or batch, or a prompt is of another kind.
 
     Example:
         >>> fisher = estimate_fisher(model, prompts, tokenizer=tokenizer)
         >>> fisher.save("fisher.safetensors")
     """
     config = read_config(config)
+    if isinstance(prompts, str | Mapping):
+        raise TypeError(f"prompts is a {type(prompts).__name__}; it must be a list of prompts. Give [prompts].")
     scored = find_scored(model, config.scored_layers, config.scope)
     dense = config.fisher == "dense"
     if not generate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,8 +32,19 @@ def draw_labels(reference: nn.Module, batch: Batch, generator: torch.Generator) 
     return Batch(batch.inputs, labels)
 
 
+_PROMPTS = "Give texts, lists of token ids, or conversations (lists of mappings with role and content)."
+
+
 def encode(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
-    if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+    """Token ids of a prompt, the last `max_length` of them."""
+    if isinstance(prompt, Mapping):
+        raise TypeError(
+            f"A prompt is a mapping with the keys {sorted(prompt)}. {_PROMPTS} Batches with labels are taken with "
+            "generate=False."
+        )
+    if not isinstance(prompt, Iterable):
+        raise TypeError(f"A prompt is a {type(prompt).__name__}. {_PROMPTS}")
+    if isinstance(prompt, str) or isinstance(next(iter(prompt), None), Mapping):
         if tokenizer is None:
             raise ValueError("prompts hold text and tokenizer is None. Pass the model's tokenizer, or token ids.")
         if isinstance(prompt, str):

@@ -11,6 +11,7 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
+from ..models.reference import refuse_itself
 from ..models.sites import Scored
 from ..models.start import adopt_start, start_of
 from ..models.tensors import fingerprint
@@ -19,6 +20,8 @@ from .fisher import Fisher
 from .parts import Parts, directions
 from .path import Path
 from .target import Target, estimate_target, in_parts
+
+_ALLOWED = "Give validation batches (mappings of names to tensors), a Target, or None."
 
 
 class Source:
@@ -47,6 +50,7 @@ class Source:
         optimizer: torch.optim.Optimizer | None = None,
         path: Path | str | None = None,
     ) -> None:
+        _check_kind("model", model, nn.Module, "Load it first, with AutoModelForCausalLM.from_pretrained.")
         _check_kind("fisher", fisher, Fisher, "Read a saved one with Fisher.load.")
         _check_kind("path", path, (Path, str), "Read a saved one with alphatoken_loss.Path.load.")
         if target is None and optimizer is not None:
@@ -63,7 +67,9 @@ class Source:
         self.path = Path.of_adapter(model, path, config=config) if isinstance(path, str) else path
         self.batches: list[Mapping[str, Any] | Batch] | None = None
         if target is not None and not isinstance(target, Target):
-            self.batches = _batches(target)
+            self.batches = as_batches(target, "target", _ALLOWED)
+            if not self.batches:
+                raise ValueError(f"target holds no batches. {_ALLOWED}")
         self.drifts = config.stability_weight > 0
         self.age = 0
         self._parts: list[list[Batch]] = []
@@ -101,8 +107,11 @@ class Source:
         """Read the target's batches, and check that a given target and Fisher fit the model.
 
         Raises:
-            ValueError: a batch can't be read, or one was made for other parameters or (a Fisher) another base.
+            ValueError: a batch can't be read, or one was made for other parameters or (a Fisher) another base; or the
+                reference is the model itself.
         """
+        if self.ref_model is not None:
+            refuse_itself(self.model, self.ref_model)
         try:
             self._parts = in_parts(self.batches or [], self.config.target_parts)
         except (TypeError, ValueError) as error:
@@ -165,6 +174,9 @@ class Source:
         return {"target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
 
     def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
+        missing = {"target", "age", "turn"} - set(state)
+        if missing:
+            raise ValueError(f"The state has no {sorted(missing)[0]!r}. Give what state_dict() of an AlphaToken gave.")
         if state["target"]:
             target = Target(state["target"], state["tokens"])
             target.check(scored)
@@ -227,15 +239,16 @@ def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:
     return found
 
 
-def _batches(target: Any) -> list[Mapping[str, Any] | Batch]:
-    """The batches that were given as the target, whatever they were given in."""
-    allowed = "Give validation batches (mappings of names to tensors), a Target, or None."
-    if isinstance(target, str) or not isinstance(target, Iterable):
-        raise TypeError(f"target is a {type(target).__name__}. {allowed}")
-    batches = [target] if isinstance(target, Mapping | Batch) else list(target)
-    if not batches:
-        raise ValueError(f"target holds no batches. {allowed}")
+def as_batches(given: Any, name: str, allowed: str) -> list[Mapping[str, Any] | Batch]:
+    """The batches that were given under a name, whatever they were given in.
+
+    Raises:
+        TypeError: it is something else; the message says what is `allowed`.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} is a {type(given).__name__}. {allowed}")
+    batches = [given] if isinstance(given, Mapping | Batch) else list(given)
     for batch in batches:
         if not isinstance(batch, Mapping | Batch):
-            raise TypeError(f"target holds a {type(batch).__name__}. {allowed}")
+            raise TypeError(f"{name} holds a {type(batch).__name__}. {allowed}")
     return batches

@@ -35,9 +35,11 @@ def check_weights_finite(scored: Scored) -> None:
     """Raise FloatingPointError if a scored parameter is not finite: then nothing can be valued."""
     for name, parameter in scored.parameters.items():
         if not parameter.isfinite().all():
+            half = parameter.dtype == torch.float16
+            cure = "Train adapters in float32: float16 is too narrow for Adam" if half else "Lower the learning rate"
             raise FloatingPointError(
-                f"The adapter weight {name} is not finite, so nothing can be valued. Lower the learning rate, clip "
-                "gradients, or go back to a checkpoint."
+                f"The adapter weight {name} is not finite, so nothing can be valued. {cure}, clip gradients, or go "
+                "back to a checkpoint."
             )
 
 

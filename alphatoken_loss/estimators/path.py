@@ -50,7 +50,7 @@ class PathMemory(Memory):
 
     def __init__(self, config: AlphaTokenConfig) -> None:
         super().__init__(config)
-        self._known: Path | None = None  # the one that was checked last
+        self._known: tuple[Path, tuple[str, ...]] | None = None  # the one that was checked last, and what it moved
         self._applied = False
 
     def check(self, source: Source) -> None:
@@ -63,6 +63,12 @@ class PathMemory(Memory):
             raise ValueError(
                 'target is a Target, one gradient, but estimator="path" trains theta* on validation examples. Give '
                 "target their batches, or path, made with make_path(model, batches)."
+            )
+        needing = [f"{name}={value}" for name in ("path_kl", "path_start") if (value := getattr(self.config, name))]
+        if needing and source.path is None and source.batches is None:
+            raise ValueError(
+                f"{needing[0]} needs theta*, but there are neither target batches nor a path. Give target validation "
+                "batches (clean examples of the target task), or path, made with make_path(model, batches)."
             )
         if self.config.path_every is not None and source.batches is None:
             raise ValueError(
@@ -87,11 +93,12 @@ class PathMemory(Memory):
         elif every is not None and source.age >= every:
             steps, rate = self.config.path_renewal_steps, self.config.path_renewal_rate
             source.path = self._follow(source, scored, batch, path_steps=steps, path_rate=rate)
-        if source.path is not self._known:
+        names = tuple(scored.parameters)
+        if self._known is None or self._known[0] is not source.path or self._known[1] != names:
             source.path = source.path.to(scored.device)
             source.path.check(scored)
             source.path.check_base(source.model)
-            self._known = source.path
+            self._known = source.path, names
         return {_PART: source.path.parameters}
 
     def begin(self, source: Source, scored: Scored, batch: Batch) -> None:

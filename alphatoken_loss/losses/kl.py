@@ -30,7 +30,7 @@ from ..models.modes import (
     unhooked,
     without_noise,
 )
-from ..models.reference import reference_mode
+from ..models.reference import reference_mode, refuse_itself
 from ..models.start import start_of
 from ..models.structure import find_decoder, learns_prompts, unwrap
 from .compare import KL_OVER, Compared, compare, in_whole, rows_at
@@ -148,6 +148,7 @@ class Penalty:
         self.dropped, self.compared = dropped, compared
         check_head(self.model, batch)
         if self.ref_model is not None:
+            refuse_itself(self.model, self.ref_model)
             check_head(self.ref_model, batch)
         self.kl: torch.Tensor | None = None
         self.total: torch.Tensor | None = None

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..models.modes import without_noise
-from ..models.reference import reference_mode
+from ..models.reference import reference_mode, refuse_itself
 from .logps import fused_pays, token_logps
 
 
@@ -100,6 +100,8 @@ def reference_logps(model: nn.Module, ref_model: nn.Module | None, batch: Batch)
     """`(2P,)` log-probabilities of the answers under the reference: those in the batch, or from a forward."""
     if batch.ref_logps is not None:
         return torch.cat(batch.ref_logps)
+    if ref_model is not None:
+        refuse_itself(model, ref_model)
     with torch.no_grad(), reference_mode(model, ref_model) as reference, without_noise(reference):
         return token_logps(reference, batch, fused=fused_pays(reference, batch)).sum(1)
 

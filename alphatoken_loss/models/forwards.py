@@ -53,6 +53,20 @@ def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) 
         )
 
 
+def refuse_other_rows(batch: Batch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError if a decoder with grad is called on other tokens than the batch's, of the same shape."""
+    ids, own = kwargs.get("input_ids", args[0] if args else None), batch.inputs.get("input_ids")
+    if not (torch.is_grad_enabled() and isinstance(ids, torch.Tensor) and isinstance(own, torch.Tensor)):
+        return
+    if ids.shape != own.shape or ids.data_ptr() == own.data_ptr():  # mostly the same tensor: nothing is waited for
+        return
+    if not torch.equal(ids, own.to(ids.device)):
+        raise ValueError(
+            "The model ran on other input_ids than those of the batch being valued, so that the mask would fall on "
+            "other tokens. Give the context the batch that the model runs on."
+        )
+
+
 def hidden_of(output: Any) -> torch.Tensor:
     """The last hidden state of what a decoder returned."""
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
@@ -62,18 +76,18 @@ def with_hidden(output: Any, gated: torch.Tensor) -> Any:
     """What a decoder returned, with another tensor in the place of its last hidden state, also where that is listed
     among all hidden states."""
     hidden = hidden_of(output)
-
-    def placed(part: Any) -> Any:
-        if isinstance(part, tuple):
-            return tuple(map(placed, part))
-        return gated if part is hidden else part
-
     if isinstance(output, tuple):
-        return placed(output)
+        return _placed(output, hidden, gated)
     output.last_hidden_state = gated
     if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = placed(output.hidden_states)
+        output.hidden_states = _placed(output.hidden_states, hidden, gated)
     return output
+
+
+def _placed(part: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_placed(each, old, new) for each in part)
+    return new if part is old else part
 
 
 def refuse_packed_with_cache(batch: Batch, decoder: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -73,6 +73,18 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
         yield model
 
 
+def refuse_itself(model: nn.Module, ref_model: nn.Module) -> None:
+    """Raise ValueError where a separate reference holds what is trained, and so would move with the policy."""
+    held = {id(p) for p in ref_model.parameters()}
+    shared = [name for name, p in unwrap(model).named_parameters() if p.requires_grad and id(p) in held]
+    if shared:
+        raise ValueError(
+            f"ref_model holds {shared[0]} ({len(shared)} such parameters), which is trained: it is the model itself, "
+            "or the model inside it, and would be its own reference. Pass ref_model=None for the model with adapters "
+            "off, or a separate model."
+        )
+
+
 def refuse_trained_reference(modules: Iterable[nn.Module]) -> None:
     """Raise ValueError where the adapter that stands for the reference is in training itself."""
     for module in modules:

@@ -16,12 +16,15 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..directions.follow import HELD_OUT, apart, make_path
 from ..directions.path import Path
+from ..directions.source import as_batches
 from ..losses.logps import token_logps
 from ..models.changes import undoing
 from ..models.modes import without_noise
 from ..models.processes import all_counts, all_rows
 from ..models.sites import find_scored
 from ..models.structure import unwrap
+
+_ALLOWED = "Give batches (mappings of names to tensors) in SFT form."
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class SharedGain:
     Attributes:
         clean (`float`): of clean rows that theta* was not made of.
         training (`float`): of training rows.
-        interval (`tuple`): 95 % confidence interval of `share` over rows of both (Fieller's, by Student's t). An end is
-            infinite where too few clean rows were held out to tell that theta* helps with them.
+        interval (`tuple`): confidence interval of `share`, a twentieth of it outside, by the rows of both (Fieller's,
+            with Student's t). An end is infinite where too few clean rows were held out to tell that theta* helps.
     """
 
     clean: float
@@ -114,7 +117,7 @@ def shared_gain(
     config = replace(config or AlphaTokenConfig(), estimator="path", stability_weight=0.0, path_holdout=0.0)
     device = find_scored(model, config.scored_layers, config.scope).device
     read = {
-        name: [read_batch(batch).to(device) for batch in ([given] if isinstance(given, Mapping) else given)]
+        name: [read_batch(batch).to(device) for batch in as_batches(given, name, _ALLOWED)]
         for name, given in (("target", target), ("batches", batches))
     }
     for name, some in read.items():

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from trl import DPOConfig, SFTConfig
 
@@ -37,6 +37,7 @@ def _settings() -> list[tuple[str, Any, Any]]:
 
 
 NAMES = [name for name in SELECTIONS if name != "given"]  # a trainer's weights come in a column or from a function
+_Arguments = TypeVar("_Arguments", bound="AlphaTokenArguments")
 _Settings: Any = dataclasses.make_dataclass("_Settings", _settings())
 
 
@@ -127,6 +128,29 @@ class AlphaTokenArguments(_Settings):
         default=50, metadata={"help": "Optimizer steps between two batches recorded for the report; 0 records none."}
     )
 
+    for_pairs: ClassVar[bool] = False  # what `best` is for
+
+    @classmethod
+    def best(cls: type[_Arguments], **options: Any) -> _Arguments:
+        """Arguments with the settings of `AlphaTokenConfig.best()`, or in `AlphaTokenDPOConfig` of `best(pairs=True)`.
+
+        A trainer's supervised loss is divided by all response tokens, kept or not. Beside its gradient a KL weighs
+        about 1 / rho times what it weighs beside that of `sft_loss`. So the preset's `path_kl` is multiplied by rho
+        here, for the same balance.
+
+        Args:
+            options: further arguments, as of the class itself; they win over the preset's.
+
+        Example:
+            >>> args = AlphaTokenSFTConfig.best(output_dir="out", rho=gain.rho)
+        """
+        names = {setting.name for setting in dataclasses.fields(AlphaTokenConfig)}
+        preset = AlphaTokenConfig.best(pairs=cls.for_pairs, **{k: v for k, v in options.items() if k in names})
+        settings = dataclasses.asdict(preset)
+        if not cls.for_pairs:
+            settings["path_kl"] *= preset.rho
+        return cls(**{**settings, **options})
+
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(AlphaTokenConfig):
             value = getattr(self, setting.name)
@@ -170,6 +194,20 @@ class AlphaTokenArguments(_Settings):
         """The settings of the library itself."""
         return AlphaTokenConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AlphaTokenConfig)})
 
+    def check_unchanged(self, made: AlphaTokenConfig) -> None:
+        """Check that the settings are those that a trainer was made with.
+
+        Raises:
+            ValueError: one was changed since.
+        """
+        for setting in dataclasses.fields(made):
+            before, now = getattr(made, setting.name), getattr(self, setting.name)
+            if before != now:
+                raise ValueError(
+                    f"args.{setting.name} is {now} now, and was {before} when the trainer was made, which reads it "
+                    "then. Make the trainer with it."
+                )
+
     @property
     def alphatoken_selection(self) -> Selection:
         """What chooses the tokens."""
@@ -186,3 +224,5 @@ class AlphaTokenSFTConfig(AlphaTokenArguments, SFTConfig):
 @dataclass
 class AlphaTokenDPOConfig(AlphaTokenArguments, DPOConfig):
     """[`~trl.DPOConfig`] with the fields of [`AlphaTokenArguments`]."""
+
+    for_pairs: ClassVar[bool] = True

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..batches.read import read_batch
 from ..gate import AlphaToken
 from ..tools.gain import SharedGain, shared_gain
 from .target import TargetRows
@@ -41,6 +42,12 @@ class GainOfRows(TargetRows):
             raise ValueError(
                 "There is no target to compare training rows with: rho is 1, tokens are not chosen by their values, or "
                 "the data bring path_logps. Make the trainer with rho below 1 and a target_dataset."
+            )
+        if any(read_batch(batch).pairs for batch in gate.source.batches):
+            raise ValueError(
+                "The target is of preference pairs, and so are the rows: shared_gain compares answers in SFT form. Ask "
+                "alphatoken_loss.shared_gain with batches of chosen answers; tokens of pairs are chosen by their sign "
+                "(best(pairs=True)), not by a share."
             )
         data = self.train_dataset
         if isinstance(data, Dataset) and self.args.remove_unused_columns:

@@ -77,8 +77,6 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
     """
 
     alphatoken: AlphaToken | None = None
-    train_dataset: Any
-    _train_batch_size: int
     _samples: SampleWriter | None = None
 
     def __init__(
@@ -173,6 +171,7 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
 
     def _make_ready(self, alphatoken: AlphaToken) -> None:
         """Give it what exists only when training starts: Fisher, optimizer, batch size."""
+        self.alphatoken_args.check_unchanged(alphatoken.config)
         if self._gate is not None and alphatoken.selection.valued:
             if alphatoken.source.needs_fisher:
                 alphatoken.source.fisher = self._estimate_fisher()

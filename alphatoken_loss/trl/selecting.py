@@ -28,6 +28,7 @@ class Selecting:
     state: Any
     train_dataset: Any
     _alphatoken_ref: Any
+    _raw_columns: set[str] | None
     _train_batch_size: int
     _micro_batch = (-1, 0, 0)  # the optimizer step, the batch size, the number in the step
 
@@ -58,6 +59,11 @@ class Selecting:
     def _values(self, token_weights: Any, *unused: Any) -> bool:
         """Whether tokens are chosen by their values; where not, a warning of what only these need."""
         valued = token_weights is None and self._checked_selection().valued
+        if "messages" in (self._raw_columns or ()) and getattr(self.args, "assistant_only_loss", None) is False:
+            logger.warning(
+                "The training data has messages, of which all turns are trained on and valued, those of users too. Set "
+                "assistant_only_loss=True for the assistant's alone."
+            )
         if not valued and any(given is not None for given in unused):
             logger.warning("target_dataset and fisher are not used, since tokens are not chosen by their values.")
         return valued

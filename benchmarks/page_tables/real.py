@@ -58,6 +58,20 @@ def real_boilerplate_hot() -> str:
 
 
 @table
+def real_boilerplate_seeds() -> str:
+    """At the hot rate, each seed's own."""
+    groups = by_setting(TITLES, HOT[0], "real", NOISY)
+    seeds = sorted({seed for runs in groups.values() for seed in runs})
+    shown = {"target": "target", "gsm8k loss": "GSM8K"}
+    rows = [
+        [TITLES[name], *(f"{runs[seed][f]:.3f}" if seed in runs else "" for f in shown for seed in seeds)]
+        for name, runs in groups.items()
+    ]
+    header = [f"{title}, seed {seed}" for title in shown.values() for seed in seeds]
+    return markdown(["trained on, lr 0.002", *header], rows, "real")
+
+
+@table
 def real_boilerplate_renewed() -> str:
     """The preset with theta* renewed on the way, minus each other."""
     return against(RENEWED.name, HOT, TITLES, tuple(FIGURES), "real", NOISY)

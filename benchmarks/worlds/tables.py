@@ -16,6 +16,34 @@ TIMED = ("step", "pace", "once")  # of a measured moment: when it was, and secon
 Paces = dict[str, dict[str, float]]  # seconds of a "step" and those spent "once", by setting
 
 
+# What is drawn of a setting, the same in all plots: colour, and dashes where a KL is added.
+STYLES = {
+    "all tokens": ("#222222", "-"),
+    "KL 0.3": ("#222222", "--"),
+    "random half": ("#999999", "-"),
+    "validation mixed in": ("#cc8800", "-"),
+    "validation only": ("#cc8800", ":"),
+    "RHO-1, clean reference": ("#cc3311", "-"),
+    "RHO-1 + KL 0.3 to its reference": ("#cc3311", "--"),
+    "RHO-1 + KL 0.3 to the base": ("#cc3311", "-."),
+    "oracle": ("#aa44aa", ":"),
+    "ghost K=3": ("#66aadd", "-"),
+    "ghost all, W=0": ("#4477aa", "-"),
+    "difference": ("#117733", "-"),
+    "difference, Adam's step, all 32": ("#44bb99", "-"),
+    "KL 0.3 + difference": ("#117733", "--"),
+    "all tokens, from theta*, KL to it": ("#7755dd", ":"),
+    "path, theta* renewed, best() else": ("#7755dd", "--"),
+    "path, best()": ("#3311bb", "-"),
+    "best(pairs=True)": ("#3311bb", "-"),
+}
+LABELS = {
+    "all tokens, from theta*, KL to it": "best() without the mask",
+    "path, theta* renewed, best() else": "best(path_every=20)",
+    "path, best()": "best()",
+}
+
+
 def final(run: Run, name: str) -> float:
     return run["curve"][-1][name]
 

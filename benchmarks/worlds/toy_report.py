@@ -7,7 +7,7 @@ from pathlib import Path
 
 from results import tables, write
 
-from .tables import Paces, Run, Runs, at_best, curves, differences, ends, kept, quality
+from .tables import LABELS, STYLES, Paces, Run, Runs, at_best, curves, differences, ends, kept, quality
 
 SFT = {
     "target": "target loss",
@@ -86,25 +86,6 @@ def report(results: list[Run], paces: Paces, about: str) -> str:
 
 
 # Curves drawn: name -> colour, line. (Log-ratio selection of pairs diverges, and would set the scale.)
-SHOWN = {
-    "all tokens": ("#222222", "-"),
-    "random half": ("#999999", "-"),
-    "validation mixed in": ("#cc8800", "-"),
-    "validation only": ("#cc8800", ":"),
-    "RHO-1, clean reference": ("#cc3311", "-"),
-    "oracle": ("#aa44aa", ":"),
-    "ghost K=3": ("#66aadd", "-"),
-    "ghost all, W=0": ("#4477aa", "-"),
-    "difference": ("#117733", "-"),
-    "difference, Adam's step": ("#44bb55", "-"),
-    "difference, Adam's step, all 32": ("#88cc22", "-"),
-    "difference, Adam's step, all 32, KL 0.3": ("#88cc22", "--"),
-    "KL 0.3": ("#222222", "--"),
-    "RHO-1 + KL 0.3 to its reference": ("#cc3311", "--"),
-    "KL 0.3 + difference": ("#117733", "--"),
-}
-
-
 def plot(results: list[Run], path: Path) -> None:
     """Along training, target against retention: down and to the left is better (for pairs, up and to the left)."""
     import matplotlib
@@ -123,11 +104,13 @@ def plot(results: list[Run], path: Path) -> None:
         y = "accuracy" if kind == "DPO" else "target"
         for name, runs in found[kind][lr].items():
             short = name.removeprefix(f"{kind}: ")
-            if short not in SHOWN:
+            if short not in STYLES:
                 continue
             xs, ys = curves(runs.values(), "retention", y)
-            colour, line = SHOWN[short]
-            axis.plot(xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.4, label=short)
+            colour, line = STYLES[short]
+            axis.plot(
+                xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.4, label=LABELS.get(short, short)
+            )
             axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
         axis.set(title=f"{TITLES[kind]}, lr {lr:g}", xlabel="loss on held-out prose and Python (forgetting →)")
         axis.set_ylabel("held-out accuracy" if kind == "DPO" else "loss on clean target answers")

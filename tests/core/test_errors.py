@@ -19,7 +19,9 @@ from alphatoken_loss import (
     Fisher,
     alphatoken_weights,
     dpo_loss,
+    estimate_fisher,
     sft_loss,
+    shared_gain,
     target_gradient,
 )
 
@@ -545,3 +547,103 @@ def test_presets():
             preset(lambda_=1.0)
         with pytest.raises(ValueError, match="rho is 2"):
             preset(rho=2)
+
+
+# ---------------------------------------------------------------------------------------------- what users mix up
+
+
+def lists(batch):
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "exact", "difference", "path"])
+def test_another_batch_of_the_same_shape_in_the_context(estimator):
+    """The forward's own tokens decide; a copy of them is as good as themselves."""
+    model, batch, other = lora_model("llama"), sft_batch("none", seed=0), sft_batch("none", seed=1)
+    config = AlphaTokenConfig(estimator=estimator, stability_weight=0)
+    alphatoken = AlphaToken(model, target=cases.validation(), config=config)
+    with pytest.raises(ValueError, match=r"ran on other input_ids.*Give the context the batch that the model runs on"):
+        with alphatoken(batch):
+            model(**other).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    with alphatoken({name: tensor.clone() for name, tensor in batch.items()}):
+        with torch.no_grad():
+            model(**other)  # as of a reference
+        model(**batch).loss.backward()
+    assert 0 < float(alphatoken.weights.sum()) < int(response(batch).sum())
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_reference_that_is_the_model(inner):
+    model, pairs = lora_model("llama"), pair_batch()
+    itself = model.get_base_model() if inner else model
+    with pytest.raises(ValueError, match=r"ref_model holds .*lora_A.* which is trained.*Pass ref_model=None"):
+        dpo_loss(model, itself, pairs)
+    with pytest.raises(ValueError, match=r"ref_model holds"):
+        sft_loss(model, sft_batch(), kl_coef=0.1, ref_model=itself)
+    with pytest.raises(ValueError, match=r"ref_model holds"):
+        AlphaToken(model, itself, target=cases.validation())
+    dpo_loss(model, copy.deepcopy(itself), pairs)
+
+
+def test_rows_in_the_place_of_batches():
+    model, batch = lora_model("llama"), sft_batch("none")
+    row = {name: column[0] for name, column in lists(batch).items()}
+    for given in ([row], lists(batch)):
+        with pytest.raises(TypeError, match=r"A batch of the target: input_ids of the batch is a list; .*collator"):
+            gate(model, target=given)
+    with pytest.raises(TypeError, match=r"labels of the batch is a list"), gate(model)({**batch, "labels": [1]}):
+        pass
+    with pytest.raises(ValueError, match=r"no `input_ids`.*messages.*These are texts: tokenise and collate them"):
+        gate(model, target=[{"messages": [{"role": "user", "content": "hello"}]}])
+    for name, given in (("target", None), ("batches", 3)):
+        with pytest.raises(TypeError, match=rf"{name} is a (NoneType|int)\. Give batches"):
+            shared_gain(model, **{"target": [batch], "batches": [batch], name: given})
+    with pytest.raises(TypeError, match=r"batches holds a list\. Give batches"):
+        shared_gain(model, [batch], [[1, 2]])
+
+
+def test_the_loss_of_the_other_kind():
+    model = lora_model("llama")
+    with pytest.raises(ValueError, match=r"holds `labels` where.*pairs is needed.*'labels'.*dpo_loss preference pairs"):
+        dpo_loss(model, None, sft_batch())
+    with pytest.raises(ValueError, match=r"preference pairs where.*`labels` is needed.*'completion_mask'.*sft_loss"):
+        sft_loss(model, pair_batch())
+
+
+def test_prompts():
+    model = lora_model("llama")
+    for prompts in ("a b c", sft_batch()):
+        with pytest.raises(TypeError, match=r"prompts is a (str|dict); it must be a list of prompts"):
+            estimate_fisher(model, prompts, progress=False)
+    with pytest.raises(TypeError, match=r"A prompt is a int\. Give texts, lists of token ids"):
+        estimate_fisher(model, [1, 2], progress=False)
+    for prompt in (sft_batch(), {"prompt": "a b"}):
+        with pytest.raises(TypeError, match=r"A prompt is a mapping with the keys \[.*generate=False"):
+            estimate_fisher(model, [prompt], progress=False)
+
+
+def test_theta_that_nothing_leads_to_is_missed_before_the_first_step():
+    for config in (AlphaTokenConfig.best(), AlphaTokenConfig(estimator="path", path_start=True)):
+        with pytest.raises(
+            ValueError, match=r"needs theta\*, but there are neither target batches nor a path.*make_path"
+        ):
+            AlphaToken(lora_model("llama"), config=config)
+
+
+def test_another_adapter_once_theta_was_made():
+    model, batch = lora_model("llama"), sft_batch()
+    config = AlphaTokenConfig(estimator="path", path_steps=1, stability_weight=0)
+    alphatoken = AlphaToken(model, target=cases.validation(), config=config)
+    sft_loss(model, batch, alphatoken).backward()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"The path has nothing for the scored parameter .*other.*make_path"):
+        sft_loss(model, batch, alphatoken)
+
+
+def test_what_is_no_model_and_no_state():
+    with pytest.raises(TypeError, match=r"model is a builtins\.str\. Load it first"):
+        AlphaToken("path/to/model")
+    with pytest.raises(ValueError, match=r"The state has no 'age'\. Give what state_dict\(\)"):
+        gate(lora_model("llama")).load_state_dict({"a": 1})

@@ -597,7 +597,7 @@ def test_columns_that_cannot_be():
     path = some_path(model)
     logps = path.logps(model, batch)
     for changes in ({"path_kl": 0.1}, {"path_start": True}):
-        alphatoken = AlphaToken(model, config=config_of(**changes))
+        alphatoken = AlphaToken(model, target=cases.validation(), config=config_of(**changes))
         with pytest.raises(ValueError, match=rf"bring path_logps, but {next(iter(changes))}=.*"):
             sft_loss(model, {**batch, "path_logps": logps}, alphatoken)
     with pytest.raises(ValueError, match=r"path_logps have shape \(3, 10\) and the labels \(3, 11\)"):

@@ -642,6 +642,8 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
     empty, odd, broken = tmp_path / "empty.jsonl", tmp_path / "odd.jsonl", tmp_path / "broken.jsonl"
     empty.write_text("")
     odd.write_text('{"question": "a", "answer": "b"}\n')
+    images = tmp_path / "images.jsonl"
+    images.write_text('{"prompt": "a", "completion": "b", "images": ["c.png"]}\n')
     broken.write_text('{"prompt": "a", "compl')
     tuning.sft_data().save_to_disk(tmp_path / "folder")
     DatasetDict({"test": tuning.sft_data()}).save_to_disk(tmp_path / "splits")
@@ -653,9 +655,10 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
     cases = [
         ({"model": None, "target": None}, "--model, --target: needed"),
         ({"dataset": tmp_path / "none.jsonl"}, "there is no such file"),
-        ({"dataset": empty}, "odd|no rows|could not be read"),
+        ({"dataset": empty}, "empty.jsonl: the file is empty"),
+        ({"dataset": images}, "there is a column images, and only text is valued"),
         ({"dataset": odd}, "the columns are answer, question"),
-        ({"dataset": broken}, "could not be read"),
+        ({"dataset": broken}, "could not be read (JSON parse error|could not be read (Failed to load JSON"),
         ({"dataset": files / "fisher.safetensors"}, "name must end in"),
         ({"dataset": tmp_path / "splits"}, "there is no split 'train'"),
         ({"target": files / "pairs.parquet"}, "must be in SFT form"),

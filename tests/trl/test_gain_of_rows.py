@@ -61,10 +61,18 @@ def test_what_cannot_be_asked(tmp_path):
         asked("sft", tmp_path, rho=1.0).shared_gain()
     with pytest.raises(ValueError, match="There is no target to compare training rows with"):
         asked("sft", tmp_path, selection="random", stability_weight=0.0).shared_gain()
-    with pytest.raises(ValueError, match=r"target holds preference pairs\. Give their chosen answers, in SFT form"):
+    with pytest.raises(ValueError, match=r"The target is of preference pairs.*batches of chosen answers.*by their si"):
         asked("dpo", tmp_path, options=lambda: {"target_dataset": dpo_data(count=4)}).shared_gain()
     with pytest.raises(ValueError, match="batches holds preference pairs"):
         asked("dpo", tmp_path).shared_gain()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rho_that_comes_too_late_is_refused(tmp_path):
+    trainer = asked("sft", tmp_path)
+    trainer.args.rho = 0.9
+    with pytest.raises(ValueError, match=r"args\.rho is 0\.9 now, and was 0\.5 when the trainer was made.*Make the tr"):
+        trainer.train()
 
 
 class OfThree:

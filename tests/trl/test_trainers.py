@@ -440,6 +440,14 @@ def test_target_is_the_gradient_of_trls_own_sft_loss(kind, form, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("only", [False, True])
+def test_turns_of_users_in_messages_are_told_of(only, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        make("sft", tuning.TRAINERS["sft"][0], feature("messages", assistant_only_loss=only), tmp_path)
+    assert ("all turns are trained on and valued" in caplog.text) is not only
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_without_target_dataset_a_slice_is_held_out(tmp_path, caplog):
     """So many rows as asked for, the same ones for the same seed, and the chosen answers of pairs count."""
     slices = {}
@@ -628,6 +636,21 @@ def test_config_has_every_field_of_the_librarys_own():
     own = {f.name for f in dataclasses.fields(AlphaTokenArguments)}
     for taken in (SFTConfig, DPOConfig, TrainingArguments, KTOConfig, ModelConfig, ScriptArguments):
         assert not own & {f.name for f in dataclasses.fields(taken)}, taken
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.5, 1.0])
+def test_the_preset_as_arguments(rho, tmp_path):
+    """A KL beside a loss that is divided by all tokens, kept or not, is rho times that beside the mean of the kept."""
+    given = {"output_dir": str(tmp_path), "bf16": False, "learning_rate": 3e-4, "rho": rho}
+    for made, preset, kl in (
+        (AlphaTokenSFTConfig.best(**given), AlphaTokenConfig.best(rho=rho), 0.6 * rho),
+        (AlphaTokenDPOConfig.best(**given), AlphaTokenConfig.best(pairs=True, rho=rho), 0.6),
+    ):
+        assert made.alphatoken_config == dataclasses.replace(preset, path_kl=kl)
+        assert (made.learning_rate, made.output_dir) == (3e-4, str(tmp_path))
+    assert AlphaTokenSFTConfig.best(**given, path_kl=0.7).path_kl == 0.7
+    other = AlphaTokenSFTConfig.best(**given, estimator="difference").alphatoken_config
+    assert other == AlphaTokenConfig.best(estimator="difference", rho=rho)
 
 
 def test_a_setting_added_to_the_library_is_an_argument_at_once(monkeypatch):

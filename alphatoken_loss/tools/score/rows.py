@@ -16,6 +16,7 @@ from ..cli import UserError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_NOT_TEXT = {"image", "images", "audio", "audios", "video", "videos"}
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -54,6 +55,8 @@ def load_rows(source: str, split: str, option: str) -> Dataset:
         if path.is_file():
             if path.suffix not in FILES:
                 raise UserError(f"{option} {source}: the file's name must end in {', '.join(FILES)}.")
+            if not path.stat().st_size:
+                raise UserError(f"{option} {source}: the file is empty.")
             rows = load_dataset(FILES[path.suffix], data_files=str(path), split="train")
         elif path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             rows = load_from_disk(source)
@@ -68,7 +71,10 @@ def load_rows(source: str, split: str, option: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file, an unknown name or a missing network makes of it
-        raise UserError(f"{option} {source}: could not be read ({first_line(error)}).") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # `datasets` says only that something went wrong
+            cause = cause.__cause__
+        raise UserError(f"{option} {source}: could not be read ({first_line(cause)}).") from error
     if not len(rows):
         raise UserError(f"{option} {source}: there are no rows.")
     return rows
@@ -81,6 +87,11 @@ def form_of(rows: Dataset, option: str) -> str:
         UserError: the columns are not those of a form that is known.
     """
     columns = set(rows.column_names)
+    if columns & _NOT_TEXT:
+        raise UserError(
+            f"{option}: there is a column {sorted(columns & _NOT_TEXT)[0]}, and only text is valued: without it, "
+            "values would be those of other answers. Leave such rows out, or the column if it says nothing."
+        )
     if {"chosen", "rejected"} <= columns:
         return "pairs"
     if {"prompt", "completion"} <= columns or columns & {"messages", "text", "input_ids"}:
