@@ -137,7 +137,7 @@ def follow(
             f"theta* is not finite after {len(best.losses)} steps at a rate of {best.rate}. Lower path_rate, and look "
             "at the validation batches and the Fisher."
         )
-    return Path(found, len(best.losses) if again else best.turn, base_of(inner))
+    return Path(found, len(best.losses) if again else best.turn, base_of(inner), best.rate)
 
 
 @dataclass

@@ -38,15 +38,18 @@ class Path:
         parameters (`dict`): parameter name, as in `model.named_parameters()`, -> its value at theta*, of the
             parameter's shape, in float32 (float64 for a float64 model).
         steps (`int`): how many steps lead to it.
+        rate (`float`): Adam's learning rate in them, which a trial may have found; 0 where it is not known.
         base (`tuple`): some numbers of the model's input embedding, by which another model is recognised.
     """
 
     parameters: Mapping[str, torch.Tensor]
     steps: int = 0
     base: tuple[float, ...] = ()
+    rate: float = 0.0
 
     def __repr__(self) -> str:
-        return f"<Path: {len(self.parameters)} parameters, {self.steps} steps from its start>"
+        rate = f" at a rate of {self.rate:g}" if self.rate else ""
+        return f"<Path: {len(self.parameters)} parameters, {self.steps} steps from its start{rate}>"
 
     @classmethod
     def of_adapter(cls, model: nn.Module, adapter: str, *, config: AlphaTokenConfig | None = None) -> Path:
@@ -121,7 +124,7 @@ class Path:
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {name: tensor.detach().cpu().contiguous() for name, tensor in self.parameters.items()}
-        about = json.dumps({"steps": self.steps, "base": self.base})
+        about = json.dumps({"steps": self.steps, "base": self.base, "rate": self.rate})
         write_whole(path, lambda file: save_file(found, file, metadata={"format": _FORMAT, "about": about}))
 
     @classmethod
@@ -143,7 +146,7 @@ class Path:
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a saved path: its format is {about.get('format')!r}, not {_FORMAT!r}.")
         saved = json.loads(about["about"])
-        return cls(found, saved["steps"], tuple(saved["base"]))
+        return cls(found, saved["steps"], tuple(saved["base"]), saved.get("rate", 0.0))
 
     def check(self, scored: Scored) -> None:
         """Check that it was made for these scored parameters.

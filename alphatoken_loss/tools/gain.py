@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..directions.follow import HELD_OUT, apart, make_path
+from ..directions.follow import make_path
 from ..directions.path import Path
 from ..directions.source import as_batches
 from ..losses.logps import token_logps
@@ -24,6 +24,7 @@ from ..models.processes import all_counts, all_rows
 from ..models.sites import find_scored
 from ..models.structure import unwrap
 
+_FOLDS = 4
 _ALLOWED = "Give batches (mappings of names to tensors) in SFT form."
 
 
@@ -32,8 +33,8 @@ class SharedGain:
     """How much lower theta* makes the loss, in nats a token.
 
     Attributes:
-        clean (`float`): of clean rows that theta* was not made of.
-        training (`float`): of training rows.
+        clean (`float`): of clean rows, each at a theta* that was made of others.
+        training (`float`): of training rows, the mean over these theta*.
         interval (`tuple`): confidence interval of `share`, a twentieth of it outside, by the rows of both (Fieller's,
             with Student's t). An end is infinite where too few clean rows were held out to tell that theta* helps.
     """
@@ -69,8 +70,7 @@ class SharedGain:
         if math.isinf(low) and math.isinf(high):
             return (
                 f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones, "
-                "of which too few were held out to tell the two apart. Give more clean rows (of 32, 8 are held out). "
-                "Keep 1.00."
+                "which are too few, or too unlike each other, to tell the two apart. Give more clean rows. Keep 1.00."
             )
         return (
             f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones: a "
@@ -91,10 +91,10 @@ def shared_gain(
 ) -> SharedGain:
     """Ask before training whether training rows are like the clean ones, or full of tokens that lead elsewhere.
 
-    Of the clean rows a quarter is held out. theta* is made of the others (`make_path`, with the validation loss alone),
-    and the mean of log p(theta*) - log p(theta) over response tokens, in nats, is taken of the rows held out and of
-    training rows. Nothing of the model is changed. In distributed runs each process gives its share of both kinds of
-    rows, and all get the same answer.
+    Each quarter of the clean rows is held out once. theta* is made of the others (`make_path`, with the validation loss
+    alone), and the mean of log p(theta*) - log p(theta) over response tokens, in nats, is taken of the rows held out
+    and of training rows. Rate and steps are those that the first trial finds. Nothing of the model is changed. In
+    distributed runs each process gives its share of both kinds of rows, and all get the same answer.
 
     Args:
         model (`nn.Module`): the model as training would begin.
@@ -125,14 +125,32 @@ def shared_gain(
             raise ValueError(f"{name} holds preference pairs. Give their chosen answers, in SFT form.")
         if not _any_rows(some, device):
             raise ValueError(f"{name} holds no response token (no label other than -100). Give some rows with one.")
-    made, clean = apart([batch for batch in read["target"] if bool(batch.rows.any())], HELD_OUT)
-    if not (_any_rows(clean, device) and _any_rows(made, device)):
-        raise ValueError("target is one row, or the rows held out have no response token. Give more clean rows.")
-    path = make_path(model, made, config=config, progress=progress)
-    with tqdm(total=len(clean) + len(read["batches"]), desc="Gain", unit="batch", disable=not progress) as bar:
-        gains = [_gains(model, path, some, bar) for some in (clean, read["batches"])]
+    folds = [_apart(read["target"], fold) for fold in range(_FOLDS)]
+    folds = [(made, held) for made, held in folds if _any_rows(made, device) and _any_rows(held, device)]
+    if not folds:
+        raise ValueError("Fewer than two rows of the target have a response token. Give more clean rows.")
+    clean, training = [], []
+    for made, held in folds:
+        path = make_path(model, made, config=config, progress=progress)
+        config = replace(config, path_steps=path.steps, path_rate=path.rate)
+        with tqdm(total=len(held) + len(read["batches"]), desc="Gain", unit="batch", disable=not progress) as bar:
+            clean.append(_gains(model, path, held, bar))
+            training.append(_gains(model, path, read["batches"], bar))
+    gains = torch.cat(clean), torch.stack(training).mean(0)
     means = [float(sums[:, 0].sum() / sums[:, 1].sum()) for sums in gains]
     return SharedGain(means[0], means[1], _interval(*gains))
+
+
+def _apart(batches: Iterable[Batch], fold: int) -> tuple[list[Batch], list[Batch]]:
+    """Batches without every fourth of the rows with a response token, and batches of these; `fold` says which."""
+    kept, held, seen = [], [], 0
+    for batch in batches:
+        some = batch.rows.any(1).nonzero().flatten()
+        out = (torch.arange(seen, seen + len(some), device=some.device) % _FOLDS) == fold
+        seen += len(some)
+        kept += [batch.of_rows(some[~out])] if bool((~out).any()) else []
+        held += [batch.of_rows(some[out])] if bool(out.any()) else []
+    return kept, held
 
 
 def _any_rows(batches: Iterable[Batch], device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,12 @@ def plot(results: list[Run], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     worlds = list(dict.fromkeys(run["world"] for run in results))
-    figure, axes = plt.subplots(len(worlds), 1, figsize=(9, 4.6 * len(worlds)), squeeze=False)
-    for axis, world in zip(axes[:, 0], worlds, strict=True):
+    columns = min(len(worlds), 2)
+    rows = math.ceil(len(worlds) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(8 * columns, 4.4 * rows), squeeze=False)
+    for axis in axes.flat[len(worlds) :]:
+        axis.remove()
+    for axis, world in zip(axes.flat, worlds, strict=False):
         best = chosen_rates([run for run in results if run["world"] == world])
         y = "accuracy" if any(name.startswith("DPO") for name in best) else "target"
         for name, (lr, runs) in best.items():
@@ -132,7 +137,7 @@ def plot(results: list[Run], path: Path) -> None:
             axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
         axis.set(title=world, xlabel="loss on WikiText-2 (forgetting →)")
         axis.set_ylabel("held-out accuracy" if y == "accuracy" else "loss on clean test answers")
-        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -23,7 +23,7 @@ from models import add_lora, base_model, lora_model
 from penalties import COEF, penalised
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from alphatoken_loss import AlphaTokenConfig, dpo_loss, estimate_fisher, sft_loss
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, dpo_loss, estimate_fisher, sft_loss
 from alphatoken_loss.directions.preconditioning import preconditioned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -209,3 +209,19 @@ def test_waits_for_the_device(checkpointing):
     plain = waits(lambda: sft_loss(model, batch).backward())
     gated = waits(lambda: sft_loss(model, batch, gate).backward())
     assert len(gated) == len(plain) + 1, [f"{w.filename}:{w.lineno}" for w in gated]
+
+
+@pytest.mark.parametrize("estimator", ["ghost", "difference", "path"])
+def test_a_state_that_was_read_on_the_host_goes_on_with(estimator, tmp_path):
+    """A resumed target goes into the running average on the device, and theta* into the model."""
+    model, batches = lora_model("llama").cuda(), [on_device(sft_batch("right", seed=seed)) for seed in range(2)]
+    options = {"path_steps": 2} if estimator == "path" else {}
+    config = AlphaTokenConfig(estimator=estimator, stability_weight=0, **options)
+    first, second = (AlphaToken(model, target=cases.validation(), config=config) for _ in range(2))
+    sft_loss(model, batches[0], first).backward()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu"))
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    for gate in (first, second):
+        sft_loss(model, batches[1], gate).backward()
+    assert_close(second.values.total.cpu(), first.values.total.cpu(), TOL)

@@ -44,24 +44,38 @@ def part(batch, rows):
     return {name: tensor[rows] for name, tensor in batch.items()}
 
 
+def labelled(batch, row):
+    return bool((batch["labels"][row, 1:] != -100).any())
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["right", "left", "packed"])
 def test_gains_are_means_over_response_tokens(kind, seed):
-    """Of the last quarter of each batch's rows, at the theta* of the others; and of training rows."""
+    """Of every fourth clean row, at the theta* of the others, four times; and of training rows at all four."""
     with norms_in_own_dtype():
         model = lora_model("llama", seed=seed)
         target = [sft_batch("right", seed=seed), sft_batch("left", seed=seed + 10)]
         training = [sft_batch(kind, seed=seed + 20), sft_batch("right", seed=seed + 30)]
         found = shared_gain(model, target, training, config=CONFIG, progress=False)
-        ends = [len(b["input_ids"]) - max(round(len(b["input_ids"]) / 4), 1) for b in target]
-        made = [part(batch, slice(end)) for batch, end in zip(target, ends, strict=True)]
-        held = [part(batch, slice(end, None)) for batch, end in zip(target, ends, strict=True)]
         config = AlphaTokenConfig(estimator="path", path_steps=4, path_rate=2e-2, stability_weight=0.0)
-        path = make_path(model, made, config=config, progress=False)
-        assert found.clean == pytest.approx(mean_gain(model, path, held), rel=1e-6, abs=1e-9)
-        assert found.training == pytest.approx(mean_gain(model, path, training), rel=1e-6, abs=1e-9)
         leaked = make_path(model, target, config=config, progress=False)
-        assert abs(mean_gain(model, leaked, held) - found.clean) > 1e-3, "the rows held out have no part in theta*"
+        rows = [(batch, row) for batch in target for row in range(len(batch["input_ids"])) if labelled(batch, row)]
+        gained, known, gains, tokens = 0.0, 0.0, [], 0
+        for fold in range(4):
+            made, held = [], []
+            for batch in target:
+                out = [row for number, (b, row) in enumerate(rows) if b is batch and number % 4 == fold]
+                left = [row for number, (b, row) in enumerate(rows) if b is batch and number % 4 != fold]
+                made += [part(batch, left)] if left else []
+                held += [part(batch, out)] if out else []
+            path = make_path(model, made, config=config, progress=False)
+            count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in held)
+            gained, tokens = gained + count * mean_gain(model, path, held), tokens + count
+            known += count * mean_gain(model, leaked, held)
+            gains.append(mean_gain(model, path, training))
+        assert found.clean == pytest.approx(gained / tokens, rel=1e-6, abs=1e-9)
+        assert found.training == pytest.approx(sum(gains) / 4, rel=1e-6, abs=1e-9)
+        assert abs(known / tokens - found.clean) > 1e-3, "the rows held out have no part in theta*"
         alone = shared_gain(model, target[0], training[0], config=CONFIG, progress=False)  # a batch is a list of one
         assert alone == shared_gain(model, target[:1], training[:1], config=CONFIG, progress=False)
     low, high = found.interval
@@ -193,7 +207,7 @@ def test_what_is_refused():
         (good, empty, "batches holds no response token"),
         (good, [], "batches holds no response token"),
         (empty, good, "target holds no response token"),
-        ([part(good[0], slice(1))], good, "target is one row"),
+        ([part(good[0], slice(1))], good, "Fewer than two rows of the target have a response token"),
     ]
     for target, training, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -209,7 +223,7 @@ def test_it_says_how_to_read_it():
     assert [SharedGain(1.0, gain, (0.1, 1.0)).rho for gain in (0.5, 0.9, 1.4)] == [1.0] * 3, "they may be alike"
     assert worse.rho == 1.0, "what cannot tell drops nothing"
     unknown = SharedGain(1.0, 0.1, (-math.inf, math.inf))
-    assert unknown.rho == 1.0 and "too few were held out to tell the two apart. Give more clean rows" in str(unknown)
+    assert unknown.rho == 1.0 and "to tell the two apart. Give more clean rows" in str(unknown)
     assert math.isnan(worse.share) and "would say nothing. Give more clean rows" in str(worse)
 
 
