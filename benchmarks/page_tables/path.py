@@ -13,6 +13,7 @@ from worlds.tables import Paces, at_equal_time, paired, run_of, spread, steps_in
 from .base import markdown, table
 
 TOY_RATES, PAIR_RATES = (3e-3, 6e-4), (1e-3, 3e-4, 1e-4)
+TOY_FIGURES = {"target": "target", "retention": "retention"}
 MORE = "path_more"  # runs on a second base
 
 # Setting of runs.json -> what the pages call it.
@@ -84,7 +85,7 @@ def against(
     best: str,
     rates: Sequence[float],
     titles: dict[str, str],
-    figures: tuple[str, ...],
+    figures: dict[str, str],
     file: str = "path",
     world: str = "toy",
 ) -> str:
@@ -101,29 +102,29 @@ def against(
         ]
         if name != best and any(cells):
             rows.append([title, *cells])
-    header = [f"{titles[best]} minus", *(f"{figure}, lr {rate:g}" for rate in rates for figure in figures)]
+    header = [f"{titles[best]} minus", *(f"{figure}, lr {rate:g}" for rate in rates for figure in figures.values())]
     return markdown(header, rows, file)
 
 
 @table
 def path_runs() -> str:
-    return ends(TOY_RATES, PATHS, {"target": "target", "retention": "retention"})
+    return ends(TOY_RATES, PATHS, TOY_FIGURES)
 
 
 @table
 def path_gaps() -> str:
-    return against("path, best()", TOY_RATES, PATHS, ("target", "retention"))
+    return against("path, best()", TOY_RATES, PATHS, TOY_FIGURES)
 
 
 @table
 def path_more() -> str:
     """Rivals that need no validation examples, on another base."""
-    return ends(TOY_RATES, PATHS, {"target": "target", "retention": "retention"}, MORE)
+    return ends(TOY_RATES, PATHS, TOY_FIGURES, MORE)
 
 
 @table
 def path_more_gaps() -> str:
-    return against("path, best()", TOY_RATES, PATHS, ("target", "retention"), MORE)
+    return against("path, best()", TOY_RATES, PATHS, TOY_FIGURES, MORE)
 
 
 EQUAL_TIME = ("KL 0.3", "RHO-1, clean reference", "RHO-1 + KL 0.3 to the base", "all tokens, from theta*, KL to it",
@@ -136,7 +137,7 @@ def path_equal_time() -> str:
     paces: Paces = load("tradeoff_paces")["results"]
     steps_alone = {name: {**pace, "once": 0.0} for name, pace in paces.items()}
     header = ["minus all tokens, in the time of 80 plain steps", "time a step", "steps"]
-    header += [f"{figure}, lr {rate:g}" for rate in TOY_RATES for figure in ("target", "retention")]
+    header += [f"{figure}, lr {rate:g}" for rate in TOY_RATES for figure in TOY_FIGURES]
     groups = [by_setting(["all tokens", *EQUAL_TIME], rate, MORE) for rate in TOY_RATES]
     whole = [{name: {s: run_of(run) for s, run in runs.items()} for name, runs in some.items()} for some in groups]
     rows = []
@@ -149,7 +150,7 @@ def path_equal_time() -> str:
             steps = steps_in_time(name, "all tokens", 80, known)
             line = [told, times(name, "all tokens", known), f"{steps:.0f}"]
             for some in whole:
-                line += [at_equal_time(some[name], some["all tokens"], f, known) for f in ("target", "retention")]
+                line += [at_equal_time(some[name], some["all tokens"], f, known) for f in TOY_FIGURES]
             rows.append(line)
     return markdown(header, rows, MORE, "tradeoff_paces")
 
@@ -250,25 +251,25 @@ def of_kind(kind: str) -> dict[str, str]:
 @table
 def path_clean() -> str:
     """Answers without noise."""
-    return ends(TOY_RATES, of_kind("no noise"), {"target": "target", "retention": "retention"}, MORE)
+    return ends(TOY_RATES, of_kind("no noise"), TOY_FIGURES, MORE)
 
 
 @table
 def path_clean_gaps() -> str:
     best = "no noise: all tokens, from theta*, KL to it"  # as shared_gain tells
-    return against(best, TOY_RATES, of_kind("no noise"), ("target", "retention"), MORE)
+    return against(best, TOY_RATES, of_kind("no noise"), TOY_FIGURES, MORE)
 
 
 @table
 def path_exchanged() -> str:
     """Three in ten answers are those of other rows."""
-    return ends(TOY_RATES, of_kind("exchanged"), {"target": "target", "retention": "retention"}, MORE)
+    return ends(TOY_RATES, of_kind("exchanged"), TOY_FIGURES, MORE)
 
 
 @table
 def path_exchanged_gaps() -> str:
     best = "exchanged: all tokens, from theta*, KL to it"
-    return against(best, TOY_RATES, of_kind("exchanged"), ("target", "retention"), MORE)
+    return against(best, TOY_RATES, of_kind("exchanged"), TOY_FIGURES, MORE)
 
 
 def at_target(way: Sequence[Sequence[float]], target: float) -> float | None:
@@ -293,7 +294,7 @@ def path_clean_curve() -> str:
                 if reached := [retention for retention in found if retention is not None]:
                     there[seed] = {"retention": min(reached)}
             if there and name != "all tokens":
-                means = [statistics.mean(own[seed][f] for seed in there) for f in ("target", "retention")]
+                means = [statistics.mean(own[seed][f] for seed in there) for f in TOY_FIGURES]
                 curve = statistics.mean(run["retention"] for run in there.values())
                 gap = paired(own, there, lambda run: run["retention"])
                 seeds = f"{len(there)}" + f" of {len(own)}" * (len(there) < len(own))

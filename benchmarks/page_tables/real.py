@@ -74,7 +74,7 @@ def real_boilerplate_seeds() -> str:
 @table
 def real_boilerplate_renewed() -> str:
     """The preset with theta* renewed on the way, minus each other."""
-    return against(RENEWED.name, HOT, TITLES, tuple(FIGURES), "real", NOISY)
+    return against(RENEWED.name, HOT, TITLES, FIGURES, "real", NOISY)
 
 
 @table
@@ -84,7 +84,7 @@ def real_clean_hot() -> str:
 
 @table
 def real_boilerplate_gaps() -> str:
-    return against(BEST, RATE, TITLES, tuple(FIGURES), "real", NOISY)
+    return against(BEST, RATE, TITLES, FIGURES, "real", NOISY)
 
 
 def runs_of(world: str) -> list[Run]:
