@@ -13,6 +13,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -249,7 +250,7 @@ class AlphaToken:
             return
         with Changes() as changes:
             changes.set(unwrap(self.model), IN_CONTEXT, True)
-            check = lambda _, args, kwargs: refuse_other_rows(step.batch, args, kwargs)  # noqa: E731
+            check = partial(refuse_other_rows, step.batch)
             changes.hook(find_decoder(self.model), check, before=True, with_kwargs=True)
             with step.weigher.watching(self._penalties.around(step.gate)):
                 yield

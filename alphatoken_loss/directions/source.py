@@ -167,16 +167,20 @@ class Source:
     def state_dict(self, scored: Scored) -> dict[str, Any]:
         """The target's gradients, if it was estimated from batches, and the age of it or of the path, after the last
         step: tensors and numbers, which `torch.load` takes."""
+        state: dict[str, Any] = {"estimator": self.config.estimator}
         if self.batches is None or (self.target is None and self.path is None):
-            return {"target": {}, "tokens": 0, "age": 0, "turn": 0}
+            return {**state, "target": {}, "tokens": 0, "age": 0, "turn": 0}
         self.count(scored)
         held = self.target or Target({}, 0)
-        return {"target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
+        return {**state, "target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
 
     def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
         missing = {"target", "age", "turn"} - set(state)
         if missing:
             raise ValueError(f"The state has no {sorted(missing)[0]!r}. Give what state_dict() of an AlphaToken gave.")
+        came, wanted = state.get("estimator", self.config.estimator), self.config.estimator
+        if came != wanted:
+            raise ValueError(f'The state is of estimator="{came}", and this one is "{wanted}". Give the same settings.')
         if state["target"]:
             target = Target(state["target"], state["tokens"])
             target.check(scored)

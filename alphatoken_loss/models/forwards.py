@@ -53,8 +53,8 @@ def check_batch(batch: Batch, size: int, length: int, *, virtual: bool = False) 
         )
 
 
-def refuse_other_rows(batch: Batch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError if a decoder with grad is called on other tokens than the batch's, of the same shape."""
+def refuse_other_rows(batch: Batch, decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A hook: raise ValueError if a decoder with grad is called on other tokens than the batch's, of the same shape."""
     ids, own = kwargs.get("input_ids", args[0] if args else None), batch.inputs.get("input_ids")
     if not (torch.is_grad_enabled() and isinstance(ids, torch.Tensor) and isinstance(own, torch.Tensor)):
         return

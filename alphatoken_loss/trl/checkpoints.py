@@ -40,7 +40,7 @@ class Checkpoints(_Trainer):
         if self._gate is None or not self._gate.selection.valued or not self.args.should_save:
             return
         state = self._gate.state_dict()
-        about = {name: state[name] for name in ("age", "turn", "tokens")}
+        about = {name: state[name] for name in ("estimator", "age", "turn", "tokens")}
         tensors = {**state["target"], **{f"{_STEPS}{name}": tensor for name, tensor in state["steps"].items()}}
         write_tensors(Path(output_dir) / STATE_FILE, tensors, kind=_KIND, about={"about": json.dumps(about)})
 

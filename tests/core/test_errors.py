@@ -647,3 +647,6 @@ def test_what_is_no_model_and_no_state():
         AlphaToken("path/to/model")
     with pytest.raises(ValueError, match=r"The state has no 'age'\. Give what state_dict\(\)"):
         gate(lora_model("llama")).load_state_dict({"a": 1})
+    other = gate(lora_model("llama"), config=AlphaTokenConfig(estimator="difference")).state_dict()
+    with pytest.raises(ValueError, match=r'The state is of estimator="difference", and this one is "ghost"'):
+        gate(lora_model("llama")).load_state_dict(other)
