@@ -32,6 +32,7 @@ PATHS = {
     "DFT": "DFT",
     "path": '`estimator="path"`, nothing else',
     "all tokens, from theta*, KL to it": "`best()` without the mask",
+    "all tokens, theta* renewed, KL to it": "`best(path_every=20)` without the mask",
     "path, theta* renewed": "path, begun at theta*, KL 0.3 to it, renewed every 20 steps",
     "path, no drift, best() else": "`best()` with lambda 0",
     "path, three blocks, best() else": "`best()` with theta* in the last three blocks alone",

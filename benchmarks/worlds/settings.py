@@ -72,6 +72,7 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
+UNMASKED_RENEWED = values("all tokens, theta* renewed, KL to it", **{**_PATH, "rho": 1.0, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
 OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
 
@@ -139,6 +140,7 @@ def without_noise() -> Iterator[Setting]:
     yield Setting("no noise: path, best()", "values", BEST, noise=False)
     yield Setting("no noise: path, best(), KL 0.3 to the base", "values", BEST, kl=0.3, noise=False)
     yield replace(UNMASKED, name=f"no noise: {UNMASKED.name}", noise=False)
+    yield replace(UNMASKED_RENEWED, name=f"no noise: {UNMASKED_RENEWED.name}", noise=False)
     yield replace(OF_DATA, name=f"no noise: {OF_DATA.name}", noise=False)
     yield replace(OF_SHARE, name=f"no noise: {OF_SHARE.name}", noise=False)
     yield values("no noise: ghost K=3", setting={"noise": False})
@@ -286,6 +288,7 @@ def real_supervised() -> Iterator[Setting]:
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield RENEWED
     yield UNMASKED
+    yield UNMASKED_RENEWED
     yield OF_DATA
     yield OF_SHARE
     yield values("path, from theta*", estimator="path", path_start=True)

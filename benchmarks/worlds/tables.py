@@ -33,12 +33,14 @@ STYLES = {
     "difference, Adam's step, all 32": ("#44bb99", "-"),
     "KL 0.3 + difference": ("#117733", "--"),
     "all tokens, from theta*, KL to it": ("#7755dd", ":"),
+    "all tokens, theta* renewed, KL to it": ("#bb99ee", ":"),
     "path, theta* renewed, best() else": ("#7755dd", "--"),
     "path, best()": ("#3311bb", "-"),
     "best(pairs=True)": ("#3311bb", "-"),
 }
 LABELS = {
     "all tokens, from theta*, KL to it": "best() without the mask",
+    "all tokens, theta* renewed, KL to it": "best(path_every=20) without the mask",
     "path, theta* renewed, best() else": "best(path_every=20)",
     "path, best()": "best()",
 }
