@@ -25,6 +25,7 @@ from ..models.sites import find_scored
 from ..models.structure import unwrap
 
 _FOLDS = 4
+_MASKED_BELOW = 0.5  # the upper end of the share's interval; see docs/evidence-toy.md, "How much to mask"
 _ALLOWED = "Give batches (mappings of names to tensors) in SFT form."
 
 
@@ -50,13 +51,15 @@ class SharedGain:
 
     @property
     def rho(self) -> float:
-        """The share of tokens to keep, for `AlphaTokenConfig.best(rho=...)`: (1 + share) / 2, from a half to 1.
+        """The share of tokens to keep, for `AlphaTokenConfig.best(rho=...)`: (1 + share) / 2, from a half to three
+        quarters; or 1.
 
         If a part p of the training tokens gains what clean tokens do, and the rest loses as much, `share` is
-        p - (1 - p). 1 where `interval` does not exclude that training rows are like the clean ones, and where theta*
+        p - (1 - p). 1 where `interval` reaches a half, so that less than a quarter of the tokens may lead elsewhere: a
+        mask drops right tokens too, and of so few wrong ones it would drop more right than wrong. 1 also where theta*
         does not help with clean rows: then nothing tells what to drop.
         """
-        if not self.clean > 0 or self.interval[1] >= 1:
+        if not self.clean > 0 or self.interval[1] >= _MASKED_BELOW:
             return 1.0
         return max((1 + self.share) / 2, 0.5)
 
@@ -75,7 +78,7 @@ class SharedGain:
         return (
             f"theta* gains {self.training:+.3f} nats a token in training rows and {self.clean:+.3f} in clean ones: a "
             f"share of {self.share:.2f} (95 %: {low:.2f} to {high:.2f}). Near 1, training rows are like the clean "
-            "ones, and there is little to mask; near 0 or below, most of their tokens lead elsewhere. "
+            "ones, and there is little to mask; near 0 or below, at least half of their tokens lead elsewhere. "
             f"Keep {self.rho:.2f}."
         )
 

@@ -219,8 +219,9 @@ def test_it_says_how_to_read_it():
     assert "share of 0.05 (95 %: -0.10 to 0.20)" in told and "+0.960" in told
     assert told.endswith("Keep 0.53.")
     worse = SharedGain(-0.2, 0.05, (-1.0, 1.0))
-    assert [SharedGain(1.0, gain, (-3, 0.9)).rho for gain in (-2.0, 0.0, 0.5, 0.8)] == [0.5, 0.5, 0.75, 0.9]
-    assert [SharedGain(1.0, gain, (0.1, 1.0)).rho for gain in (0.5, 0.9, 1.4)] == [1.0] * 3, "they may be alike"
+    assert [SharedGain(1.0, gain, (-3, 0.49)).rho for gain in (-2.0, 0.0, 0.2, 0.4)] == [0.5, 0.5, 0.6, 0.7]
+    assert [SharedGain(1.0, gain, (0.1, 0.5)).rho for gain in (0.2, 0.4)] == [1.0] * 2, "too few may lead elsewhere"
+    assert [SharedGain(1.0, gain, (0.1, 1.0)).rho for gain in (0.4, 0.9, 1.4)] == [1.0] * 3, "they may be alike"
     assert worse.rho == 1.0, "what cannot tell drops nothing"
     unknown = SharedGain(1.0, 0.1, (-math.inf, math.inf))
     assert unknown.rho == 1.0 and "to tell the two apart. Give more clean rows" in str(unknown)
