@@ -175,12 +175,7 @@ class Source:
         return {**state, "target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
 
     def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
-        missing = {"target", "age", "turn"} - set(state)
-        if missing:
-            raise ValueError(f"The state has no {sorted(missing)[0]!r}. Give what state_dict() of an AlphaToken gave.")
-        came, wanted = state.get("estimator", self.config.estimator), self.config.estimator
-        if came != wanted:
-            raise ValueError(f'The state is of estimator="{came}", and this one is "{wanted}". Give the same settings.')
+        _check_state(state, self.config.estimator)
         if state["target"]:
             target = Target(state["target"], state["tokens"])
             target.check(scored)
@@ -228,6 +223,15 @@ class Source:
         bits = fingerprint(parameters)
         before, self._state = self._state, (versions, bits)
         return before is not None and not torch.equal(before[1], bits)
+
+
+def _check_state(state: Mapping[str, Any], estimator: str) -> None:
+    missing = {"target", "age", "turn"} - set(state)
+    if missing:
+        raise ValueError(f"The state has no {sorted(missing)[0]!r}. Give what state_dict() of an AlphaToken gave.")
+    came = state.get("estimator", estimator)
+    if came != estimator:
+        raise ValueError(f'The state is of estimator="{came}", and this one is "{estimator}". Give the same settings.')
 
 
 def _check_kind(name: str, value: object, kinds: Any, how: str) -> None:

@@ -38,9 +38,11 @@ def validation_of(rank):
 
 
 def gain_rows(rank, one=False):
-    """Target batch and training batch; the latter of one process has more rows. With `one`, that process has a single
-    row of the target."""
-    target, more = sft_batch("none", seed=50 + rank), sft_batch("left", seed=80)
+    """Target batch and training batch; the latter of one process has more rows. Of the target four, so that each fold
+    has one of each process. With `one`, that process has a single row of the target."""
+    target, another = (sft_batch("none", seed=first + rank) for first in (50, 70))
+    more = sft_batch("left", seed=80)
+    target = {name: torch.cat([tensor, another[name][:1]]) for name, tensor in target.items()}
     if one and rank:
         target = {name: tensor[:1] for name, tensor in target.items()}
     return target, more if rank else {name: tensor[:1] for name, tensor in more.items()}

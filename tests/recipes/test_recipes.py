@@ -131,7 +131,7 @@ def test_settings_are_the_best_of_the_estimator(recipes, tmp_path):
 
     for argv, estimator in (([], "path"), (["--estimator", "difference"], "difference")):
         argv += ["--rho", "0.3", "--output_dir", str(tmp_path)]
-        _, args, _ = qlora.parse(AlphaTokenDPOConfig, argv, pairs=True)
+        _, args, _ = qlora.parse(AlphaTokenDPOConfig, argv)
         best = AlphaTokenConfig.best(pairs=True, estimator=estimator, rho=0.3)
         assert settings(args) == dataclasses.asdict(best)
         assert settings(qlora.run_arguments(args, "DPO", plain=True)) == dataclasses.asdict(AlphaTokenConfig(rho=1.0))
@@ -145,7 +145,7 @@ def test_the_adapter_of_a_4_bit_model_trains_in_float32(recipes, small_model, tm
 
     from alphatoken_loss import AlphaTokenDPOConfig
 
-    _, args, model_args = qlora.parse(AlphaTokenDPOConfig, ["--output_dir", str(tmp_path)], pairs=True)
+    _, args, model_args = qlora.parse(AlphaTokenDPOConfig, ["--output_dir", str(tmp_path)])
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     model = qlora.load_base(small_model, model_args)
     tokenizer = qlora.load_tokenizer(small_model)
