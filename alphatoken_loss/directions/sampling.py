@@ -44,6 +44,7 @@ def encode(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
         )
     if not isinstance(prompt, Iterable):
         raise TypeError(f"A prompt is a {type(prompt).__name__}. {_PROMPTS}")
+    prompt = prompt if isinstance(prompt, str) else list(prompt)
     if isinstance(prompt, str) or isinstance(next(iter(prompt), None), Mapping):
         if tokenizer is None:
             raise ValueError("prompts hold text and tokenizer is None. Pass the model's tokenizer, or token ids.")

@@ -56,8 +56,8 @@ class SharedGain:
 
         If a part p of the training tokens gains what clean tokens do, and the rest loses as much, `share` is
         p - (1 - p). 1 where `interval` reaches a half, so that less than a quarter of the tokens may lead elsewhere: a
-        mask drops right tokens too, and of so few wrong ones it would drop more right than wrong. 1 also where theta*
-        does not help with clean rows: then nothing tells what to drop.
+        mask drops right tokens too, and where few are wrong it did harm. 1 also where theta* does not help with clean
+        rows: then nothing tells what to drop.
         """
         if not self.clean > 0 or self.interval[1] >= _MASKED_BELOW:
             return 1.0
