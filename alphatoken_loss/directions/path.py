@@ -209,9 +209,8 @@ def _check_alike(model: nn.Module, own: Mapping[str, nn.Parameter], active: str,
 
 def run_at(model: nn.Module, moved: Mapping[str, torch.Tensor], run: Callable[[nn.Module], _T]) -> _T:
     """`run(model)` with `moved` in the place of parameters of these names; theirs are never written to."""
-    own = dict(model.named_parameters())
     with Changes() as changes:  # functional_call would leave them there if Ctrl-C cut its end short
-        changes.replace(model, {id(own[name]): tensor for name, tensor in moved.items()})
+        changes.replace_named(model, moved)
         return run(model)
 
 

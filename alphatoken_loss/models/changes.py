@@ -107,6 +107,11 @@ class Changes:
                 if id(parameter) in tensors:
                     self.put(child._parameters, name, tensors[id(parameter)])
 
+    def replace_named(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The same by their names in `module.named_parameters()`."""
+        own = dict(module.named_parameters())
+        self.replace(module, {id(own[name]): tensor for name, tensor in tensors.items()})
+
     def hook(
         self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False, with_kwargs: bool = False
     ) -> None:

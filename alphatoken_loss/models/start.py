@@ -91,9 +91,8 @@ def adopt_start(model: nn.Module, start: Start) -> None:
 def replaced(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Run a model with other tensors in the place of parameters, tied ones too; nothing is written to these."""
     named = dict(model.named_parameters())
-    wanted = {id(named[name]): tensor.to(named[name]) for name, tensor in tensors.items()}
     with Changes() as changes:
-        changes.replace(model, wanted)
+        changes.replace_named(model, {name: tensor.to(named[name]) for name, tensor in tensors.items()})
         yield
 
 

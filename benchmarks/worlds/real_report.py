@@ -10,21 +10,7 @@ from typing import Any
 
 from results import write
 
-from .tables import (
-    LABELS,
-    STYLES,
-    Paces,
-    Run,
-    Runs,
-    curves,
-    ends,
-    final,
-    kept,
-    paired,
-    spread,
-    table,
-    times,
-)
+from .tables import Paces, Run, Runs, draw, ends, final, kept, paired, spread, table, times
 
 SFT = {
     "target": "target loss",
@@ -127,14 +113,7 @@ def plot(results: list[Run], path: Path) -> None:
         best = chosen_rates([run for run in results if run["world"] == world])
         y = "accuracy" if any(name.startswith("DPO") for name in best) else "target"
         for name, (lr, runs) in best.items():
-            short = name.removeprefix("DPO: ")
-            if short not in STYLES:
-                continue
-            xs, ys = curves(runs.values(), "retention", y)
-            colour, line = STYLES[short]
-            label = f"{LABELS.get(short, short)}, lr {lr:g}"
-            axis.plot(xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.3, label=label)
-            axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
+            draw(axis, name.removeprefix("DPO: "), runs.values(), y, f", lr {lr:g}")
         axis.set(title=world, xlabel="loss on WikiText-2 (forgetting →)")
         axis.set_ylabel("held-out accuracy" if y == "accuracy" else "loss on clean test answers")
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -75,6 +75,17 @@ def paired(runs: Runs, base: Runs, of: Callable[[Run], float], digits: int = 3) 
     return f"{statistics.mean(found):+.{digits}f} ±{half:.{digits}f}"
 
 
+def draw(axis: Any, name: str, runs: Iterable[Run], y: str, more: str = "") -> None:
+    """A setting's curve of a figure against retention, in its style; one that has none is left out."""
+    if name not in STYLES:
+        return
+    xs, ys = curves(runs, "retention", y)
+    colour, line = STYLES[name]
+    label = LABELS.get(name, name) + more
+    axis.plot(xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
+    axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
+
+
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

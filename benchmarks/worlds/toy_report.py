@@ -7,7 +7,7 @@ from pathlib import Path
 
 from results import tables, write
 
-from .tables import LABELS, STYLES, Paces, Run, Runs, at_best, curves, differences, ends, kept, quality
+from .tables import Paces, Run, Runs, at_best, differences, draw, ends, kept, quality
 
 SFT = {
     "target": "target loss",
@@ -103,15 +103,7 @@ def plot(results: list[Run], path: Path) -> None:
     for axis, (kind, lr) in zip(axes.flat, panels, strict=False):
         y = "accuracy" if kind == "DPO" else "target"
         for name, runs in found[kind][lr].items():
-            short = name.removeprefix(f"{kind}: ")
-            if short not in STYLES:
-                continue
-            xs, ys = curves(runs.values(), "retention", y)
-            colour, line = STYLES[short]
-            axis.plot(
-                xs, ys, line, color=colour, marker="o", markersize=3, linewidth=1.4, label=LABELS.get(short, short)
-            )
-            axis.plot(xs[-1:], ys[-1:], "o", color=colour, markersize=7)
+            draw(axis, name.removeprefix(f"{kind}: "), runs.values(), y)
         axis.set(title=f"{TITLES[kind]}, lr {lr:g}", xlabel="loss on held-out prose and Python (forgetting →)")
         axis.set_ylabel("held-out accuracy" if kind == "DPO" else "loss on clean target answers")
         axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, not on them
