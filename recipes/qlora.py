@@ -49,7 +49,8 @@ DEFAULTS = {  # of TRL's own arguments; every one can be given on the command li
 def parse(config_class, argv, **defaults):
     """Read TRL's arguments: data, training, model. Defaults are the recipes' and those of `config_class.best`.
 
-    Which settings are best depends on the estimator, so that one is read first.
+    Which settings are best depends on the estimator, and on whether rho is given: else the preset finds it for SFT. So
+    these two are read first.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -60,9 +61,12 @@ def parse(config_class, argv, **defaults):
         parser.set_defaults(**{**DEFAULTS, **settings, **defaults})
         return parser.parse_args_and_config(argv)
 
-    estimator = read({"estimator": "path"})[1].estimator
-    best = config_class.best(estimator=estimator, bf16=False)
-    data, args, model = read(asdict(best.alphatoken_config))
+    not_given = 0.123
+    first = read({"estimator": "path", "rho": not_given})[1]
+    best = config_class.best(
+        estimator=first.estimator, bf16=False, **({} if first.rho == not_given else {"rho": first.rho})
+    )
+    data, args, model = read({**asdict(best.alphatoken_config), "gain_rows": best.gain_rows})
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATE_REAL if model.model_name_or_path else LEARNING_RATE
     return data, args, model
@@ -162,7 +166,7 @@ def train(trainer, name, **figures):
     trainer.train()
     trainer.save_model()
     kept = [log["alphatoken/kept"] for log in trainer.state.log_history if "alphatoken/kept" in log]
-    if trainer.args.rho == 1 and trainer.args.threshold == "quantile":
+    if trainer.alphatoken is None:
         kept = [1.0]  # all of them, of which nothing is logged
     return {
         **({"kept": sum(kept) / len(kept)} if kept else {}),
@@ -173,7 +177,7 @@ def train(trainer, name, **figures):
 
 def run_arguments(args, name, *, plain):
     """The arguments of one of the runs; a plain one keeps all tokens, and starts where the adapter does."""
-    changes = asdict(AlphaTokenConfig(rho=1.0)) if plain else {}
+    changes = {**asdict(AlphaTokenConfig(rho=1.0)), "gain_rows": 0} if plain else {}
     args = copy.copy(args)
     args.__dict__.update(changes, output_dir=str(Path(args.output_dir) / name.lower().replace(" ", "-")))
     return args

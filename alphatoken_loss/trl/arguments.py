@@ -37,6 +37,7 @@ def _settings() -> list[tuple[str, Any, Any]]:
 
 
 NAMES = [name for name in SELECTIONS if name != "given"]  # a trainer's weights come in a column or from a function
+_GAIN_ROWS = 64
 _Arguments = TypeVar("_Arguments", bound="AlphaTokenArguments")
 _Settings: Any = dataclasses.make_dataclass("_Settings", _settings())
 
@@ -67,6 +68,10 @@ class AlphaTokenArguments(_Settings):
             Value tokens by the step that the trainer's Adam will take, not by one along the gradient.
         target_size (`int`, *optional*, defaults to 32):
             Rows of the training data that are held out as the target if no `target_dataset` is given.
+        gain_rows (`int`, *optional*, defaults to 0; 64 in `AlphaTokenSFTConfig.best()` where no `rho` is given):
+            When training starts, so many training rows are compared with the target (`shared_gain`), and `rho` is what
+            this tells: 1 if there is nothing to mask. `path_kl` is changed with it, so that its balance with the loss
+            stays. For SFT with `estimator="path"`. With 0, `rho` stays as it is.
         target_batch_size (`int`, *optional*):
             Target rows run together; one step to theta* (`estimator="path"`) takes as many, at least 8, in each
             process. By default `per_device_train_batch_size`.
@@ -111,6 +116,9 @@ class AlphaTokenArguments(_Settings):
     target_size: int = field(
         default=32, metadata={"help": "Training rows held out as the target where no target dataset is given."}
     )
+    gain_rows: int = field(
+        default=0, metadata={"help": "Training rows by which rho is found when training starts (shared_gain); 0: none."}
+    )
     target_batch_size: int | None = field(
         default=None, metadata={"help": "Target rows run together. By default `per_device_train_batch_size`."}
     )
@@ -136,19 +144,21 @@ class AlphaTokenArguments(_Settings):
 
         A trainer's supervised loss is divided by all response tokens, kept or not. Beside its gradient a KL weighs
         about 1 / rho times what it weighs beside that of `sft_loss`. So the preset's `path_kl` is multiplied by rho
-        here, for the same balance.
+        here, for the same balance. And if no `rho` is given, it is found when training starts, from `gain_rows=64`.
 
         Args:
             options: further arguments, as of the class itself; they win over the preset's.
 
         Example:
-            >>> args = AlphaTokenSFTConfig.best(output_dir="out", rho=gain.rho)
+            >>> args = AlphaTokenSFTConfig.best(output_dir="out")
         """
         names = {setting.name for setting in dataclasses.fields(AlphaTokenConfig)}
         preset = AlphaTokenConfig.best(pairs=cls.for_pairs, **{k: v for k, v in options.items() if k in names})
         settings = dataclasses.asdict(preset)
         if not cls.for_pairs:
             settings["path_kl"] *= preset.rho
+            if "rho" not in options and preset.estimator == "path" and options.get("selection") is None:
+                settings["gain_rows"] = _GAIN_ROWS
         return cls(**{**settings, **options})
 
     def __post_init__(self) -> None:
@@ -167,11 +177,14 @@ class AlphaTokenArguments(_Settings):
             )
         if self.precompute_path_log_probs:
             self._check_precomputed()
+        if self.gain_rows:
+            self._check_gain()
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every is {self.sample_every!r}; it must be at least 0, which records nothing.")
+        for name, what in (("sample_every", "records nothing"), ("gain_rows", "leaves rho as it is")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0, which {what}.")
         _ = self.alphatoken_selection  # errors now, not at the first step
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
@@ -189,13 +202,27 @@ class AlphaTokenArguments(_Settings):
                     f"steps. Set {name} to its default, or precompute_path_log_probs=False."
                 )
 
+    def _check_gain(self) -> None:
+        asked = f"gain_rows is {self.gain_rows}, by which rho is found"
+        if self.for_pairs:
+            raise ValueError(
+                f"{asked}, but pairs are kept or dropped by a sign (best(pairs=True)), not by a share. Set gain_rows=0."
+            )
+        if self.estimator != "path" or self.selection != "alphatoken":
+            raise ValueError(
+                f'{asked}, and that is told along the way to theta*; here estimator="{self.estimator}" and '
+                f'selection="{self.selection}". Set estimator="path" with selection="alphatoken", or gain_rows=0.'
+            )
+        if self.rho >= 1.0:
+            raise ValueError(f"{asked}, but rho=1.0 was given too. Leave rho out, or set gain_rows=0.")
+
     @property
     def alphatoken_config(self) -> AlphaTokenConfig:
         """The settings of the library itself."""
         return AlphaTokenConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(AlphaTokenConfig)})
 
     def check_unchanged(self, made: AlphaTokenConfig) -> None:
-        """Check that the settings are those that a trainer was made with.
+        """Check that the settings are `made`, those that a trainer was made with.
 
         Raises:
             ValueError: one was changed since.

@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
+from ..config import AlphaTokenConfig
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
 from ..losses.forward import Forward
@@ -31,6 +32,7 @@ from .columns import TokenColumns, without_damped_sums
 from .fisher import FisherOfPrompts
 from .gain import GainOfRows
 from .path import PathColumn
+from .refused import refuse_what_is_not_modelled
 from .selecting import Selecting
 
 logger = get_logger(__name__)
@@ -77,6 +79,8 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
     """
 
     alphatoken: AlphaToken | None = None
+    _gate_options: dict[str, Any]  # those that do not come from the settings
+    _read_settings: AlphaTokenConfig
     _samples: SampleWriter | None = None
 
     def __init__(
@@ -106,6 +110,7 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         else:
             self.alphatoken_args = AlphaTokenArguments()
         config, kl_coef = self.alphatoken_args.alphatoken_config, self.alphatoken_args.kl_coef
+        self._read_settings = config
         if kl_coef > 0 and not isinstance(self, SFTTrainer):
             raise ValueError(
                 f"kl_coef is {kl_coef}, but {type(self).__name__} is no SFTTrainer, and only there is a KL to the "
@@ -115,7 +120,7 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         token_weights = self._found_weights(token_weights)
         if config.off and not kl_coef:
             return
-        self._refuse_what_is_not_modelled()
+        refuse_what_is_not_modelled(self)
         if own and getattr(self, "ref_model", None) is None and has_adapters(self.model):
             add_reference_adapter(self.model, precomputed=getattr(self.args, "precompute_ref_log_probs", False))
         self._alphatoken_ref = reference if reference is not None else getattr(self, "ref_model", None)
@@ -130,8 +135,7 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
             self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config)
             return
         self._collate_columns()
-        options: dict[str, Any] = {
-            "config": config,
+        options = self._gate_options = {
             "selection": self.alphatoken_args.selection,
             "selection_options": self.alphatoken_args.selection_options,
             "token_weights": token_weights,
@@ -139,12 +143,16 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         }
         valued = self._values(token_weights, target_dataset, fisher)
         self._check_path_column(target_dataset, valued)
+        self._check_gain_rows(valued)
         if valued:
             fisher = fisher if fisher is not None else self.alphatoken_args.fisher_path
             brought = config.estimator == "path" and self._has_path_column
             options["target"] = None if brought else list(self._target_batches(target_dataset))
             options["fisher"] = Fisher.load(fisher) if isinstance(fisher, (str, Path)) else fisher
-        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, **options)
+        self._make_gate(config)
+
+    def _make_gate(self, config: AlphaTokenConfig) -> None:
+        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config, **self._gate_options)
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training or target batch as `AlphaToken` reads it. Override it if the trainer's has another form."""
@@ -171,7 +179,7 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
 
     def _make_ready(self, alphatoken: AlphaToken) -> None:
         """Give it what exists only when training starts: Fisher, optimizer, batch size."""
-        self.alphatoken_args.check_unchanged(alphatoken.config)
+        self.alphatoken_args.check_unchanged(self._read_settings)
         if self._gate is not None and alphatoken.selection.valued:
             if alphatoken.source.needs_fisher:
                 alphatoken.source.fisher = self._estimate_fisher()
@@ -208,31 +216,3 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         super().log(logs, *args, **kwargs)
         if self._samples is not None and "loss" in logs:
             self._samples.log(self.state.global_step, self.state.log_history[-1])
-
-    def _refuse_what_is_not_modelled(self) -> None:
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        refused = {
-            "FSDP": self.is_fsdp_enabled,
-            "DeepSpeed ZeRO-3": self.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3,
-            "tensor, context or sequence parallelism": parallel is not None
-            and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled),
-            "nn.DataParallel": self.args.n_gpu > 1,
-            "torch_compile=True": self.args.torch_compile,
-        }
-        if self.is_deepspeed_enabled and self.alphatoken_args.precondition:
-            raise ValueError(
-                "precondition=True reads the optimizer's second moments, which DeepSpeed keeps in its own shards. Set "
-                "precondition=False, or train without DeepSpeed."
-            )
-        if self.is_deepspeed_enabled and self.alphatoken_args.path_start:
-            raise ValueError(
-                "path_start is True, but under DeepSpeed the optimizer has copies of the parameters of its own, which "
-                "would overwrite theta*. Set path_start=False, or train without DeepSpeed."
-            )
-        for what in (what for what, used in refused.items() if used):
-            raise ValueError(
-                f"Training uses {what}, under which neither token values nor a KL can be taken: they need whole blocks "
-                "and their whole activations in each process, run as they are. Use one process per device "
-                "(DistributedDataParallel), or set rho=1.0, without kl_coef, path_kl and path_start."
-            )

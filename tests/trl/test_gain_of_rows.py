@@ -11,7 +11,7 @@ from state import differences, snapshot
 from trainer_cases import feature, make
 from tuning import dpo_data, lora, trained
 
-from alphatoken_loss import shared_gain
+from alphatoken_loss import SharedGain, shared_gain
 
 SETTINGS = {"estimator": "path", "num_layers": None, "path_steps": 3, "path_rate": 5e-2}
 
@@ -107,3 +107,101 @@ def test_each_process_gives_rows_of_its_own(how, tmp_path, monkeypatch):
 def test_of_a_target_that_nothing_needs_one_is_told(tmp_path, caplog):
     asked("sft", tmp_path, selection="random")
     assert "target_dataset and fisher are not used" in caplog.text
+
+
+# ------------------------------------------------------------------------------------ rho found when training starts
+
+
+def told(share):
+    """An answer of `shared_gain` that is as sure of a share as can be."""
+    return SharedGain(clean=1.0, training=share, interval=(share, share))
+
+
+def finding(folder, monkeypatch, share, **changes):
+    """A trainer that is to find rho from six rows, and is told this share; what it asks is in its `asked`."""
+    settings = {"path_start": True, "path_kl": 0.25, "gain_rows": 6, "learning_rate": 1e-2, **changes}
+    trainer = asked("sft", folder, gradient_checkpointing=False, **settings)
+    trainer.asked = []
+    tell = lambda *args, **options: trainer.asked.append(args) or told(share)  # noqa: E731
+    monkeypatch.setattr("alphatoken_loss.trl.gain.shared_gain", tell)
+    return trainer
+
+
+@pytest.mark.parametrize(("share", "rho"), [(0.2, 0.6), (-0.4, 0.5), (0.9, 1.0)])
+@pytest.mark.filterwarnings("ignore")
+def test_training_is_that_with_the_rho_it_is_told(share, rho, tmp_path, monkeypatch, caplog):
+    trainer = finding(tmp_path, monkeypatch, share)
+    before = trainer.args.to_dict()
+    trainer.train()
+    assert f"rho is {rho:.2f}, by 6 training rows: theta* gains" in caplog.text
+    assert trainer.args.to_dict() == before, "another trainer may be made with the same arguments"
+    by_hand = asked("sft", tmp_path, gradient_checkpointing=False, path_start=True, path_kl=0.25 * rho / 0.5, rho=rho,
+                    learning_rate=1e-2)  # fmt: skip
+    by_hand.train()
+    assert trainer.alphatoken.config == by_hand.alphatoken.config
+    found, expected = dict(trained(trainer.model)), dict(trained(by_hand.model))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert len(trainer.asked) == 1 and sum(len(batch["input_ids"]) for batch in trainer.asked[0][2]) == 6
+    trainer.get_train_dataloader()
+    assert len(trainer.asked) == 1, "it is found once"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_asked_is_what_a_user_would_ask(tmp_path, caplog):
+    trainer = asked("sft", tmp_path, gradient_checkpointing=False, path_start=True, gain_rows=6, fisher_prompts=4,
+                    fisher_new_tokens=4)  # fmt: skip
+    expected = trainer.shared_gain(rows=6)
+    trainer.train()
+    assert str(expected) in caplog.text and trainer.alphatoken.config.rho == expected.rho
+    assert trainer.alphatoken.fisher is not None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_does_not_ask_again(share, tmp_path, monkeypatch):
+    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    whole = finding(tmp_path, monkeypatch, share, **common)
+    whole.train()
+    resumed = finding(tmp_path, monkeypatch, -1.0, **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not resumed.asked and resumed.alphatoken.config == whole.alphatoken.config
+    for (name, after), (_, expected) in zip(trained(resumed.model), trained(whole.model), strict=True):
+        assert torch.equal(after, expected), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_there_is_nothing_to_mask_and_no_kl_training_is_trls(tmp_path, monkeypatch):
+    trainer = finding(tmp_path, monkeypatch, 0.9, path_start=False, path_kl=0.0)
+    trainer.train()
+    assert trainer.alphatoken.config.off
+    plain = feature(gradient_checkpointing=False, learning_rate=1e-2)
+    stock = make("sft", tuning.TRAINERS["sft"][1], plain, tmp_path, ours=False)
+    stock.train()
+    for (name, after), (_, expected) in zip(trained(trainer.model), trained(stock.model), strict=True):
+        assert torch.equal(after, expected), name
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rho": 1.0, "path_kl": 0.1}, r"gain_rows is 4, .* but rho=1.0 was given too. Leave rho out"),
+    ({"estimator": "ghost"}, r'told along the way to theta\*; here estimator="ghost".*or gain_rows=0'),
+    ({"gain_rows": -1}, r"gain_rows is -1; it must be at least 0, which leaves rho as it is"),
+    ({"options": lambda: {"token_weights": lambda forward: forward.logps.exp()}}, "token weights were given. Set gain"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_where_no_rho_can_be_found(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        asked("sft", tmp_path, **{"gain_rows": 4, **changes})
+    with pytest.raises(ValueError, match="pairs are kept or dropped by a sign"):
+        asked("dpo", tmp_path, gain_rows=4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_the_data_or_deepspeed_leave_nothing_to_ask(tmp_path):
+    trainer = asked("sft", tmp_path, gain_rows=4)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="under DeepSpeed the model is placed only after"):
+        trainer._check_gain_rows(valued=True)
+    rows = trainer.train_dataset
+    trainer.train_dataset = rows.add_column("path_logps", [[0.0] * len(row["input_ids"]) for row in rows])
+    with pytest.raises(ValueError, match="the training data bring path_logps, so there is no target"):
+        trainer._check_gain_rows(valued=True)

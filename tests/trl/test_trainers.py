@@ -41,6 +41,7 @@ from alphatoken_loss import (
 )
 from alphatoken_loss.trl import arguments as fields
 from alphatoken_loss.trl import fisher as fisher_of_prompts
+from alphatoken_loss.trl.refused import refuse_what_is_not_modelled
 
 # feature -> (arguments, form of the data, model, adapter, more for the trainer)
 
@@ -649,8 +650,18 @@ def test_the_preset_as_arguments(rho, tmp_path):
         assert made.alphatoken_config == dataclasses.replace(preset, path_kl=kl)
         assert (made.learning_rate, made.output_dir) == (3e-4, str(tmp_path))
     assert AlphaTokenSFTConfig.best(**given, path_kl=0.7).path_kl == 0.7
+    assert AlphaTokenSFTConfig.best(**given).gain_rows == AlphaTokenDPOConfig.best(**given).gain_rows == 0
     other = AlphaTokenSFTConfig.best(**given, estimator="difference").alphatoken_config
     assert other == AlphaTokenConfig.best(estimator="difference", rho=rho)
+
+
+def test_the_preset_finds_rho_where_none_is_given(tmp_path):
+    given = {"output_dir": str(tmp_path), "bf16": False}
+    made = AlphaTokenSFTConfig.best(**given)
+    assert (made.gain_rows, made.rho, made.path_kl) == (64, 0.5, 0.3)
+    assert AlphaTokenSFTConfig.best(**given, gain_rows=0).gain_rows == 0
+    assert AlphaTokenSFTConfig.best(**given, estimator="difference").gain_rows == 0
+    assert AlphaTokenSFTConfig(**given).gain_rows == AlphaTokenDPOConfig.best(**given).gain_rows == 0
 
 
 def test_a_setting_added_to_the_library_is_an_argument_at_once(monkeypatch):
@@ -729,7 +740,7 @@ def test_adams_step_is_refused_under_deepspeed(tmp_path):
     trainer = make("sft", tuning.TRAINERS["sft"][0], feature(precondition=True), tmp_path)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match=r"precondition=True reads.*DeepSpeed.*Set precondition=False"):
-        trainer._refuse_what_is_not_modelled()
+        refuse_what_is_not_modelled(trainer)
 
 
 @pytest.mark.filterwarnings("ignore")
