@@ -22,6 +22,7 @@ from torch import nn
 from .batches.batch import Batch
 from .batches.read import read_batch
 from .config import AlphaTokenConfig, read_config
+from .context import to_be_entered
 from .directions.fisher import Fisher
 from .directions.path import Path
 from .directions.source import Source
@@ -176,7 +177,7 @@ class AlphaToken:
         self._known = scored
         return scored
 
-    @contextlib.contextmanager
+    @to_be_entered
     def __call__(
         self,
         batch: Mapping[str, Any] | Batch,
@@ -204,8 +205,7 @@ class AlphaToken:
                 or estimated. The loss keeps its value.
             kl_coef (`float`): weight of a KL to the reference over all response tokens, kept or not; `kl` then holds
                 it. It is not masked, and does not change the values. Works with rho=1.0 too.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): what the summed KL is divided by; by default the
-                batch's response tokens.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the summed KL, else response tokens.
             ref_model (`nn.Module`, *optional*): the reference of the KL, by default the one of this object.
             kl_on (`str`): take a KL on `"all"` response tokens, or only on the `"dropped"` ones. The latter must be
                 known when the forward has run: with `estimator="path"`, or with given weights.
@@ -214,8 +214,8 @@ class AlphaToken:
             seed (`int`, *optional*): for a random selection; by default it uses torch's global generator.
 
         Raises:
-            RuntimeError: a second forward with grad runs inside, or none; the model is in such a context already; or
-                a KL of the last context was left out of what went backward.
+            RuntimeError: two forwards with grad run inside, or none; the model is in such a context already; or the
+                last one was never entered, or its KL left out of what went backward.
             ValueError: the forward's tokens or the weights' shape are not the batch's; weights are not finite, all 0,
                 or negative without `negative_weights`; or the model can no longer be valued.
         """
@@ -257,7 +257,7 @@ class AlphaToken:
         if not step.weigher.seen and self.strict:
             raise RuntimeError(UNMASKED)
         if not step.weigher.seen:
-            warnings.warn(UNMASKED, stacklevel=5)
+            warnings.warn(UNMASKED, stacklevel=6)
 
     def _step(
         self,

@@ -8,6 +8,7 @@ the model runs. The model's own are never written to.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -124,6 +125,12 @@ def follow(
         searched = _Goal(inner, scored, batches, config, drifting, ref_model, HELD_OUT)
     tries = len(rates) if searched.judges else 0
     again = searched is not goal or not tries  # on all rows
+    if not (steps and rate) and not tries:
+        warnings.warn(
+            "The target is one row, or no row that could be held out has a response token. So path_rate and path_steps "
+            f"were not tried: {steps or most} steps at {rates[0]} may learn it by heart. Give more rows, or set both.",
+            stacklevel=3,
+        )
     bar = tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide)
     with bar, autocast_without_cache(scored.device.type):  # each step has tensors of its own, which a cache would keep
         walks = (searched.walk(steps or most, each, bar, keep=not again) for each in rates[:tries])

@@ -14,8 +14,8 @@ import alphatoken_loss
 
 ROOT = Path(alphatoken_loss.__file__).parent
 ROOMS = [
-    "files", "values", "batches", "models", "losses", "config", "directions", "estimators", "selection",
-    "weights", "figures", "weighing", "step", "penalties", "gate", "tools", "trl", "integrations", "__main__",
+    "files", "values", "batches", "models", "losses", "config", "directions", "estimators", "selection", "weights",
+    "figures", "weighing", "step", "penalties", "context", "gate", "tools", "trl", "integrations", "__main__",
 ]  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 # What looks back, each with its reason.

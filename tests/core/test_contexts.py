@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import cases
 import pytest
 import torch
@@ -54,6 +56,33 @@ def test_strict_is_an_argument():
     gate = AlphaToken(model, target=cases.validation(), config=AlphaTokenConfig(stability_weight=0), strict=False)
     with pytest.warns(UserWarning, match="nothing was masked"), gate(sft_batch()):
         pass
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_call_without_with(strict):
+    """Like a coroutine that is never awaited: a warning at that line, and an error where it goes on."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    gate = gate_for(model)
+    gate.strict = strict
+    with pytest.warns(RuntimeWarning, match=r"context never entered.*Write `with alphatoken\(batch\):`") as told:
+        gate(batch)
+    assert [warning.filename for warning in told] == [__file__]
+    if strict:
+        with pytest.raises(RuntimeError, match="context never entered"):
+            gate(batch)
+    with contextlib.ExitStack() as stack:  # said once; and entered in other ways than by `with`
+        context = gate(batch)
+        assert stack.enter_context(context) is gate
+        model(**batch).loss.backward()
+    assert 0 < float(gate.weights.sum()) < float((batch["labels"] != -100).sum())
+
+
+def test_a_call_that_failed_is_no_context_left():
+    gate = gate_for(lora_model("llama"))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        gate(sft_batch(), no_such_option=1)
+    with pytest.raises(KeyError, match="mine"), gate(sft_batch()):
+        raise KeyError("mine")
 
 
 def test_the_bodys_own_error_comes_first():

@@ -136,7 +136,8 @@ def test_defaults():
     one_row = {name: tensor[:1] for name, tensor in sft_batch("none").items()}
     one_pair = {name: tensor[torch.tensor([0, 3])] for name, tensor in pair_batch().items()}
     for batch, steps, rate in ((one_row, 16, 3e-3), (one_pair, 24, 1e-3)):  # nothing can be held out
-        path = made(model, [batch], path_steps=None, path_rate=None)
+        with pytest.warns(UserWarning, match=f"The target is one row.*were not tried: {steps} steps at {rate}"):
+            path = made(model, [batch], path_steps=None, path_rate=None)
         assert path.steps == steps
         expected = made(model, [batch], path_steps=steps, path_rate=rate)
         assert all(torch.equal(path.parameters[n], tensor) for n, tensor in expected.parameters.items())
