@@ -76,11 +76,15 @@ def test_gains_are_means_over_response_tokens(kind, seed):
         assert found.clean == pytest.approx(gained / tokens, rel=1e-6, abs=1e-9)
         assert found.training == pytest.approx(sum(gains) / 4, rel=1e-6, abs=1e-9)
         assert abs(known / tokens - found.clean) > 1e-3, "the rows held out have no part in theta*"
-        alone = shared_gain(model, target[0], training[0], config=CONFIG, progress=False)  # a batch is a list of one
-        assert alone == shared_gain(model, target[:1], training[:1], config=CONFIG, progress=False)
     low, high = found.interval
     if found.clean > 0:
         assert found.share == found.training / found.clean and low < high
+
+
+def test_a_batch_is_a_list_of_one():
+    model, target, training = lora_model("llama"), sft_batch("right"), sft_batch("left", seed=1)
+    alone = shared_gain(model, target, training, config=CONFIG, progress=False)
+    assert alone == shared_gain(model, [target], [training], config=CONFIG, progress=False)
 
 
 def test_the_interval_is_one_over_rows():

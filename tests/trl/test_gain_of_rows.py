@@ -23,8 +23,7 @@ def asked(kind, folder, **changes):
     return make(kind, tuning.TRAINERS[kind][0], feature(peft=lora, options=options, model=model, **settings), folder)
 
 
-@pytest.mark.parametrize("model", [tuning.base, tuning.nf4])
-@pytest.mark.parametrize("how", ["drawn", "stream"])
+@pytest.mark.parametrize(("how", "model"), [("drawn", tuning.base), ("stream", tuning.nf4)])
 @pytest.mark.filterwarnings("ignore")
 def test_of_its_own_rows(how, model, tmp_path):
     trainer = asked("sft", tmp_path, model=model, options=lambda: {"stream": how == "stream"})

@@ -575,7 +575,7 @@ class AlphaTokenORPOTrainer(AlphaTokenMixin, ORPOTrainer):
     pass
 
 
-@pytest.mark.parametrize("name", ["kto", "orpo"])
+@pytest.mark.parametrize("name", ["kto", pytest.param("orpo", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_mixin_on_other_trainers_of_trl(name, tmp_path):
     ours, stock, config = {
