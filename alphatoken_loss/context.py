@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+import torch
+
+from .config import AlphaTokenConfig
+
 _UNENTERED = (
     "alphatoken(batch) was called and its context never entered, so nothing was masked. Write `with "
     "alphatoken(batch):` around the model's forward. (AlphaToken(..., strict=False) only warns.)"
@@ -17,6 +21,7 @@ _UNENTERED = (
 
 class _Owner(Protocol):
     strict: bool
+    config: AlphaTokenConfig
 
 
 _P = ParamSpec("_P")
@@ -28,14 +33,15 @@ def to_be_entered(
     make: Callable[Concatenate[_O, _P], Iterator[_T]],
 ) -> Callable[Concatenate[_O, _P], AbstractContextManager[_T]]:
     """`contextlib.contextmanager` for a method. A context that is thrown away without having been entered warns, and if
-    its owner is strict, the next call raises a RuntimeError."""
+    its owner is strict, the next call raises a RuntimeError; not so where there was nothing to mask."""
     manager = contextlib.contextmanager(make)
 
     @functools.wraps(make)
     def call(owner: _O, *args: _P.args, **kwargs: _P.kwargs) -> AbstractContextManager[_T]:
         if vars(owner).pop(_LEFT, False) and owner.strict:
             raise RuntimeError(_UNENTERED)
-        return _Context(owner, manager(owner, *args, **kwargs))
+        made = manager(owner, *args, **kwargs)
+        return made if owner.config.off or not torch.is_grad_enabled() else _Context(owner, made)
 
     return call
 

@@ -135,6 +135,28 @@ class Batch:
             ref_logps = self.ref_logps and tuple(logps[number : number + 1] for logps in self.ref_logps)
             yield rows, Batch(alone.inputs, labels, self.pairs, ref_logps, alone.columns)  # type: ignore[arg-type]
 
+    def unpacked(self, size: int) -> Iterator[Batch]:
+        """A packed batch as padded ones with at most `size` rows, a sequence in each; others, and pairs, as they are.
+
+        Sequences without a response are left out, and inputs that are not one number a token, which say where sequences
+        begin.
+        """
+        if self.pairs or not self.packed:
+            yield self
+            return
+        numbers = self.segments.flatten()
+        lengths = numbers.bincount()
+        starts = lengths.cumsum(0) - lengths
+        answered = numbers[self.rows.flatten()].unique()
+        for some in answered.split(size):
+            along = torch.arange(int(lengths[some].max()), device=numbers.device)
+            there = along < lengths[some, None]
+            places = torch.where(there, starts[some, None] + along, 0)
+            ids, labels = (x.flatten()[places] for x in (self.inputs["input_ids"], self.labels))
+            inputs = {"input_ids": ids.masked_fill(~there, 0), "attention_mask": there.long()}
+            columns = {name: column.flatten()[places].masked_fill(~there, 0) for name, column in self.columns.items()}
+            yield Batch(inputs, labels.masked_fill(~there, IGNORE), columns=columns)
+
     def at_labels(self, rows: torch.Tensor) -> torch.Tensor:
         """Move `(B, T)` numbers from the positions that predict to the labels they predict: from column t to t + 1."""
         return F.pad(rows.masked_fill(~self.rows, 0)[:, :-1], (1, 0))

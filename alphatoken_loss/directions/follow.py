@@ -110,6 +110,7 @@ def follow(
     refuse_inference_mode()
     inner = unwrap(model)
     drifting = fisher if config.stability_weight > 0 else None
+    batches = [part for batch in batches for part in batch.unpacked(_ROWS)]  # a row is what is held out, and counted
     batches = [_with_reference(batch, inner, ref_model) for batch in batches if bool(batch.rows.any())]
     goal = _Goal(inner, scored, batches, config, drifting, ref_model, config.path_holdout)
     if config.path_holdout > 0 and not goal.judges:

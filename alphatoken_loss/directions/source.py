@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..models.reference import refuse_itself
 from ..models.sites import Scored
-from ..models.start import adopt_start, start_of
+from ..models.start import adopt_start, see_start
 from ..models.tensors import fingerprint
 from .estimate import fisher_of_batches
 from .fisher import Fisher
@@ -59,7 +60,7 @@ class Source:
                 "not preconditioned: pass target, or no optimizer."
             )
         self.model, self.ref_model, self.config = model, ref_model, config
-        start_of(model)  # what the model is now, before the first step
+        see_start(model)  # what the model is now, before the first step
         self._fisher: Fisher | None = None
         self.fisher, self.optimizer = fisher, optimizer
         self.target = target if isinstance(target, Target) else None
@@ -241,7 +242,7 @@ def _check_kind(name: str, value: object, kinds: Any, how: str) -> None:
 
 def _at_most(batches: Iterable[Batch], rows: int) -> list[Any]:
     found: list[Batch] = []
-    for batch in batches:
+    for batch in itertools.chain.from_iterable(batch.unpacked(rows) for batch in batches):
         places = range(0, batch.size, rows)
         found += [batch] if batch.size <= rows else [batch.part(slice(i, i + rows)) for i in places]
     return found

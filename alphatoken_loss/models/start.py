@@ -8,7 +8,8 @@ Most adapters add nothing at first: with adapters off, the network is the one th
   stays trained with adapters off. The reference has adapters off, and these at the values they started from.
 
 Those values are copied when this library first sees the model (an `AlphaToken` or a trainer is made, a Fisher is
-estimated, a reference is needed). This must be before the first step. A Fisher keeps them in its file.
+estimated, a reference is needed). This must be before the first step. What becomes trainable later is copied when
+the next `AlphaToken` is made. A Fisher keeps them in its file.
 """
 
 from __future__ import annotations
@@ -52,9 +53,20 @@ def start_of(model: nn.Module) -> Start:
     """The start of a model. At the first call for a model it is copied."""
     model = unwrap(model)
     if model not in _starts:
-        moved = _moved_bases(model)
-        _starts[model] = _copied(model, adapters_on=moved)
+        _starts[model] = _copied(model, adapters_on=_moved_bases(model))
     return _starts[model]
+
+
+def see_start(model: nn.Module) -> None:
+    """`start_of` where training is set up: what has become trainable since the model was first seen, or the adapter
+    that was added, is copied too. It has not moved before."""
+    model = unwrap(model)
+    known = start_of(model)
+    if REFERENCE_ADAPTER in getattr(model, "peft_config", {}):
+        return
+    now = _copied(model, adapters_on=known.adapters_on or _moved_bases(model))
+    if not set(now.tensors) <= set(known.tensors):
+        _starts[model] = Start({**now.tensors, **known.tensors}, now.adapters_on, now.base)
 
 
 def remember_start(model: nn.Module) -> None:

@@ -70,6 +70,14 @@ def refuse_x_lora(model: nn.Module) -> None:
         )
 
 
+# Seen of each: its loss is the cross-entropy without a shift.
+_UNSHIFTED = {
+    *(f"{name}ForCausalLM" for name in ("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "Marian", "MBart")),
+    *(f"{name}ForCausalLM" for name in ("Mvp", "Pegasus", "PLBart", "ProphetNet", "TrOCR", "Whisper", "CpmAnt")),
+    *("XLNetLMHeadModel", "XLMWithLMHeadModel", "FlaubertWithLMHeadModel"),
+}
+
+
 def refuse_encoder_decoder(model: nn.Module) -> None:
     """Raise ValueError for a model whose labels are not its own input, shifted."""
     base = causal_lm(model)
@@ -77,6 +85,12 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder: its labels are the decoder's, not those of input_ids, and "
             "nothing here values them. Use a decoder-only model (a causal LM)."
+        )
+    if type(base).__name__ in _UNSHIFTED:
+        raise ValueError(
+            f"{type(base).__name__} compares its logits with the labels of the same positions, not of the next ones, "
+            "so a mask would stand beside the tokens that it is of. Use a causal LM that shifts labels itself, as "
+            "nearly all do."
         )
 
 

@@ -27,6 +27,8 @@ def keep_mask(values: torch.Tensor, groups: torch.Tensor, *, rho: float) -> torc
     if rho >= 1.0:
         return taken
     flat_groups = groups.flatten()
+    if not values.numel():
+        return taken
     # Sort by value, then stably by group: each group is one ascending run. Tokens outside form the last run.
     # No shape here depends on the data, so a GPU is never waited for.
     count = flat_groups.numel() + 1

@@ -33,10 +33,10 @@ Step = Callable[[], None]
 @or_exit("Lower --batch-size or --length.")
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0, or 1 if no estimator takes the model."""
-    from .score.scorer import load_model
+    from .score.scorer import load_model, read_device
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_model(args, torch.device(args.device))
+    device = args.device = read_device(args.device)
+    model: Any = load_model(args, device)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     plain = _plain(model, batch)
     found = {name: _step(model, batch, name) for name in ESTIMATORS}
     steps = {"plain": plain, **{name: step for name, step in found.items() if not isinstance(step, str)}}
-    table = measure(steps, args.steps, torch.device(args.device))
-    print(f"\nA step of {args.batch_size} x {args.length} tokens on {args.device}, the target given:")
+    table = measure(steps, args.steps, device)
+    print(f"\nA step of {args.batch_size} x {args.length} tokens on {device}, the target given:")
     seconds, peak = table["plain"]
     print(f"  {'plain':12} {seconds:8.3f} s         {peak / 2**20:8.0f} MiB beyond the weights")
     for name, step in found.items():

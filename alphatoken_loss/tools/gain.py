@@ -25,6 +25,7 @@ from ..models.sites import find_scored
 from ..models.structure import unwrap
 
 _FOLDS = 4
+_ROWS = 8  # of a packed target, run together
 _MASKED_BELOW = 0.5  # the upper end of the share's interval; see docs/evidence-toy.md, "How much to mask"
 _ALLOWED = "Give batches (mappings of names to tensors) in SFT form."
 
@@ -128,6 +129,7 @@ def shared_gain(
             raise ValueError(f"{name} holds preference pairs. Give their chosen answers, in SFT form.")
         if not _any_rows(some, device):
             raise ValueError(f"{name} holds no response token (no label other than -100). Give some rows with one.")
+    read["target"] = [part for batch in read["target"] for part in batch.unpacked(_ROWS)]
     folds = [_apart(read["target"], fold) for fold in range(_FOLDS)]
     folds = [(made, held) for made, held in folds if _any_rows(made, device) and _any_rows(held, device)]
     if not folds:
@@ -162,13 +164,15 @@ def _any_rows(batches: Iterable[Batch], device: torch.device) -> bool:
 
 
 def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any]) -> torch.Tensor:
-    """`(rows, 2)` float64: of each row the nats gained over its response tokens, and their number."""
+    """`(sequences, 2)` float64: of each the nats gained over its response tokens, and their number."""
     found, inner = [torch.zeros(0, 2, dtype=torch.float64)], unwrap(model)
     for batch in batches:
         with torch.no_grad(), without_noise(inner):
             before = token_logps(inner, batch)
-        gained = (path.logps(inner, batch) - before).sum(1)
-        found.append(torch.stack([gained.double(), batch.rows.sum(1).double()], 1).cpu())
+        gained = (path.logps(inner, batch) - before).double()
+        each = torch.stack([gained, batch.at_labels(batch.rows).double()]).flatten(1).cpu()
+        numbers = batch.segments.flatten().cpu()
+        found.append(torch.zeros(2, int(numbers.max()) + 1, dtype=each.dtype).index_add_(1, numbers, each).T)
         bar.update()
     rows = all_rows(torch.cat(found))
     return rows[rows[:, 1] > 0]

@@ -157,7 +157,8 @@ class AlphaTokenArguments(_Settings):
         settings = dataclasses.asdict(preset)
         if not cls.for_pairs:
             settings["path_kl"] *= preset.rho
-            if "rho" not in options and preset.estimator == "path" and options.get("selection") is None:
+            own = options.get("selection", "alphatoken") == "alphatoken" and options.get("kl_on", "all") == "all"
+            if "rho" not in options and preset.estimator == "path" and own:
                 settings["gain_rows"] = _GAIN_ROWS
         return cls(**{**settings, **options})
 
@@ -178,7 +179,7 @@ class AlphaTokenArguments(_Settings):
         if self.precompute_path_log_probs:
             self._check_precomputed()
         if self.gain_rows:
-            self._check_gain()
+            self.check_gain()
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
@@ -202,7 +203,12 @@ class AlphaTokenArguments(_Settings):
                     f"steps. Set {name} to its default, or precompute_path_log_probs=False."
                 )
 
-    def _check_gain(self) -> None:
+    def check_gain(self) -> None:
+        """Check that rho can be found by `gain_rows`.
+
+        Raises:
+            ValueError: it cannot.
+        """
         asked = f"gain_rows is {self.gain_rows}, by which rho is found"
         if self.for_pairs:
             raise ValueError(
@@ -213,8 +219,13 @@ class AlphaTokenArguments(_Settings):
                 f'{asked}, and that is told along the way to theta*; here estimator="{self.estimator}" and '
                 f'selection="{self.selection}". Set estimator="path" with selection="alphatoken", or gain_rows=0.'
             )
-        if self.rho >= 1.0:
-            raise ValueError(f"{asked}, but rho=1.0 was given too. Leave rho out, or set gain_rows=0.")
+        if self.rho != AlphaTokenConfig.rho:
+            raise ValueError(f"{asked}, but rho={self.rho} was given too. Leave rho out, or set gain_rows=0.")
+        if self.kl_on == "dropped":
+            raise ValueError(
+                f'{asked}, but kl_on is "dropped", and where rho is found to be 1 none is. Give rho with gain_rows=0, '
+                'or set kl_on="all".'
+            )
 
     @property
     def alphatoken_config(self) -> AlphaTokenConfig:

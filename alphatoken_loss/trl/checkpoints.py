@@ -29,7 +29,6 @@ class Checkpoints(_Trainer):
     args: Any
     alphatoken_args: AlphaTokenArguments
     alphatoken: AlphaToken | None = None
-    _take_rho: Any
 
     @property
     def _gate(self) -> AlphaToken | None:
@@ -42,7 +41,6 @@ class Checkpoints(_Trainer):
             return
         state = self._gate.state_dict()
         about = {name: state[name] for name in ("estimator", "age", "turn", "tokens")}
-        about["rho"] = self._gate.config.rho
         tensors = {**state["target"], **{f"{_STEPS}{name}": tensor for name, tensor in state["steps"].items()}}
         write_tensors(Path(output_dir) / STATE_FILE, tensors, kind=_KIND, about={"about": json.dumps(about)})
 
@@ -51,20 +49,15 @@ class Checkpoints(_Trainer):
         checkpoint, gate = Path(resume_from_checkpoint), self._gate
         if gate is None or not gate.selection.valued:
             return
-        there = (checkpoint / STATE_FILE).is_file()
-        what = "state of token values (delete it to resume with a target that is estimated anew)"
-        tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what) if there else ({}, {})
-        about = json.loads(words["about"]) if there else {}
-        rho = about.pop("rho", None)
-        if self.alphatoken_args.gain_rows and rho is not None:
-            gate = self._take_rho(rho)
         if gate.fisher is None and (checkpoint.parent / FISHER_FILE).is_file():
             gate.source.fisher = Fisher.load(checkpoint.parent / FISHER_FILE)
-        if not there:
+        if not (checkpoint / STATE_FILE).is_file():
             logger.warning(f"{checkpoint} has no {STATE_FILE}, so the target is estimated anew and masks may differ.")
             begun = {"applied": torch.tensor(True)}  # or path_start would go back to theta*
             gate.load_state_dict({"target": {}, "tokens": 0, "age": 0, "turn": 0, "steps": begun})
             return
+        what = "state of token values (delete it to resume with a target that is estimated anew)"
+        tensors, words = read_tensors(checkpoint / STATE_FILE, kind=_KIND, what=what)
         target = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STEPS)}
         steps = {name.removeprefix(_STEPS): tensor for name, tensor in tensors.items() if name not in target}
-        gate.load_state_dict({**about, "target": target, "steps": steps})
+        gate.load_state_dict({**json.loads(words["about"]), "target": target, "steps": steps})

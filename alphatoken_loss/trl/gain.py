@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from ..batches.read import read_batch
 from ..gate import AlphaToken
@@ -19,40 +22,67 @@ from .target import TargetRows
 logger = get_logger(__name__)
 
 
+class FoundRho(TrainerCallback, ExportableState):
+    """Keeps the rho that was found in the trainer's own state, which every checkpoint holds."""
+
+    def __init__(self, rho: float) -> None:
+        self.rho = rho
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"rho": self.rho}, "attributes": {"rho": self.rho}}
+
+
 class GainOfRows(TargetRows):
     """The part of [`AlphaTokenMixin`] that compares training rows with the target."""
 
-    alphatoken: AlphaToken | None
+    add_callback: Any
     alphatoken_args: AlphaTokenArguments
+    is_in_train: bool
     train_dataset: Any
     _gate: AlphaToken | None
     _gate_options: dict[str, Any]
     _has_path_column: Any
     _make_gate: Any
-    _make_ready: Any
     _prepare_inputs: Any
     _train_batch_size: int
-    _rho_is_found = False
+    _found_rho: float | None = None
 
     def get_train_dataloader(self) -> Any:
-        gate, rows = self._gate, self.alphatoken_args.gain_rows
-        if rows and gate is not None and not self._rho_is_found:
-            self._make_ready(gate)
-            gain = self.shared_gain(rows)
-            logger.warning(f"rho is {gain.rho:.2f}, by {rows} training rows: {gain}")
+        gate = self._gate
+        if self.alphatoken_args.gain_rows and self.is_in_train and gate is not None and self._found_rho is None:
+            if self.args.auto_find_batch_size:
+                gate.source.limit_rows(self._train_batch_size)
+            try:
+                gain = self.shared_gain(self.alphatoken_args.gain_rows)
+            except ValueError as error:
+                error.args = (f"{error} Or set gain_rows=0, which leaves rho as it is.",)
+                raise
+            logger.warning(f"rho is {gain.rho:.2f}. {gain}")
             self._take_rho(gain.rho)
         return super().get_train_dataloader()
 
-    def _take_rho(self, rho: float) -> AlphaToken:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if self.alphatoken_args.gain_rows and self._gate is not None and self._found_rho is None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            kept = (state.stateful_callbacks or {}).get(FoundRho.__name__)
+            if kept is None:
+                raise ValueError(
+                    f"gain_rows is {self.alphatoken_args.gain_rows}, by which rho is found when training begins, and "
+                    f"{resume_from_checkpoint} does not tell what was found. Set gain_rows=0, and rho to what the run "
+                    "that wrote it said in its log."
+                )
+            self._take_rho(kept["attributes"]["rho"])
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _take_rho(self, rho: float) -> None:
         """Train with this share of tokens from now on, and with the KL in the same balance to their loss."""
         gate = self._gate
         assert gate is not None
         config = gate.config
         self._gate_options["fisher"] = gate.source.fisher
         self._make_gate(replace(config, rho=rho, path_kl=config.path_kl * rho / config.rho))
-        self._rho_is_found = True
-        assert self.alphatoken is not None
-        return self.alphatoken
+        self._found_rho = rho
+        self.add_callback(FoundRho(rho))
 
     def _check_gain_rows(self, valued: bool) -> None:
         """Check that rho can be found, if it is to be.
@@ -60,9 +90,10 @@ class GainOfRows(TargetRows):
         Raises:
             ValueError: it cannot.
         """
-        asked = f"gain_rows is {self.alphatoken_args.gain_rows}, by which rho is found, but"
         if not self.alphatoken_args.gain_rows:
             return
+        self.alphatoken_args.check_gain()  # they may have been changed since
+        asked = f"gain_rows is {self.alphatoken_args.gain_rows}, by which rho is found, but"
         if not valued:
             raise ValueError(f"{asked} token weights were given. Set gain_rows=0, or leave them out.")
         if self._has_path_column:

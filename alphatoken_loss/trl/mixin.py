@@ -152,7 +152,10 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         self._make_gate(config)
 
     def _make_gate(self, config: AlphaTokenConfig) -> None:
-        self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config, **self._gate_options)
+        """Make it, or make it anew in its place: what holds it holds the new one."""
+        made = AlphaToken(self.model, self._alphatoken_ref, config=config, **self._gate_options)
+        self.alphatoken = self.alphatoken or made
+        vars(self.alphatoken).update(vars(made))
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training or target batch as `AlphaToken` reads it. Override it if the trainer's has another form."""

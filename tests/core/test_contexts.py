@@ -77,6 +77,19 @@ def test_a_call_without_with(strict):
     assert 0 < float(gate.weights.sum()) < float((batch["labels"] != -100).sum())
 
 
+def test_where_there_is_nothing_to_mask_a_call_without_with_is_none(recwarn):
+    model, batch = lora_model("llama"), sft_batch()
+    off = AlphaToken(model, config=AlphaTokenConfig(rho=1.0))
+    off(batch)
+    gate = gate_for(model)
+    with torch.no_grad():
+        gate(batch)
+    for each in (off, gate):
+        with each(batch):
+            model(**batch).loss.backward()
+    assert not [warning for warning in recwarn if "never entered" in str(warning.message)]
+
+
 def test_a_call_that_failed_is_no_context_left():
     gate = gate_for(lora_model("llama"))
     with pytest.raises(TypeError, match="unexpected keyword"):

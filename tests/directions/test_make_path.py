@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, Path, make_path
+from alphatoken_loss.batches.read import read_batch
 from alphatoken_loss.directions import follow
 
 STEPS, RATE = 5, 2e-2
@@ -48,6 +49,46 @@ TARGETS = {
 }
 
 
+def sequences(batch, size):
+    """A packed batch as padded ones of so many of its sequences, by hand; others as they are."""
+    if "position_ids" not in batch:
+        return [batch]
+    starts = [i for i, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+    spans = list(zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True))
+    found = []
+    for first in range(0, len(spans), size):
+        some = spans[first : first + size]
+        longest = max(end - start for start, end in some)
+        rows = {"input_ids": [], "attention_mask": [], "labels": []}
+        for start, end in some:
+            more = longest - (end - start)
+            rows["input_ids"].append(batch["input_ids"][0, start:end].tolist() + [0] * more)
+            rows["labels"].append(batch["labels"][0, start:end].tolist() + [-100] * more)
+            rows["attention_mask"].append([1] * (end - start) + [0] * more)
+        found.append({name: torch.tensor(lists) for name, lists in rows.items()})
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_packed_batch_as_rows(size):
+    batch = sft_batch("packed")
+    batch["labels"][0, 7:12] = -100  # the second sequence has no answer
+    weights = torch.arange(20.0)[None]
+    found = list(read_batch({**batch, "token_weights": weights}).unpacked(size))
+    expected = sequences({**batch, "labels": batch["labels"]}, 1)
+    rows = [(part.inputs["input_ids"][i], part.inputs["attention_mask"][i].bool(), part.labels[i],
+             part.columns["token_weights"][i]) for part in found for i in range(part.size)]  # fmt: skip
+    assert max(part.size for part in found) == min(size, 2) and len(rows) == 2
+    for (ids, there, labels, column), whole, start in zip(rows, (expected[0], expected[2]), (0, 12), strict=True):
+        length = whole["input_ids"].shape[1]
+        assert there.tolist() == [True] * length + [False] * (len(there) - length)
+        assert torch.equal(ids[there], whole["input_ids"][0]) and torch.equal(labels[there], whole["labels"][0])
+        assert bool((labels[~there] == -100).all())
+        assert torch.equal(column[there], weights[0, start : start + length])
+    (same,) = read_batch(sft_batch("left")).unpacked(size)
+    assert torch.equal(same.labels, sft_batch("left")["labels"])
+
+
 @pytest.mark.parametrize("least", [1, 8])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", list(TARGETS))
@@ -57,6 +98,7 @@ def test_against_adam_on_a_copy(kind, seed, least, monkeypatch):
     with norms_in_own_dtype():
         model, batches = lora_model("llama", seed=seed), TARGETS[kind](seed)
         found = made(model, batches).parameters
+        batches = [part for batch in batches for part in sequences(batch, least)]
         expected = explicit_path(model, batches, steps=STEPS, rate=RATE, least=least)
         assert farthest(found, expected, model) < 1e-8
         for wrong in ("drift", *(["first batch"] if len(batches) > 1 else [])):

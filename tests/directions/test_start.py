@@ -33,6 +33,7 @@ from alphatoken_loss import (
     estimate_fisher,
     remember_start,
     sft_loss,
+    shared_gain,
 )
 from alphatoken_loss.directions.drift import drift
 from alphatoken_loss.models.sites import find_scored
@@ -244,6 +245,49 @@ def test_the_start_of_adapters_on_experts_goes_through_a_file(tmp_path):
     AlphaToken(resumed, target=[sft_batch("none")], fisher=fisher, config=config)
     for name, tensor in start_of(model).tensors.items():
         assert torch.equal(start_of(resumed).tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("later", ["norms", "pissa"])
+@pytest.mark.parametrize("asked", ["gate", "fisher", "gain"])
+def test_what_becomes_trainable_after_the_model_was_first_seen(asked, later):
+    """The model may be asked about before training is set up; its start is where it is when that is done."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base_model("qwen2", dtype=torch.float32), config).double().train()
+    batch, path = sft_batch("right"), AlphaTokenConfig(estimator="path", stability_weight=0.0)
+    if asked == "gate":
+        AlphaToken(model, target=[batch], config=path)
+    elif asked == "fisher":
+        estimate_fisher(model, [batch], generate=False, progress=False)
+    else:
+        short = AlphaTokenConfig(estimator="path", path_steps=1, path_rate=1e-3)
+        shared_gain(model, [sft_batch("left"), batch], [batch], config=short, progress=False)
+    if later == "norms":
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.requires_grad_()
+    else:
+        moving = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+        model.float().add_adapter("moving", moving)
+        model.double().set_adapter("moving")
+    AlphaToken(model, target=[batch], config=path)
+    before = copy.deepcopy(model).eval()
+    step(model)
+    found = kl_of(model, batch)
+    assert found == pytest.approx(kl_between(before, model, batch), rel=1e-9) and found > 1e-4
+
+
+def kl_of(model, batch):
+    with torch.no_grad():
+        return float(sft_loss(model, batch, kl_coef=1.0) - sft_loss(model, batch))
+
+
+def kl_between(before, model, batch):
+    """KL(before || model), the mean over response tokens, by the definition."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        there, here = (m(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (before, model))
+    each = (there.exp() * (there - here)).sum(-1)
+    return float(each[batch["labels"][:, 1:] != -100].mean())
 
 
 def test_what_is_trained_beside_an_adapter_of_a_modules_name_is_refused():

@@ -224,6 +224,19 @@ def test_code_that_was_compiled_before_the_context_is_refused(estimator, checkpo
     torch._dynamo.reset()
 
 
+def test_a_loss_without_a_shift_is_refused_by_name():
+    """BartForCausalLM compares each label with the logits of its own position."""
+    shape = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    model = transformers.BartForCausalLM(transformers.BartConfig(vocab_size=32, **shape)).eval()
+    ids = torch.randint(4, 32, (2, 6))
+    logits = model(input_ids=ids).logits
+    own = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(float(own), rel=1e-5)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="BartForCausalLM compares its logits with the labels of the same positions"):
+        AlphaToken(get_peft_model(model, config), target=[sft_batch()])
+
+
 def test_an_encoder_decoder_is_refused_by_name():
     sizes = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
     config = transformers.BartConfig(vocab_size=61, encoder_ffn_dim=40, decoder_ffn_dim=40, **sizes)

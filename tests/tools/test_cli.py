@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def test_too_little_memory_is_no_refusal(files, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "AlphaToken", full)
     assert main(["doctor", str(files / "model"), "--length", "16", "--steps", "1", "--device", "cpu"]) == 1
     assert "error: CUDA out of memory. " in capsys.readouterr().err
+
+
+def test_doctor_on_a_device_that_is_not_there(files, capsys):
+    assert main(["doctor", str(files / "model"), "--device", "abacus"]) == 2
+    assert "error: --device abacus: cannot be used" in capsys.readouterr().err
+
+
+def test_show_of_what_is_not_finished(tmp_path, capsys):
+    (tmp_path / "scored").mkdir()
+    meta = {"state": "scoring", "inputs": {}, "form": "sft", "rows": 3, "names": {}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert main(["show", str(tmp_path)]) == 2
+    assert "is not finished. Run the command that made it again" in capsys.readouterr().err
 
 
 def test_doctor_says_why_an_estimator_refuses(files, tmp_path, capsys):

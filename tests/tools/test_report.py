@@ -178,6 +178,15 @@ def test_pushing_to_the_hub_leaves_out_what_holds_training_data():
     assert list(filter_repo_objects(names, ignore_patterns=ignored)) == ["README.md"]
 
 
+def test_weights_between_0_and_1_stay_what_they_are(tmp_path):
+    batch = batches.sft_batch()
+    valued = Valued(batch)
+    valued.weights = valued.weights * torch.linspace(0.1, 0.9, valued.weights.numel()).view_as(valued.weights)
+    assert SampleWriter(tmp_path).add(0, batch, valued)
+    (sample,) = read_samples(tmp_path)
+    assert torch.equal(sample.weights, valued.weights) and bool((sample.weights > 0).any())
+
+
 @pytest.mark.parametrize("kind", ["right", "left", "packed", "ragged", "stacked", "stacked_left", "separate"])
 def test_samples_of_every_form_come_back(tmp_path, kind):
     batch = batches.pair_batch(kind) if kind.startswith(("stacked", "sep")) else batches.sft_batch(kind)

@@ -314,6 +314,21 @@ def test_labels_do_not_change_in_place(files, output, capsys):
     assert content(output) == before
 
 
+def test_the_same_selection_again_is_the_one_there(output, tmp_path, monkeypatch, capsys):
+    shutil.copytree(output, tmp_path / "scored")
+    monkeypatch.chdir(tmp_path / "scored")
+    assert main(["reselect", ".", "--rho", "0.3"]) == 0
+    made = tmp_path / "scored-rho0.3"
+    before, said = content(made), capsys.readouterr().out
+    assert main(["reselect", ".", "--rho", "0.3"]) == 0
+    assert content(made) == before and capsys.readouterr().out == said
+    assert main(["reselect", ".", "--rho", "0.4", "--output", str(made)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    (tmp_path / "scored" / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "scored" / "deeper")
+    assert reselect("..", rho=0.6) == tmp_path / "scored-rho0.6"
+
+
 def test_an_interrupted_selection_does_not_load_and_is_made_again(files, output, tmp_path, monkeypatch):
     folder = reselect(output, rho=0.5, output=tmp_path / "out")
     assert content(folder) == (*content(output)[:3], [n for n in content(output)[3] if n != "fisher.safetensors"])
@@ -486,6 +501,7 @@ def test_rows_are_held_out_of_the_path_whatever_their_length(files):
     assert lengths[0] == list(range(2, 14)) and lengths[1] != lengths[0] and sorted(lengths[1]) == lengths[0]
 
 
+@pytest.mark.filterwarnings("ignore:The target is one row")  # of groups of one row each
 def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path, monkeypatch, capsys):
     """In smaller batches too, which a run that was out of memory goes on with: there theta* would be another one."""
     monkeypatch.setattr("alphatoken_loss.directions.follow._ROWS", 1)  # of so few rows
@@ -618,6 +634,28 @@ def test_models_and_data_are_known_by_content(files, tmp_path, capsys):
     assert "begun with other arguments or files (--model)" in capsys.readouterr().err
 
 
+def test_the_output_may_lie_in_a_folder_that_is_read(files, tmp_path):
+    shutil.copytree(files / "adapter", tmp_path / "adapter")
+    argv = arguments(files, tmp_path / "adapter" / "scored", adapter=tmp_path / "adapter")
+    assert main(argv) == 0
+    before = content(tmp_path / "adapter" / "scored")
+    assert main(argv) == 0 and content(tmp_path / "adapter" / "scored") == before
+
+
+def test_a_row_without_tokens_has_no_label(files, tmp_path):
+    ids, labels = encode("a", "b")
+    rows = [{"input_ids": ids, "labels": labels}, {"input_ids": [], "labels": []}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(files, tmp_path / "out", dataset=tmp_path / "rows.jsonl")) == 0
+    assert [len(row["input_ids"]) for row in scored(tmp_path / "out")] == [len(ids), 0]
+    assert len(load_from_disk(tmp_path / "out")["train"]) == 1
+
+
+def test_an_output_that_was_killed_before_its_first_file(files, tmp_path):
+    (tmp_path / "out" / "scored").mkdir(parents=True)
+    assert main(arguments(files, tmp_path / "out")) == 0
+
+
 def test_the_tokenizer_is_the_named_one_then_the_adapters_then_the_models(files, tmp_path):
     """They differ by their chat templates."""
     shutil.copytree(files / "adapter", tmp_path / "adapter")
@@ -645,6 +683,8 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
     images = tmp_path / "images.jsonl"
     images.write_text('{"prompt": "a", "completion": "b", "images": ["c.png"]}\n')
     broken.write_text('{"prompt": "a", "compl')
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text('{"messages": []}\n')
     tuning.sft_data().save_to_disk(tmp_path / "folder")
     DatasetDict({"test": tuning.sft_data()}).save_to_disk(tmp_path / "splits")
     other = tuning.get_peft_model(tuning.base(hidden_size=48), tuning.lora())
@@ -658,6 +698,7 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
         ({"dataset": empty}, "empty.jsonl: the file is empty"),
         ({"dataset": images}, "there is a column images, and only text is valued"),
         ({"dataset": odd}, "the columns are answer, question"),
+        ({"dataset": silent}, "rows 1 to 1 could not be tokenised"),
         ({"dataset": broken}, "could not be read (JSON parse error|could not be read (Failed to load JSON"),
         ({"dataset": files / "fisher.safetensors"}, "name must end in"),
         ({"dataset": tmp_path / "splits"}, "there is no split 'train'"),

@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 import tuning
+from safetensors.torch import load_file
 from state import differences, snapshot
 from trainer_cases import feature, make
+from transformers import TrainerCallback
 from tuning import dpo_data, lora, trained
 
 from alphatoken_loss import SharedGain, shared_gain
@@ -132,7 +134,7 @@ def test_training_is_that_with_the_rho_it_is_told(share, rho, tmp_path, monkeypa
     trainer = finding(tmp_path, monkeypatch, share)
     before = trainer.args.to_dict()
     trainer.train()
-    assert f"rho is {rho:.2f}, by 6 training rows: theta* gains" in caplog.text
+    assert f"rho is {rho:.2f}. theta* gains" in caplog.text
     assert trainer.args.to_dict() == before, "another trainer may be made with the same arguments"
     by_hand = asked("sft", tmp_path, gradient_checkpointing=False, path_start=True, path_kl=0.25 * rho / 0.5, rho=rho,
                     learning_rate=1e-2)  # fmt: skip
@@ -141,7 +143,7 @@ def test_training_is_that_with_the_rho_it_is_told(share, rho, tmp_path, monkeypa
     found, expected = dict(trained(trainer.model)), dict(trained(by_hand.model))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert len(trainer.asked) == 1 and sum(len(batch["input_ids"]) for batch in trainer.asked[0][2]) == 6
-    trainer.get_train_dataloader()
+    trainer.train()
     assert len(trainer.asked) == 1, "it is found once"
 
 
@@ -182,6 +184,8 @@ def test_where_there_is_nothing_to_mask_and_no_kl_training_is_trls(tmp_path, mon
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rho": 1.0, "path_kl": 0.1}, r"gain_rows is 4, .* but rho=1.0 was given too. Leave rho out"),
+    ({"rho": 0.75}, r"gain_rows is 4, .* but rho=0.75 was given too. Leave rho out"),
+    ({"kl_on": "dropped"}, r'kl_on is "dropped", and where rho is found to be 1 none is'),
     ({"estimator": "ghost"}, r'told along the way to theta\*; here estimator="ghost".*or gain_rows=0'),
     ({"gain_rows": -1}, r"gain_rows is -1; it must be at least 0, which leaves rho as it is"),
     ({"options": lambda: {"token_weights": lambda forward: forward.logps.exp()}}, "token weights were given. Set gain"),
@@ -204,3 +208,75 @@ def test_where_the_data_or_deepspeed_leave_nothing_to_ask(tmp_path):
     trainer.train_dataset = rows.add_column("path_logps", [[0.0] * len(row["input_ids"]) for row in rows])
     with pytest.raises(ValueError, match="the training data bring path_logps, so there is no target"):
         trainer._check_gain_rows(valued=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_holds_the_gate_holds_the_one_that_trains(tmp_path, monkeypatch):
+    trainer = finding(tmp_path, monkeypatch, 0.2)
+    held = trainer.alphatoken
+    trainer.get_train_dataloader()
+    assert not trainer.asked, "looking at batches asks nothing"
+    trainer.train()
+    assert trainer.alphatoken is held and held.config.rho == 0.6 and held.path is not None and held.weights is not None
+
+
+class Still(TrainerCallback):
+    """The first step moves nothing."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+
+@pytest.mark.parametrize("how", ["model_only", "state_deleted", "off"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_found_is_kept_without_the_librarys_own_file(how, tmp_path, monkeypatch):
+    """And training goes on where it was, not at theta*."""
+    common = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "save_only_model": how == "model_only"}
+    if how == "off":  # nothing to mask, and no KL: no file of the library is written
+        common.update(path_start=False, path_kl=0.0)
+    whole = finding(tmp_path, monkeypatch, 0.9 if how == "off" else 0.2, **common)
+    whole.train()
+    if how == "state_deleted":
+        (tmp_path / "checkpoint-2" / "alphatoken.safetensors").unlink()
+    assert (tmp_path / "checkpoint-2" / "alphatoken.safetensors").exists() is False
+    resumed = finding(tmp_path, monkeypatch, -1.0, **common)
+    resumed.add_callback(Still())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not resumed.asked and resumed.alphatoken.config == whole.alphatoken.config
+    there = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    for name, after in trained(resumed.model):
+        assert torch.equal(after, there[name.replace(".default", "")]), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_that_does_not_tell_what_was_found(tmp_path, monkeypatch):
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    finding(tmp_path, monkeypatch, 0.2, **common, gain_rows=0).train()
+    later = finding(tmp_path, monkeypatch, 0.2, **common)
+    with pytest.raises(ValueError, match=r"does not tell what was found. Set gain_rows=0, and rho to what the run"):
+        later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("form", ["padding_free", "packing"])
+@pytest.mark.filterwarnings("ignore")
+def test_sequences_count_however_they_are_packed(form, tmp_path):
+    """The same clean and training sequences give the same answer."""
+    changes = {"padding_free": {"max_length": None}, "packing": {"max_length": 64}}[form]
+    if form == "padding_free":  # the target too; rows that were held out of packs would be packs
+        changes["options"] = lambda: {"target_dataset": None}
+    plain = asked("sft", tmp_path, options=changes.get("options", dict))
+    packed = asked("sft", tmp_path, **{form: True}, **changes)
+    found, expected = packed.shared_gain(rows=10**6), plain.shared_gain(rows=10**6)
+    assert found.clean == pytest.approx(expected.clean, rel=1e-4)
+    assert found.training == pytest.approx(expected.training, rel=1e-4)
+    assert found.interval == pytest.approx(expected.interval, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_target_of_one_row_says_what_to_do(tmp_path):
+    trainer = asked(
+        "sft", tmp_path, gain_rows=4, options=lambda: {"target_dataset": tuning.sft_data(count=1, first=50)}
+    )
+    with pytest.raises(ValueError, match=r"Fewer than two rows of the target.*Or set gain_rows=0, which leaves rho"):
+        trainer.train()

@@ -659,6 +659,7 @@ def test_the_preset_finds_rho_where_none_is_given(tmp_path):
     given = {"output_dir": str(tmp_path), "bf16": False}
     made = AlphaTokenSFTConfig.best(**given)
     assert (made.gain_rows, made.rho, made.path_kl) == (64, 0.5, 0.3)
+    assert AlphaTokenSFTConfig.best(**given, selection="alphatoken").gain_rows == 64
     assert AlphaTokenSFTConfig.best(**given, gain_rows=0).gain_rows == 0
     assert AlphaTokenSFTConfig.best(**given, estimator="difference").gain_rows == 0
     assert AlphaTokenSFTConfig(**given).gain_rows == AlphaTokenDPOConfig.best(**given).gain_rows == 0

@@ -109,7 +109,7 @@ class SampleWriter:
             take = torch.arange(min(size // 2, self.rows // 2))
             take = torch.cat([take, take + size // 2])
         take = take.to(batch.labels.device)
-        tensors = {"labels": batch.labels, "weights": weights.to(torch.uint8)}
+        tensors = {"labels": batch.labels, "weights": weights.float()}
         for name in ("input_ids", "attention_mask", "position_ids"):
             if isinstance(batch.inputs.get(name), torch.Tensor) and batch.inputs[name].dim() == 2:
                 tensors[name] = batch.inputs[name].expand(batch.shape)

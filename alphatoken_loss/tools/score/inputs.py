@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,29 @@ _OPTIONS = ("fisher_prompts", "fisher_new_tokens", "beta", "max_length", "assist
 
 
 def inputs_of(args: argparse.Namespace, config: AlphaTokenConfig, rows: Any, target_rows: Any) -> dict[str, Any]:
-    """All that decides the values and the parts: settings, and files by what they hold and not by where they lie."""
+    """All that decides the values and the parts: settings, and files by what they hold and not by where they lie. The
+    output may lie in one of these folders, and is no part of it."""
+    output = Path(args.output)
+    digest, content = partial(digest_of, without=output), partial(content_of, without=output)
     return {
-        "model": content_of(args.model),
-        "tokenizer": args.tokenizer and content_of(args.tokenizer),
-        "adapter": args.adapter and content_of(args.adapter),
+        "model": content(args.model),
+        "tokenizer": args.tokenizer and content(args.tokenizer),
+        "adapter": args.adapter and content(args.adapter),
         **({"lora_r": args.lora_r} if args.adapter is None else {}),
-        "dataset": [args.split, len(rows), digest_of(Path(args.dataset)) or rows._fingerprint],
-        "target": [args.target_split, len(target_rows), digest_of(Path(args.target)) or target_rows._fingerprint],
+        "dataset": [args.split, len(rows), digest(Path(args.dataset)) or rows._fingerprint],
+        "target": [args.target_split, len(target_rows), digest(Path(args.target)) or target_rows._fingerprint],
         **{name: getattr(config, name) for name in SETTINGS},
         "fisher": args.fisher and digest_of(Path(args.fisher)),
         **{name: getattr(args, name) for name in (*_OPTIONS, "load_in_4bit", "dtype", "seed")},
     }
 
 
-def content_of(source: str) -> str:
+def content_of(source: str, without: Path | None = None) -> str:
     """A folder's digest, or the commit of the hub that a name stands for here; the name itself where neither is known.
 
     A branch of the hub moves: the same name is another model on another day.
     """
-    digest = digest_of(Path(source))
+    digest = digest_of(Path(source), without)
     if digest is not None:
         return digest
     from transformers.utils.hub import cached_file, extract_commit_hash
@@ -52,13 +56,15 @@ def content_of(source: str) -> str:
     return source
 
 
-def digest_of(path: Path) -> str | None:
-    """Of a file's content, or of a folder's files by their places in it, without what `datasets` caches among them;
-    None of what is not here."""
+def digest_of(path: Path, without: Path | None = None) -> str | None:
+    """Of a file's content, or of a folder's files by their places in it, without what `datasets` caches among them or
+    what lies in the folder `without`; None of what is not here."""
     if not path.exists():
         return None
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_dir() and without is not None:
+        files = [file for file in files if without.resolve() not in file.resolve().parents]
     for file in files:
         if path.is_dir():
             if file.name.startswith(("cache-", "tmp")) and (file.parent / "state.json").is_file():
@@ -82,14 +88,14 @@ def open_output(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str,
         differ = [typed(name) for name in names if meta["inputs"].get(name) != inputs.get(name)]
         if not differ:
             return meta
-        if any((folder / SCORED).iterdir()):
+        if any((folder / SCORED).glob("part-*.parquet")):
             raise UserError(
                 f"--output {folder} was begun with other arguments or files ({', '.join(differ)}). Give another "
                 "folder, or the arguments it was begun with."
             )
         for name in (FISHER, PATH):
             (folder / name).unlink(missing_ok=True)  # of a run that ended before it wrote a part, by a mistake say
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(file for file in folder.rglob("*") if file.is_file())):
         raise UserError(f"--output {folder} exists and is no output of this command. Give another folder.")
     packages = ("alphatoken-loss", "torch", "transformers", "peft", "trl")
     meta = {"state": "scoring", "inputs": inputs, **about, "versions": {}}

@@ -50,7 +50,7 @@ def reselect(
     AlphaTokenConfig(rho=rho)
     if threshold_scope not in ("sequence", "dataset"):
         raise ValueError(f"threshold_scope is {threshold_scope!r}; it must be 'sequence' or 'dataset'.")
-    source = Path(path)
+    source = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
     meta = read_meta(source)
     if meta["state"] == "scoring":
         raise UserError(f"{source}: scoring was interrupted. Run its command again first.")
@@ -58,9 +58,18 @@ def reselect(
     folder = source.with_name(source.resolve().name + end) if output is None else Path(output)
     if folder.resolve() == source.resolve():
         folder = source
+    elif _made_from(folder, meta, {"rho": rho, "threshold_scope": threshold_scope}):
+        return folder
     elif folder.exists() and any(folder.iterdir()) and not _begun_from(folder, source):
         raise UserError(f"--output {folder}: the folder exists and is not empty.")
     return finish(source, folder, meta, rho, threshold_scope)
+
+
+def _made_from(folder: Path, meta: dict[str, Any], selection: dict[str, Any]) -> bool:
+    """Whether this folder has that selection of the same values already."""
+    there = read_meta(folder) if (folder / META).is_file() else {}
+    expected = {"state": "done", "selection": selection, "inputs": meta["inputs"]}
+    return all(there.get(name) == value for name, value in expected.items())
 
 
 def _begun_from(folder: Path, source: Path) -> bool:

@@ -120,7 +120,7 @@ def tokenised(
     datasets.disable_progress_bars()
     try:
         found = list((_prepared_pairs if pairs else _prepared_sft)(some, tokenizer, assistant_only))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(
             f"{option}: rows {places[0] + 1} to {places[-1] + 1} could not be tokenised ({first_line(error)})."
         ) from error

@@ -37,11 +37,7 @@ class Scorer:
         self, args: argparse.Namespace, config: AlphaTokenConfig, rows: Any, target_rows: Any, folder: Path
     ) -> None:
         self.args, self.config, self.rows = args, config, rows
-        try:
-            self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {args.device}: cannot be used ({first_line(error)}).") from error
+        self.device = read_device(args.device)
         self.tokenizer = load_tokenizer(args)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self.options = {"max_length": args.max_length, "assistant_only": args.assistant_only_loss}
@@ -155,6 +151,20 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{option} {source}: no tokenizer could be loaded ({first_line(error)}).") from error
+
+
+def read_device(name: str | None) -> torch.device:
+    """The device of that name, which can be used; by default CUDA where there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used ({first_line(error)}).") from error
+    return device
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> nn.Module:

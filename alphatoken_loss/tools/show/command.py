@@ -43,6 +43,8 @@ def show_scored(folder: str | Path, *, start: int = 1, rows: int = 20, tokenizer
 
     folder = Path(folder)
     meta = read_meta(folder)
+    if meta["state"] != "done":
+        raise UserError(f"{folder}: is not finished. Run the command that made it again first.")
     if start > meta["rows"]:
         raise UserError(f"--start is {start}, and {folder} has {meta['rows']} rows.")
     names = meta["names"]
