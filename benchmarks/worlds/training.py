@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +17,13 @@ import torch.nn.functional as F
 
 from alphatoken_loss import (
     AlphaToken,
+    AlphaTokenConfig,
+    Fisher,
+    Path,
     dpo_loss,
     excess_loss_weights,
     log_ratio_weights,
+    make_path,
     random_weights,
     sft_loss,
     shared_gain,
@@ -106,7 +112,6 @@ def tune_reference(world: World, model: Any, validation: list[Batch]) -> None:
     model.set_adapter("default")
 
 
-_BEFORE: dict[Hashable, dict[str, float]] = {}
 _REFERENCE: dict[Hashable, tuple[float, float]] = {}
 
 
@@ -114,12 +119,13 @@ class _Run:
     """What supervised and preference runs share: rows, clean rows, the model and what weighs its tokens."""
 
     def __init__(self, world: World, setting: Setting, lr: float, seed: int) -> None:
-        self.world, self.plan, self.setting, self.lr = world, world.plan, setting, lr
+        self.world, self.plan, self.setting, self.lr, self.seed = world, world.plan, setting, lr, seed
         self.model = world.model(seed=seed, nf4=setting.nf4)
         self.rows, self.clean = world.training(setting, seed), world.validation(setting, seed)
         self.generator, self.rng = torch.Generator().manual_seed(seed), random.Random(seed)
         self.optimizer = make_optimizer(self.model, lr)
         self.key = world, setting.task, setting.nf4
+        self.base = [setting.task, setting.nf4, *world.base_identity()]
         self.begun = time.perf_counter()
 
     def weigher(self, target: list[Batch]) -> AlphaToken | None:
@@ -134,7 +140,34 @@ class _Run:
             by_share = min(max((1 + gain.share) / 2, 0.5), 1.0)
             config = replace(config, rho=by_share if self.setting.rho_of == "share" else gain.rho)
         fisher = self.world.fisher(config) if config.stability_weight > 0 else None
-        return AlphaToken(self.model, target=target, fisher=fisher, config=config, optimizer=given)
+        path = self.theta_star(target, config, fisher) if config.estimator == "path" else None
+        return AlphaToken(self.model, target=target, fisher=fisher, config=config, optimizer=given, path=path)
+
+    def theta_star(self, target: list[Batch], config: AlphaTokenConfig, fisher: Fisher | None) -> Path:
+        """What the first step would make, kept beside the base: settings that share it, at all rates, make it once. The
+        time that it took counts in each."""
+        settings = {name: value for name, value in asdict(config).items() if name.startswith("path_")}
+        clean = [repr(row) for row in self.clean]
+        what = [self.base, self.seed, clean, settings, config.stability_weight, config.num_layers, config.fisher]
+        file, times = self.world.kept("path", what, "safetensors"), self.world.kept("path", what, "json")
+        if not times.is_file():
+            started = time.perf_counter()
+            with self.world.autocast():
+                make_path(self.model, target, fisher=fisher, config=config, progress=False).save(file)
+            times.write_text(json.dumps(time.perf_counter() - started))
+        else:
+            self.begun -= json.loads(times.read_text())
+        return Path.load(file)
+
+    def before(self, whole: Callable[[Any], dict[str, float]]) -> dict[str, float]:
+        """The exam before the first step, kept beside the base. B = 0: every run starts from the same function."""
+        file = self.world.kept("before", [self.base, self.world.identity(), asdict(self.plan)], "json")
+        if not file.is_file():
+            found = json.dumps(whole(self.model))
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(found)
+            part.replace(file)
+        return json.loads(file.read_text())
 
     def last_exam(self) -> Exam | None:
         return self.world.last_exam(self.setting)
@@ -148,9 +181,7 @@ class _Run:
             with self.world.autocast():
                 return {**exam(model), **(last(model) if last else {})}
 
-        if self.key not in _BEFORE:  # B = 0: every run of this process starts from the same function
-            _BEFORE[self.key] = whole(self.model)
-        curve, seconds = [{"step": 0, "pace": 0.0, **_BEFORE[self.key]}], []
+        curve, seconds = [{"step": 0, "pace": 0.0, **self.before(whole)}], []
         for number, loss in enumerate(steps, start=1):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * min(1.0, number / 5)

@@ -4,6 +4,9 @@ told of them; what they read is kept by each process."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +16,22 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+import alphatoken_loss
 from alphatoken_loss import AlphaTokenConfig, Fisher, estimate_fisher
 
 from .rows import Batch, Pair, Row, as_batch, pair_batch, to_device
 from .settings import Setting
 
 Exam = Callable[[Any], dict[str, float]]
+
+
+@functools.cache
+def _code() -> bytes:
+    """Of the library's core and of this folder."""
+    package = Path(alphatoken_loss.__file__).parent
+    rooms = (*(package / room for room in ("batches", "models", "losses", "directions")), Path(__file__).parent)
+    files = sorted(file for room in rooms for file in room.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,21 @@ class World(ABC):
         torch.manual_seed(seed)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(self.load(nf4=nf4).to(self.device), lora).train()
+
+    def base_identity(self) -> list[Any]:
+        """What decides what the base says, and what a few steps from it lead to, beside the rows, in JSON."""
+        precision = torch.get_autocast_dtype(self.device.partition(":")[0]) if self._autocasts() else torch.float32
+        return [self.device, str(precision), self.plan.batch]
+
+    def _autocasts(self) -> bool:
+        with self.autocast():
+            return torch.is_autocast_enabled(self.device.partition(":")[0])
+
+    def kept(self, name: str, what: list[Any], kind: str) -> Path:
+        """A file beside the base for what is made once, by a digest of all that decides it: code too."""
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+        digest.update(_code())
+        return self.folder / f"{name}-{digest.hexdigest()[:16]}.{kind}"
 
     def fisher_path(self, config: AlphaTokenConfig) -> Path:
         size = f"{self.plan.fisher_prompts}x{self.plan.fisher_tokens}"

@@ -137,7 +137,6 @@ def test_greedy_answers_in_batches_are_those_alone(tiny):
 
 
 def test_every_world_runs(tiny):
-    training._BEFORE.clear()
     for name in ("nl2bash,boilerplate", "gsm8k", "solutions,flipped"):
         world = world_of(tiny, name)
         run = settings.real_runs(world.task, quick=True)

@@ -48,7 +48,6 @@ def test_every_kind_of_setting_runs(small):
               s.smoothing > 0, s.likelihood > 0, s.rho_of, s.exchanged > 0): s for s in groups}  # fmt: skip
     kinds["nf4"] = next(settings.in_nf4())
     before = {}
-    training._BEFORE.clear()
     for setting in kinds.values():
         found = training.run(world, setting, 3e-3, 0)
         first, *_, last = found["curve"]
@@ -145,6 +144,26 @@ def test_what_is_spent_once_is_told_apart_from_steps(small, monkeypatch):
     (setting,) = (s for s in settings.supervised() if s.name == "RHO-1, clean reference")
     last = training.run(world, setting, 1e-4, 0)["curve"][-1]
     assert (last["pace"], last["once"]) == (2, 7 + 5 - 2)
+
+
+def test_theta_star_is_made_once_and_is_that_of_the_first_step(small, monkeypatch):
+    _, world, _ = small
+    (setting,) = (s for s in settings.supervised() if s.name == "path, best()")
+    first = training.run(world, setting, 3e-3, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "make_path", lambda *_, **__: pytest.fail("it is there"))
+        again = training.run(world, setting, 3e-3, 5)
+    made = training.run(world, setting, 3e-3, 6)
+    monkeypatch.setattr(training._Run, "theta_star", lambda *_: None)  # then the first step makes it
+    expected = training.run(world, setting, 3e-3, 5)
+
+    def figures(run):
+        return [{name: v for name, v in point.items() if name not in ("pace", "once")} for point in run["curve"]]
+
+    assert figures(first) == figures(again) == figures(expected) != figures(made)
+    times = [json.loads(file.read_text()) for file in world.folder.glob("path-*.json")]
+    assert len(times) == 2 and min(times) > 0
+    assert again["curve"][-1]["once"] > min(times), "the time that it took counts in each run"
 
 
 def test_no_path_of_this_machine_is_written():
