@@ -67,8 +67,8 @@ class AlphaToken:
         path (`Path` or `str`, *optional*): for `estimator="path"`, a theta* that was made before (`make_path`), or the
             name of an adapter of the model that holds it. By default it is made at the first step, from `fisher` and
             from `target`: validation batches, of pairs if pairs are trained on.
-        strict (`bool`): raise an error when a context ends and no forward of the model was masked in it; with False,
-            only warn.
+        strict (`bool`): raise an error when a context ends and no forward of the model was masked in it, or where the
+            last one was never entered; with False, only warn.
         selection (`str`): what chooses the tokens: by default their values; else a name in `selection.SELECTIONS`. Then
             nothing is valued or estimated, and anything before the LM head may be trained. `"given"` takes the
             `weights` of each context.

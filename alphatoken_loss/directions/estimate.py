@@ -182,7 +182,7 @@ def estimate_fisher(
             with the tokenizer's chat template. With `generate=False`: SFT batches (mappings with `input_ids`,
             `labels`), whose response labels are drawn anew from the reference's own predictions.
         tokenizer: needed for strings and conversations; gives the padding and end-of-sequence ids.
-        config (`AlphaTokenConfig`, *optional*): its `num_layers` and `fisher` are used.
+        config (`AlphaTokenConfig`, *optional*): its `estimator`, `num_layers` and `fisher` are used.
         batch_size (`int`): prompts sampled together.
         max_new_tokens (`int`): sampled tokens per prompt at most.
         max_prompt_length (`int`): of a longer prompt the last so many tokens are used.
