@@ -179,7 +179,7 @@ class AlphaTokenArguments(_Settings):
         if self.precompute_path_log_probs:
             self._check_precomputed()
         if self.gain_rows:
-            self.check_gain()
+            check_gain(self)
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
@@ -202,30 +202,6 @@ class AlphaTokenArguments(_Settings):
                     f"precompute_path_log_probs is True, but {name}={getattr(self, name)} needs theta* itself at later "
                     f"steps. Set {name} to its default, or precompute_path_log_probs=False."
                 )
-
-    def check_gain(self) -> None:
-        """Check that rho can be found by `gain_rows`.
-
-        Raises:
-            ValueError: it cannot.
-        """
-        asked = f"gain_rows is {self.gain_rows}, by which rho is found"
-        if self.for_pairs:
-            raise ValueError(
-                f"{asked}, but pairs are kept or dropped by a sign (best(pairs=True)), not by a share. Set gain_rows=0."
-            )
-        if self.estimator != "path" or self.selection != "alphatoken":
-            raise ValueError(
-                f'{asked}, and that is told along the way to theta*; here estimator="{self.estimator}" and '
-                f'selection="{self.selection}". Set estimator="path" with selection="alphatoken", or gain_rows=0.'
-            )
-        if self.rho != AlphaTokenConfig.rho:
-            raise ValueError(f"{asked}, but rho={self.rho} was given too. Leave rho out, or set gain_rows=0.")
-        if self.kl_on == "dropped":
-            raise ValueError(
-                f'{asked}, but kl_on is "dropped", and where rho is found to be 1 none is. Give rho with gain_rows=0, '
-                'or set kl_on="all".'
-            )
 
     @property
     def alphatoken_config(self) -> AlphaTokenConfig:
@@ -252,6 +228,31 @@ class AlphaTokenArguments(_Settings):
         options = self.selection_options
         assert not isinstance(options, str)
         return make_selection(self.selection, self.alphatoken_config, options)
+
+
+def check_gain(args: AlphaTokenArguments) -> None:
+    """Check that rho can be found by `gain_rows`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    asked = f"gain_rows is {args.gain_rows}, by which rho is found"
+    if args.for_pairs:
+        raise ValueError(
+            f"{asked}, but pairs are kept or dropped by a sign (best(pairs=True)), not by a share. Set gain_rows=0."
+        )
+    if args.estimator != "path" or args.selection != "alphatoken":
+        raise ValueError(
+            f'{asked}, and that is told along the way to theta*; here estimator="{args.estimator}" and '
+            f'selection="{args.selection}". Set estimator="path" with selection="alphatoken", or gain_rows=0.'
+        )
+    if args.rho != AlphaTokenConfig.rho:
+        raise ValueError(f"{asked}, but rho={args.rho} was given too. Leave rho out, or set gain_rows=0.")
+    if args.kl_on == "dropped":
+        raise ValueError(
+            f'{asked}, but kl_on is "dropped", and where rho is found to be 1 none is. Give rho with gain_rows=0, '
+            'or set kl_on="all".'
+        )
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from ..batches.read import read_batch
 from ..gate import AlphaToken
 from ..tools.gain import SharedGain, shared_gain
-from .arguments import AlphaTokenArguments
+from .arguments import AlphaTokenArguments, check_gain
 from .target import TargetRows
 
 logger = get_logger(__name__)
@@ -92,7 +92,7 @@ class GainOfRows(TargetRows):
         """
         if not self.alphatoken_args.gain_rows:
             return
-        self.alphatoken_args.check_gain()  # they may have been changed since
+        check_gain(self.alphatoken_args)  # they may have been changed since
         asked = f"gain_rows is {self.alphatoken_args.gain_rows}, by which rho is found, but"
         if not valued:
             raise ValueError(f"{asked} token weights were given. Set gain_rows=0, or leave them out.")
