@@ -118,7 +118,8 @@ def evidence_short() -> str:
         name: {seed: run_of(run) for seed, run in some.items()}
         for name, some in by_setting(PATHS, TOY_RATES[0], MORE).items()
     }
-    rivals = ("all tokens", "KL 0.3", "validation only", "RHO-1, clean reference")
+    own = "RHO-1 + KL 0.3 to its reference"
+    rivals = ("all tokens", "KL 0.3", "validation only", "RHO-1, clean reference", own)
     lines = [(TITLES[name], (name, name, name)) for name in rivals]
     lines.append(("**`best(rho=...)`**, rho as `shared_gain` tells", (BEST, UNMASKED.name, OF_DATA.name)))
     worlds = ((noisy, ("target", "gsm8k loss")), (clean, ("target", "gsm8k loss")), (toy, ("target", "retention")))
