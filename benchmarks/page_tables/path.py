@@ -40,6 +40,7 @@ PATHS = {
     "path, theta* renewed, best() else": "`best(path_every=20)`, theta* renewed every 20 steps",
     "path, from the base, best() else": '`best()` with `path_from="reference"`',
     "path, KL 1.2, best() else": "`best()` with KL 1.2 to theta*",
+    "path, KL 0.3, best() else": "`best()` with KL 0.3 to theta*",
     "path, best(), KL 0.3 to the base": "`best()` and KL 0.3 to the base",
     "path, best()": "**`best()`**: path, begun at theta*, KL 0.6 to it",
     "path, best(), rho of the data": "**`best(rho=...)`**, rho as `shared_gain` tells",

@@ -286,6 +286,7 @@ def real_supervised() -> Iterator[Setting]:
     yield values("difference", estimator="difference")
     yield Setting("path, best()", "values", BEST)
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
+    yield values("path, KL 0.3, best() else", **{**_PATH, "path_kl": 0.3})
     yield RENEWED
     yield UNMASKED
     yield UNMASKED_RENEWED
