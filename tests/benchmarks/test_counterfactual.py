@@ -102,6 +102,7 @@ def test_correlations_of_planted_values():
     assert abs(at["objective"]["spearman"]) < 0.6
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     model, data = tiny
     monkeypatch.setattr(counterfactual, "RealPlan", lambda: PLAN)

@@ -32,6 +32,7 @@ def run(scripts):
     return scripts["small"].Run(base, fisher, learning_rate=3e-3, seed=0)
 
 
+@pytest.mark.slow
 def test_schedules_are_the_librarys(scripts, run, monkeypatch):
     monkeypatch.setattr(scripts["fidelity"], "REFRESHED", ())  # nothing is compared here
     refresh = scripts["fidelity"].Refresh(run)

@@ -65,6 +65,7 @@ def test_all_rows_without_trl_and_datasets(tmp_path):
         assert f"| tiny {task} | s/step |" in table.read_text()
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_row(scripts, monkeypatch):
     """Of one kind of step, early and late, and of the plain one; the others go on."""
     gpu_budget, llamas, _ = scripts

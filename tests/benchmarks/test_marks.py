@@ -67,6 +67,7 @@ def test_summary_by_type():
     assert "| perfect |" in marks.report(found)
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_where_it_stopped(tiny, tmp_path, capsys, monkeypatch):
     model, data = tiny
     arguments = ["--data", str(data), "--model", str(model), "--output", str(tmp_path), "--cache", str(tmp_path)]

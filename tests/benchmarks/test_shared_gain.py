@@ -14,6 +14,7 @@ from alphatoken_loss import AlphaTokenConfig
 PLAN = replace(RealPlan(), batch=4, steps=3, validation=8, test=4, dev=4, pool=16)
 
 
+@pytest.mark.slow
 def test_every_kind_of_noise_has_a_line(tiny, tmp_path, monkeypatch, capsys):
     model, data = tiny
     monkeypatch.setattr(shared_gain, "RealPlan", lambda: PLAN)

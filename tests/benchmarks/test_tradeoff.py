@@ -88,6 +88,7 @@ def test_kinds_are_those_of_the_tokens(small):
     assert torch.equal(labels != -100, table >= 0)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(small, tmp_path, monkeypatch, capsys):
     base, world, cache = small
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
@@ -146,6 +147,7 @@ def test_what_is_spent_once_is_told_apart_from_steps(small, monkeypatch):
     assert (last["pace"], last["once"]) == (2, 7 + 5 - 2)
 
 
+@pytest.mark.slow
 def test_theta_star_is_made_once_and_is_that_of_the_first_step(small, monkeypatch):
     _, world, _ = small
     (setting,) = (s for s in settings.supervised() if s.name == "path, best()")

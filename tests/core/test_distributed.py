@@ -113,6 +113,7 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_the_target_is_averaged(results):
     model = lora_model("llama")
     batches = [batch for rank in range(2) for batch in validation_of(rank)]

@@ -234,6 +234,7 @@ pq.write_table, argparse.ArgumentParser.parse_args = write_and_die, parse_and_te
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_whole_files_and_goes_on(files, output, tmp_path):
     """The command itself, killed while it writes its second part, and started again."""
     folder, argv = tmp_path / "out", arguments(files, tmp_path / "out")
@@ -477,6 +478,7 @@ def test_values_along_the_path_are_those_of_two_models(files, tmp_path, dataset,
             assert error(found.roll(1), wanted) > 0.1
 
 
+@pytest.mark.slow
 def test_the_drift_along_the_path_counts_without_an_adapter_too(files, tmp_path):
     """The new adapter has not drifted where it is, but does on its way to theta*."""
     options = {"num_layers": None, "estimator": "path", "fisher": None, "adapter": None, "fisher_prompts": 2}
@@ -501,6 +503,7 @@ def test_rows_are_held_out_of_the_path_whatever_their_length(files):
     assert lengths[0] == list(range(2, 14)) and lengths[1] != lengths[0] and sorted(lengths[1]) == lengths[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The target is one row")  # of groups of one row each
 def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path, monkeypatch, capsys):
     """In smaller batches too, which a run that was out of memory goes on with: there theta* would be another one."""
@@ -526,6 +529,7 @@ def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path,
                for a, b in zip(other, whole, strict=True))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"adapter": None}, {"load_in_4bit": True}])
 def test_the_path_of_other_models(files, tmp_path, changes):
     """With a Fisher of its own; from a new adapter, which drifts on its way only; in 4 bits."""

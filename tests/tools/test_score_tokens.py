@@ -112,6 +112,7 @@ def test_assistant_turns_of_templates_that_trl_patches(files, template, capsys):
         assert 0 < sum(row["response_mask"]) < len(row["response_mask"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_console_without_the_letters(encoding, tmp_path):
     argv = ["score", "--model", "模型→", "--dataset", "данные.jsonl", "--target", "x.jsonl", "--output", str(tmp_path)]

@@ -251,6 +251,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["map.html"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_none_of_this():
     code = (
         "import sys, alphatoken_loss; from alphatoken_loss import show_tokens, SampleWriter; "

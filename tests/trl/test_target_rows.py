@@ -106,6 +106,7 @@ def with_room_for_two(folder, size, options=None, **args):
     return trainer, sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["ghost", "difference"])
 def test_a_batch_size_that_is_found_is_the_targets_and_the_fishers_too(estimator, tmp_path):
     """Training begins with eight rows where two have room; then it is as if it had begun with two."""
@@ -121,6 +122,7 @@ def test_a_batch_size_that_is_found_is_the_targets_and_the_fishers_too(estimator
         assert_close(after.detach(), expected.detach(), 1e-3, name)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_is_found_draws_what_it_would_have_drawn(tmp_path):
     ours = {"selection": "random", "num_layers": None, "options": dict}
     found, sizes = with_room_for_two(tmp_path / "found", 8, auto_find_batch_size=True, **ours)
