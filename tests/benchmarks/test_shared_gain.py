@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 import shared_gain
 from page_tables import gain
 from worlds.real_data import RealPlan
