@@ -125,7 +125,7 @@ class _Run:
         self.generator, self.rng = torch.Generator().manual_seed(seed), random.Random(seed)
         self.optimizer = make_optimizer(self.model, lr)
         self.key = world, setting.task, setting.nf4
-        self.base = [setting.task, setting.nf4, *world.base_identity()]
+        self.start = [setting.task, setting.nf4, *world.base_identity()]
         self.begun = time.perf_counter()
 
     def weigher(self, target: list[Batch]) -> AlphaToken | None:
@@ -148,7 +148,7 @@ class _Run:
         time that it took counts in each."""
         settings = {name: value for name, value in asdict(config).items() if name.startswith("path_")}
         clean = [repr(row) for row in self.clean]
-        what = [self.base, self.seed, clean, settings, config.stability_weight, config.num_layers, config.fisher]
+        what = [self.start, self.seed, clean, settings, config.stability_weight, config.num_layers, config.fisher]
         file, times = self.world.kept("path", what, "safetensors"), self.world.kept("path", what, "json")
         if not times.is_file():
             started = time.perf_counter()
@@ -161,7 +161,7 @@ class _Run:
 
     def before(self, whole: Callable[[Any], dict[str, float]]) -> dict[str, float]:
         """The exam before the first step, kept beside the base. B = 0: every run starts from the same function."""
-        file = self.world.kept("before", [self.base, self.world.identity(), asdict(self.plan)], "json")
+        file = self.world.kept("before", [self.start, self.world.identity(), asdict(self.plan)], "json")
         if not file.is_file():
             found = json.dumps(whole(self.model))
             part = file.with_suffix(f".{os.getpid()}")
