@@ -123,7 +123,9 @@ def masked(model, batch, weights):
     return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("what", ["kernels", "fused loss", "both"])
+@pytest.mark.parametrize(
+    "what", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("kernels", "fused loss")), "both"]
+)
 @pytest.mark.parametrize("estimator", ["ghost", "difference", "path", "exact"])
 def test_the_gradient_is_the_masked_one(estimator, what):
     """And values are those of the plain model."""

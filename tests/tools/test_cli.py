@@ -99,6 +99,7 @@ def test_show_of_what_is_not_finished(tmp_path, capsys):
     assert "is not finished. Run the command that made it again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_doctor_says_why_an_estimator_refuses(files, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 

@@ -175,6 +175,7 @@ def test_few_clean_rows_do_not_tell_more_than_they_can(held):
         assert gain._interval(rows(1), rows(64)) == (-math.inf, math.inf)
 
 
+@pytest.mark.slow
 def test_clean_rows_share_all_and_noise_little():
     """A model that can tell: the clean rows count upwards, noise is of random tokens."""
     torch.manual_seed(0)

@@ -378,6 +378,7 @@ def tokens_of(folder):
     return [(row["input_ids"], row["response_mask"]) for row in scored(folder)]
 
 
+@pytest.mark.slow
 def test_every_form_of_data(files, output, tmp_path):
     """Files, folders and splits hold the same rows; messages, text and token ids are read as TRL reads them."""
     plain = tuning.sft_data(count=11)
@@ -458,6 +459,7 @@ def single_logps(model, ids):
 
 @pytest.mark.parametrize(("dataset", "target"), [("rows.jsonl", "target.jsonl"), ("pairs.parquet", "target.jsonl"),
                                                  ("pairs.parquet", "pairs.parquet")])  # fmt: skip
+@pytest.mark.slow
 def test_values_along_the_path_are_those_of_two_models(files, tmp_path, dataset, target):
     """Of each row by itself, the adapter's log-probabilities and those with what `path.safetensors` holds in it."""
     changes = {"num_layers": None, "estimator": "path", "target": files / target, "stability_weight": 0.0}

@@ -237,6 +237,7 @@ def test_evaluation_and_prediction_are_those_of_the_stock_trainer(kind, tmp_path
 # ------------------------------------------------------------------------------------ accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.filterwarnings("ignore")
 def test_1_x_8_equals_8_x_1(kind, tmp_path):
@@ -361,6 +362,7 @@ def test_a_checkpoint_without_target_says_so_and_goes_on(tmp_path, caplog):
     assert "alphatoken" in text and "sft" in text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_fisher_given_or_loaded_is_not_estimated(tmp_path, monkeypatch):
     trainer = make("sft", tuning.TRAINERS["sft"][0], feature(max_steps=1), tmp_path)
