@@ -113,6 +113,9 @@ def tune_reference(world: World, model: Any, validation: list[Batch]) -> None:
 
 
 _REFERENCE: dict[Hashable, tuple[float, float]] = {}
+# Settings that decide where theta* is. The others say what is done with it.
+_OF_THETA_STAR = ("path_steps", "path_rate", "path_beta", "path_likelihood", "path_holdout", "stability_weight",
+                  "num_layers", "fisher")  # fmt: skip
 
 
 class _Run:
@@ -146,9 +149,8 @@ class _Run:
     def theta_star(self, target: list[Batch], config: AlphaTokenConfig, fisher: Fisher | None) -> Path:
         """What the first step would make, kept beside the base: settings that share it, at all rates, make it once. The
         time that it took counts in each."""
-        settings = {name: value for name, value in asdict(config).items() if name.startswith("path_")}
-        clean = [repr(row) for row in self.clean]
-        what = [self.start, self.seed, clean, settings, config.stability_weight, config.num_layers, config.fisher]
+        settings = [getattr(config, name) for name in _OF_THETA_STAR]
+        what = [self.start, self.seed, [repr(row) for row in self.clean], settings]
         file, times = self.world.kept("path", what, "safetensors"), self.world.kept("path", what, "json")
         if not times.is_file():
             started = time.perf_counter()
