@@ -61,7 +61,7 @@ def parse(config_class, argv, **defaults):
         parser.set_defaults(**{**DEFAULTS, **settings, **defaults})
         return parser.parse_args_and_config(argv)
 
-    not_given = 0.123
+    not_given = 0.123  # a rho that nobody gives
     first = read({"estimator": "path", "rho": not_given})[1]
     best = config_class.best(
         estimator=first.estimator, bf16=False, **({} if first.rho == not_given else {"rho": first.rho})

@@ -135,7 +135,7 @@ class Batch:
             ref_logps = self.ref_logps and tuple(logps[number : number + 1] for logps in self.ref_logps)
             yield rows, Batch(alone.inputs, labels, self.pairs, ref_logps, alone.columns)  # type: ignore[arg-type]
 
-    def unpacked(self, size: int) -> Iterator[Batch]:
+    def unpacked(self, size: int = 8) -> Iterator[Batch]:
         """A packed batch as padded ones with at most `size` rows, a sequence in each; others, and pairs, as they are.
 
         Sequences without a response are left out, and inputs that are not one number a token, which say where sequences

@@ -64,9 +64,10 @@ def see_start(model: nn.Module) -> None:
     known = start_of(model)
     if REFERENCE_ADAPTER in getattr(model, "peft_config", {}):
         return
-    now = _copied(model, adapters_on=known.adapters_on or _moved_bases(model))
-    if not set(now.tensors) <= set(known.tensors):
-        _starts[model] = Start({**now.tensors, **known.tensors}, now.adapters_on, now.base)
+    adapters_on = known.adapters_on or _moved_bases(model)
+    new = {name: p for name, p in _wanted(model, adapters_on).items() if name not in known.tensors}
+    if new:
+        _starts[model] = Start({**known.tensors, **_clones(new)}, adapters_on, _numbers(model))
 
 
 def remember_start(model: nn.Module) -> None:
@@ -159,12 +160,20 @@ def add_reference_adapter(model: nn.Module, *, precomputed: bool = False) -> Non
 
 
 def _copied(model: nn.Module, *, adapters_on: bool) -> Start:
+    wanted = _wanted(model, adapters_on)
+    return Start(_clones(wanted), adapters_on, _numbers(model)) if wanted else NOWHERE_ELSE
+
+
+def _wanted(model: nn.Module, adapters_on: bool) -> dict[str, nn.Parameter]:
+    """The parameters whose values at the start a reference needs; none of a model without adapters."""
     if not _wrappers(model):
-        return NOWHERE_ELSE
-    of_adapters = _of_adapters(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = {name: p.detach().clone() for name, p in trained.items() if adapters_on or id(p) not in of_adapters}
-    return Start(kept, adapters_on, _numbers(model)) if kept else NOWHERE_ELSE
+        return {}
+    left_out = set() if adapters_on else _of_adapters(model)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in left_out}
+
+
+def _clones(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def _of_adapters(model: nn.Module) -> set[int]:

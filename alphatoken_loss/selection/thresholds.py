@@ -24,11 +24,9 @@ def keep_mask(values: torch.Tensor, groups: torch.Tensor, *, rho: float) -> torc
         `torch.Tensor`: `(B, T)` bool; False wherever `groups` is -1.
     """
     taken = groups >= 0
-    if rho >= 1.0:
+    if rho >= 1.0 or not values.numel():
         return taken
     flat_groups = groups.flatten()
-    if not values.numel():
-        return taken
     # Sort by value, then stably by group: each group is one ascending run. Tokens outside form the last run.
     # No shape here depends on the data, so a GPU is never waited for.
     count = flat_groups.numel() + 1

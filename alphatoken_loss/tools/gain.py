@@ -25,7 +25,6 @@ from ..models.sites import find_scored
 from ..models.structure import unwrap
 
 _FOLDS = 4
-_ROWS = 8  # of a packed target, run together
 _MASKED_BELOW = 0.5  # the upper end of the share's interval; see docs/evidence-toy.md, "How much to mask"
 _ALLOWED = "Give batches (mappings of names to tensors) in SFT form."
 
@@ -129,7 +128,7 @@ def shared_gain(
             raise ValueError(f"{name} holds preference pairs. Give their chosen answers, in SFT form.")
         if not _any_rows(some, device):
             raise ValueError(f"{name} holds no response token (no label other than -100). Give some rows with one.")
-    read["target"] = [part for batch in read["target"] for part in batch.unpacked(_ROWS)]
+    read["target"] = [part for batch in read["target"] for part in batch.unpacked()]
     folds = [_apart(read["target"], fold) for fold in range(_FOLDS)]
     folds = [(made, held) for made, held in folds if _any_rows(made, device) and _any_rows(held, device)]
     if not folds:

@@ -40,7 +40,6 @@ class GainOfRows(TargetRows):
     is_in_train: bool
     train_dataset: Any
     _gate: AlphaToken | None
-    _gate_options: dict[str, Any]
     _has_path_column: Any
     _make_gate: Any
     _prepare_inputs: Any
@@ -79,7 +78,6 @@ class GainOfRows(TargetRows):
         gate = self._gate
         assert gate is not None
         config = gate.config
-        self._gate_options["fisher"] = gate.source.fisher
         self._make_gate(replace(config, rho=rho, path_kl=config.path_kl * rho / config.rho))
         self._found_rho = rho
         self.add_callback(FoundRho(rho))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
 import statistics
 import time
@@ -28,6 +27,7 @@ from alphatoken_loss import (
     sft_loss,
     shared_gain,
 )
+from alphatoken_loss.files import write_whole
 
 from .real_data import flipped
 from .rivals import RULES, answer_logps, at_labels, base_of, pair_loss, self_weighted_loss, stm
@@ -156,7 +156,8 @@ class _Run:
             started = time.perf_counter()
             with self.world.autocast():
                 make_path(self.model, target, fisher=fisher, config=config, progress=False).save(file)
-            times.write_text(json.dumps(time.perf_counter() - started))
+            took = json.dumps(time.perf_counter() - started)
+            write_whole(times, lambda part: part.write_text(took))
         else:
             self.begun -= json.loads(times.read_text())
         return Path.load(file)
@@ -166,9 +167,7 @@ class _Run:
         file = self.world.kept("before", [self.start, self.world.identity(), asdict(self.plan)], "json")
         if not file.is_file():
             found = json.dumps(whole(self.model))
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(found)
-            part.replace(file)
+            write_whole(file, lambda part: part.write_text(found))
         return json.loads(file.read_text())
 
     def last_exam(self) -> Exam | None:

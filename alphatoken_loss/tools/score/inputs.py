@@ -62,9 +62,9 @@ def digest_of(path: Path, without: Path | None = None) -> str | None:
     if not path.exists():
         return None
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    if path.is_dir() and without is not None:
-        files = [file for file in files if without.resolve() not in file.resolve().parents]
+    apart = without and without.resolve()
+    inside = (file for file in path.rglob("*") if file.is_file() and apart not in file.resolve().parents)
+    files = [path] if path.is_file() else sorted(inside)
     for file in files:
         if path.is_dir():
             if file.name.startswith(("cache-", "tmp")) and (file.parent / "state.json").is_file():
