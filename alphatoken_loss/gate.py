@@ -36,12 +36,12 @@ from .losses.weighting import checked_weights
 from .models.changes import IN_CONTEXT, Changes
 from .models.forwards import refuse_other_rows
 from .models.reference import refuse_trained_reference
-from .models.sites import Scored, find_scored
+from .models.sites import Scored
 from .models.structure import find_decoder, unwrap
-from .penalties import UNKNOWN_DROPPED, Asked, Penalties, check_unvalued
+from .penalties import Asked, Penalties, check_unvalued
 from .selection import make_selection
 from .selection.base import by_weights
-from .step import NESTED, UNMASKED, Step, check_nothing_behind
+from .step import NESTED, UNMASKED, Step, check_nothing_behind, scored_before
 from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
 from .weights import weights_by_others
@@ -132,7 +132,6 @@ class AlphaToken:
         self.values: TokenValues | None = None
         self._estimator = estimator_class(self.config.estimator)
         self._memory = self._estimator.memory(self.config)
-        self._known: Scored | None = None
         self._penalties = Penalties(model, self.config.path_kl)
         if not self.config.off:  # else nothing is read, and nothing refused
             drifts = self.config.stability_weight > 0 if self.selection.valued else self.selection.reference
@@ -140,7 +139,6 @@ class AlphaToken:
                 refuse_trained_reference(model.modules())
             if self.selection.valued:
                 self._memory.check(self.source)
-                check_nothing_behind(model, self._estimator.gate)
                 self.source.check(self._scored())
             else:
                 check_unvalued(self.config, target=target, fisher=fisher, optimizer=optimizer, path=path)
@@ -171,11 +169,7 @@ class AlphaToken:
         return self.source.path
 
     def _scored(self) -> Scored:
-        scored = find_scored(self.model, self.config.scored_layers, self.config.scope)
-        if self._known is not None and self._known.sites == scored.sites:
-            scored.value_rows = self._known.value_rows
-        self._known = scored
-        return scored
+        return scored_before(self.model, self._estimator.gate, self.config)
 
     @to_be_entered
     def __call__(
@@ -274,33 +268,34 @@ class AlphaToken:
         started = time.perf_counter()
         if IN_CONTEXT in vars(unwrap(self.model)):
             raise RuntimeError(NESTED)
+        scored = self._scored() if self.selection.valued else None
+        if scored is None:
+            check_nothing_behind(self.model, "decoder")
         read = read_batch(batch, columns=self.columns)
         values, factors = None, None
         if weights is not None:
             weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
-        elif not self.selection.valued:
+        elif scored is None:
             weights = self.selection.before(self.model, self.ref_model, read, seed)
         elif self.config.rho >= 1.0 and (not self.config.path_kl or self.config.path_from == "reference"):
             # theta* is where training begins, or what a KL holds it to: values would cost a forward, and choose nothing
             weights = read.at_labels(read.rows.float())
         elif not (self.source.validates or self._estimator.in_forward):
-            weights, values = weights_by_others(self.model, self._scored(), read, self.source, beta)
+            weights, values = weights_by_others(self.model, scored, read, self.source, beta)
         if weights is not None:
             factors = weights.to(read.labels.device).roll(-1, 1)
             self.record(values, read.at_labels(factors), read)
-        weigher = self._weigher(read, asked, known=weights is not None)
-        penalised = asked.coef > 0 or self.config.path_kl > 0
-        if penalised and asked.on == "dropped" and factors is None and not weigher.in_forward:
-            when = "when the gradient arrives" if self.selection.valued else "when the forward has ended"
-            raise ValueError(UNKNOWN_DROPPED.format(when=when))
+        weigher = self._weigher(read, asked, scored, known=weights is not None)
+        if factors is None and not weigher.in_forward:
+            self._penalties.check_known(asked, "the gradient arrives" if scored else "the forward has ended")
         step = Step(self, read, weigher, factors, mean_over_kept)
         self.figures.seconds += time.perf_counter() - started
         return step
 
-    def _weigher(self, batch: Batch, asked: Asked, *, known: bool) -> Weigher:
-        if not self.selection.valued:
+    def _weigher(self, batch: Batch, asked: Asked, scored: Scored | None, *, known: bool) -> Weigher:
+        if scored is None:
             return Weighed(self.model, batch, None if known else self.selection.after)
-        compares, scored = self.config.path_kl > 0, self._scored()
+        compares = self.config.path_kl > 0
         if known and not compares:
             self.source.count(scored)
             self._memory.begin(self.source, scored, batch)  # training begins there, whatever is masked

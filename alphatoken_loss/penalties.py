@@ -17,10 +17,6 @@ from .losses.kl import Penalty, check_kl_coef, check_kl_options
 from .step import Step
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
-UNKNOWN_DROPPED = (
-    'kl_on is "dropped", but which tokens are is known only {when}. Give weights, choose tokens by values with '
-    'estimator="path", or set kl_on="all".'
-)
 
 
 def check_unvalued(config: AlphaTokenConfig, **given: object) -> None:
@@ -85,6 +81,14 @@ class Penalties:
         if not found and self.path_kl > 0 and not torch.is_grad_enabled():
             return torch.zeros(())
         return sum(found[1:], found[0]) if found else None
+
+    def check_known(self, asked: Asked, when: str) -> None:
+        """Raise ValueError if a KL is on what is dropped, which is known only later, when `when` is so."""
+        if asked.on == "dropped" and (asked.coef > 0 or self.path_kl > 0):
+            raise ValueError(
+                f'kl_on is "dropped", but which tokens are is known only when {when}. Give weights, choose tokens by '
+                'values with estimator="path", or set kl_on="all".'
+            )
 
     def forget(self) -> None:
         """Free the graph of a step that failed."""

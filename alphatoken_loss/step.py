@@ -14,7 +14,10 @@ from .config import AlphaTokenConfig
 from .estimators.base import NonFiniteRows
 from .figures import Figures
 from .models.changes import undoing
-from .models.structure import find_blocks, trained_behind
+from .models.layout import kept
+from .models.sites import Scored, find_scored
+from .models.start import start_of
+from .models.structure import find_blocks, trained_behind, unwrap
 from .values import TokenValues
 from .weighing import Weigher
 
@@ -126,6 +129,18 @@ class Step:
     def _weighed(self, values: TokenValues | None, weights: torch.Tensor) -> None:
         self.factors = weights.roll(-1, 1)
         self.owner.record(values, weights, self.batch)
+
+
+def scored_before(model: nn.Module, gate: str, config: AlphaTokenConfig) -> Scored:
+    """What is scored, if nothing is trained behind the gate; both are looked at anew where the model has changed."""
+
+    def find() -> Scored:
+        check_nothing_behind(model, gate)
+        return find_scored(model, config.scored_layers, config.scope)
+
+    scored = kept(unwrap(model), (gate, config.scored_layers, type(config.scored_layers), config.scope), find)
+    scored.start = start_of(model)
+    return scored
 
 
 def check_nothing_behind(model: nn.Module, gate: str) -> None:

@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .layout import modules_of
+
 IN_CONTEXT = "_alphatoken_context"  # attribute of a model in the context of an AlphaToken
 
 _P = ParamSpec("_P")
@@ -102,7 +104,7 @@ class Changes:
 
     def replace(self, module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> None:
         """Put other tensors in the place of a module's parameters, by their `id`; parameters are not written to."""
-        for child in module.modules() if tensors else ():
+        for child in modules_of(module) if tensors else ():
             for name, parameter in child._parameters.items():
                 if id(parameter) in tensors:
                     self.put(child._parameters, name, tensors[id(parameter)])

@@ -23,6 +23,7 @@ from .forwards import (
     renew_forward,
     with_hidden,
 )
+from .layout import modules_of
 from .modes import may_draw, without_checkpointing
 from .structure import causal_lm, find_decoder, learns_prompts, runs_apart, unwrap
 
@@ -54,7 +55,7 @@ class DecoderForward:
     ) -> None:
         self.batch, self.training = batch, training
         self.decoder = find_decoder(model)
-        own = {id(p) for p in self.decoder.parameters()}
+        own = {id(p) for module in modules_of(self.decoder) for p in module._parameters.values()}
         # Virtual tokens of prompt learning are made outside the decoder: then `again` runs the whole model.
         self.virtual = not all(id(p) in own for p in parameters.values()) or learns_prompts(model)
         self.entry = unwrap(model) if self.virtual else self.decoder

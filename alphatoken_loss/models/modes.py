@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .changes import Changes
+from .layout import modules_of
 
 # Up to transformers 5.22 a checkpoint wraps a block's `__call__`: its hooks run again when the block is recomputed.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
@@ -56,7 +57,7 @@ def _is_empty(cell: types.CellType) -> bool:
 def without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Run a forward without gradient checkpointing, which only warns if no gradient is needed."""
     with Changes() as changes:
-        for child in module.modules():
+        for child in modules_of(module):
             if getattr(child, "gradient_checkpointing", False):
                 changes.set(child, "gradient_checkpointing", False)
         yield
@@ -70,17 +71,17 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
     to a form without a backward. Other linears keep their mode.
     """
     with Changes() as changes:
-        for module in modules:
-            for child in module.modules():
-                mode = child.training
-                if hasattr(child, "quant_state"):
-                    mode = True
-                elif next(child.children(), None) is not None or _is_dropout(child) or isinstance(child, nn.Embedding):
-                    mode = False  # for an embedding: NEFTune's hook adds noise in training mode
-                if mode != child.training:
-                    changes.set(child, "training", mode)
-                if getattr(child, "gradient_checkpointing", False):
-                    changes.set(child, "gradient_checkpointing", False)
+        for child in modules_of(*modules):
+            own = vars(child)
+            mode = child.training
+            if "quant_state" in own or hasattr(type(child), "quant_state"):
+                mode = True
+            elif mode and (child._modules or _is_dropout(child) or isinstance(child, nn.Embedding)):
+                mode = False  # for an embedding: NEFTune's hook adds noise in training mode
+            if mode != child.training:
+                changes.set(child, "training", mode)
+            if own.get("gradient_checkpointing"):
+                changes.set(child, "gradient_checkpointing", False)
         yield
 
 
@@ -94,7 +95,7 @@ def draws_noise(module: nn.Module) -> bool:
     """Whether a module in its present mode applies dropout."""
     return any(
         child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and _rate(child) > 0))
-        for child in module.modules()
+        for child in modules_of(module)
     )
 
 
@@ -106,9 +107,10 @@ def may_draw(model: nn.Module) -> bool:
     modules that are neither torch's nor of the libraries that this one knows."""
     settings = vars(getattr(model, "config", None) or types.SimpleNamespace())
     rates = (value for name, value in settings.items() if re.search("drop|jitter|noise", name))
-    modules = [child for child in model.modules() if child.training]
+    everything = modules_of(model)
+    modules = [child for child in everything if child.training]
     hooked = any(child._forward_hooks for child in modules if isinstance(child, nn.Embedding))  # NEFTune's noise
-    if any(not type(child).__module__.startswith(_KNOWN) for child in model.modules()):
+    if any(not type(child).__module__.startswith(_KNOWN) for child in everything):
         return True
     return draws_noise(model) or (bool(modules) and any(isinstance(x, int | float) and x > 0 for x in rates)) or hooked
 
@@ -141,7 +143,7 @@ def refuse_inference_mode() -> None:
 def overwrites_saved(module: nn.Module) -> bool:
     """Whether kernels run in it whose backward writes its gradients into what autograd saved (Liger's SwiGLU and
     GeGLU do, also from the Hub, and Unsloth's), unseen by autograd's own check."""
-    names = (getattr(child.forward, "__module__", None) or "" for child in module.modules())
+    names = (getattr(child.forward, "__module__", None) or "" for child in modules_of(module))
     return any(name.startswith(("liger", "unsloth")) for name in names)
 
 

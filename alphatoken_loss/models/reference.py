@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .changes import Changes
+from .layout import modules_of
 from .start import REFERENCE_ADAPTER, replaced, start_of
 from .structure import causal_lm, learns_prompts, unwrap
 
@@ -38,7 +39,7 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    wrappers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    wrappers = [m for m in modules_of(model) if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if isinstance(model, PeftModel) and (learns_prompts(model) or not wrappers):
         with _prompts_off(model):
             yield model
@@ -122,7 +123,9 @@ def _plain_name(name: str) -> str:
 
 
 def same_module(name: str, ref_model: nn.Module) -> nn.Module:
-    for candidate, module in causal_lm(ref_model).named_modules():
-        if candidate == _plain_name(name):
-            return module
-    raise ValueError(f"ref_model has no module {_plain_name(name)}. Use the model that training started from.")
+    try:
+        return causal_lm(ref_model).get_submodule(_plain_name(name))
+    except AttributeError:
+        raise ValueError(
+            f"ref_model has no module {_plain_name(name)}. Use the model that training started from."
+        ) from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .changes import Changes
+from .layout import kept, modules_of
 from .modes import without_noise
 
 
@@ -54,9 +55,10 @@ COMPILED = (
 
 def refuse_compiled(model: nn.Module) -> None:
     """Raise ValueError if a model, or a part of it, was compiled."""
-    for name, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    for module in modules_of(model):
+        compiled = "_orig_mod" in module._modules or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
         if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+            name = next(name for name, each in model.named_modules() if each is module)
             raise ValueError(f"{name or 'The model'} ({type(module).__name__}) is compiled: {COMPILED}")
 
 
@@ -103,7 +105,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     base = causal_lm(model)
     lists = [
         module
-        for module in find_decoder(model).modules()
+        for module in modules_of(find_decoder(model))
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
@@ -123,19 +125,33 @@ def blocks_or_none(model: nn.Module) -> list[nn.Module]:
         return []
 
 
+# Model -> (what it says its decoder, body and head are, the decoder that was found).
+_decoders: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], ref[nn.Module]]] = WeakKeyDictionary()
+
+
 def find_decoder(model: nn.Module) -> nn.Module:
     """The part before the LM head; its output is the last hidden state."""
     base = causal_lm(model)
     decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
     body = getattr(base, "base_model", base)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    said = id(decoder), id(body), id(head)
+    before = _decoders.get(base)
+    if before is not None and before[0] == said and (same := before[1]()) is not None:
+        return same
     if body is not base and not _holds_blocks(decoder) and _holds_blocks(body):
         decoder = body  # ModernBERT's `get_decoder` returns its output embedding
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    found = _without_head(decoder, head) or base
+    _decoders[base] = said, ref(found)
+    return found
+
+
+def _without_head(decoder: nn.Module, head: nn.Module | None) -> nn.Module | None:
     # Some (Llama 4, Mllama) return an LM with its head: take its body, the child that holds the blocks.
-    while head is not None and any(module is head for module in decoder.modules()):
+    while head is not None and any(module is head for module in modules_of(decoder)):
         bodies = [child for child in decoder.children() if _holds_blocks(child)]
         if len(bodies) != 1:
-            return base
+            return None
         (decoder,) = bodies
     return decoder
 
@@ -162,10 +178,6 @@ def runs_apart(model: nn.Module) -> bool:
     return not any(getattr(adapter, "alora_invocation_tokens", None) for adapter in config.values())
 
 
-# Model -> (gate and trained parameters, what was found for them).
-_behind: WeakKeyDictionary[nn.Module, tuple[tuple[int, tuple[int, ...]], list[str]]] = WeakKeyDictionary()
-
-
 def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]:
     """Names of trainable parameters behind a gate, which cannot mask their whole gradient.
 
@@ -174,6 +186,11 @@ def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]
     the blocks is trained, or something in the LM head.
     """
     inner = unwrap(model)
+    place = find_decoder(inner) if gate is None else gate
+    return kept(inner, ("behind", id(place)), lambda: _trained_behind(inner, place))
+
+
+def _trained_behind(inner: nn.Module, gate: nn.Module) -> list[str]:
     base = causal_lm(inner)
     in_base = {id(parameter) for parameter in base.parameters()}
     named = {name: p for name, p in inner.named_parameters() if p.requires_grad and id(p) in in_base}
@@ -182,13 +199,7 @@ def trained_behind(model: nn.Module, gate: nn.Module | None = None) -> list[str]
     blocks = blocks_or_none(inner)
     in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()} - tied
     doubtful = {name: p for name, p in named.items() if id(p) not in in_blocks}
-    if not doubtful:
-        return []
-    gate = find_decoder(inner) if gate is None else gate
-    key = id(gate), tuple(map(id, doubtful.values()))
-    if inner not in _behind or _behind[inner][0] != key:
-        _behind[inner] = key, _found_behind(inner, gate, doubtful)
-    return _behind[inner][1]
+    return _found_behind(inner, gate, doubtful) if doubtful else []
 
 
 def _found_behind(model: nn.Module, gate: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:

@@ -824,3 +824,32 @@ def test_autocast():
     expected = torch.cat([g.flatten() for g in grads_of(other).values()])
     assert torch.isfinite(found).all()
     assert float(F.cosine_similarity(found, expected, dim=0)) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"config": AlphaTokenConfig(stability_weight=0)}, "model.norm.weight"),
+        ({"config": AlphaTokenConfig(estimator="difference", stability_weight=0)}, "lm_head.weight"),
+        ({"selection": "eaft"}, "lm_head.weight"),
+        ({"selection": "given"}, "lm_head.weight"),
+    ],
+)
+def test_what_becomes_trainable_behind_the_gate_later_is_refused(options, name):
+    """Gradual unfreezing: the gate could not mask its gradient."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    given = {} if "selection" in options else {"target": cases.validation()}
+    gate = AlphaToken(model, **given, **options)
+    weights = {"weights": response(batch).float()} if options.get("selection") == "given" else {}
+
+    def step():
+        with gate(batch, **weights):
+            model(**batch).loss.backward()
+
+    step()
+    (late,) = (p for own, p in model.named_parameters() if own.endswith(name))
+    late.requires_grad_()
+    with pytest.raises(ValueError, match=rf"{name} is trained and lies behind"):
+        step()
+    late.requires_grad_(False)
+    step()

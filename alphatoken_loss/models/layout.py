@@ -1,0 +1,59 @@
+"""What a model is made of, walked quickly, and what was found in it, kept while it stays as it is.
+
+`Module.modules()` takes milliseconds in a large model with adapters, and what is to be known of a model before each
+forward took many such walks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_T = TypeVar("_T")
+_found: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[list[Hashable], Any]]] = WeakKeyDictionary()
+
+
+def modules_of(*roots: nn.Module) -> list[nn.Module]:
+    """The modules of `Module.modules()`, each once, in its order."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = list(reversed(roots))
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            children = module.__dict__["_modules"]
+            if children:
+                waiting.extend(reversed(children.values()))
+    return list(found)
+
+
+def kept(model: nn.Module, key: Hashable, find: Callable[[], _T]) -> _T:
+    """What `find()` found in a model under a key, anew if the model has changed: other modules or parameters, others
+    trained, other adapters on, code compiled or weights repacked."""
+    layout, known = _layout(model), _found.setdefault(model, {})
+    if key not in known or known[key][0] != layout:
+        known[key] = layout, find()
+    return known[key][1]
+
+
+def _layout(model: nn.Module) -> list[Hashable]:
+    found: list[Hashable] = []
+    for module in modules_of(model):
+        own = module.__dict__
+        found.append(id(module))
+        for parameter in own["_parameters"].values():
+            if parameter is not None:
+                found.append(id(parameter) if parameter.requires_grad else -id(parameter))
+                if type(parameter) is not nn.Parameter:  # a quantised one may be repacked
+                    state = getattr(parameter, "quant_state", None)
+                    found.append(bool(getattr(state, "packing_format_for_cpu", False)))
+        if "_active_adapter" in own or hasattr(type(module), "_active_adapter"):  # a layer of PEFT
+            layer: Any = module
+            active, merged = layer._active_adapter, getattr(layer, "merged_adapters", ())
+            found += layer._disable_adapters, active if isinstance(active, str) else tuple(active), tuple(merged)
+        if "forward" in own or "_compiled_call_impl" in own:
+            found += id(own.get("forward")), id(own.get("_compiled_call_impl"))
+    return found
