@@ -13,6 +13,7 @@ from torch import nn
 from .batches.batch import Batch
 from .batches.read import read_batch
 from .config import AlphaTokenConfig, read_config
+from .directions.drift import refuse_other_base
 from .directions.estimate import fisher_of_batches
 from .directions.fisher import Fisher
 from .directions.gradients import loss_gradients
@@ -138,6 +139,8 @@ def alphatoken_weights(
     source = Source(model, ref_model, config=config, path=path, **given)
     if ref_model is not None:
         refuse_itself(model, ref_model)
+        if source.drifts or fisher is not None:
+            refuse_other_base(scored, ref_model)
     estimator = estimator_class(config.estimator)
     memory = estimator.memory(config)
     memory.check(source)

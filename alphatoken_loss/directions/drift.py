@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..models.reference import refuse_trained_reference, same_module
 from ..models.sites import LinearSite, LoraSite, Scored
@@ -123,6 +124,51 @@ def _reference_factors(site: LoraSite, ref_model: nn.Module | None, start: Start
     return _Factors(site.scaling, a, b)
 
 
+def refuse_other_base(scored: Scored, ref_model: nn.Module) -> None:
+    """Check, by some entries of each weight, that a separate reference has the base that the adapters sit on.
+
+    Precision does not matter: between a quantised weight and another one nothing is compared.
+
+    Raises:
+        ValueError: it has not, as when its own adapter was merged: dW of the adapters would leave that part out.
+    """
+    for site in scored.sites:
+        if not isinstance(site, LoraSite):
+            continue  # dW is of whole weights
+        layer: Any = same_module(site.name, ref_model)
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        reference = _reference_factors(site, ref_model, scored.start)
+        added = reference if _reference_lora(site, ref_model) is None else None  # a part of the whole weight
+        if not _alike(site.layer.get_base_layer(), base, added):
+            raise ValueError(
+                f"ref_model's weight at {site.name} is not the one that this model's adapter sits on"
+                f"{' (its adapter is merged)' if getattr(layer, 'merged', False) else ''}, so drift would be measured "
+                "from another place. Give a reference on the same base, with its adapter beside it, not merged; or "
+                "ref_model=None, if the model with adapters off is the reference, or after remember_start(model), if "
+                "the model as it is now is; or set stability_weight=0."
+            )
+
+
+def _alike(own: nn.Module, other: nn.Module, added: _Factors | None) -> bool:
+    weights: list[torch.Tensor] = [module.weight.detach() for module in (own, other)]  # type: ignore[operator]
+    if not all(weight.is_floating_point() for weight in weights):
+        same_kind = type(own) is type(other) and weights[0].shape == weights[1].shape
+        return added is not None or not same_kind or torch.equal(weights[0], weights[1].to(weights[0].device))
+    if weights[0].shape != weights[1].shape or not weights[0].numel():
+        return weights[0].shape == weights[1].shape  # of a weight that lies elsewhere (ZeRO-3) nothing is known
+    at = [torch.linspace(0, size - 1, 8, dtype=torch.float64).long() for size in weights[0].shape]
+    here, there = (w[at[0].to(w.device)][:, at[1].to(w.device)].double().cpu() for w in weights)
+    tolerance = 4 * max(torch.finfo(weight.dtype).eps for weight in weights)
+    if added is not None:
+        rows, columns = reversed(at) if isinstance(own, Conv1D) else at
+        more = added.b.detach()[rows.to(added.b.device)] @ added.a.detach()[:, columns.to(added.a.device)]
+        here = here + added.scaling * (more.T if isinstance(own, Conv1D) else more).double().cpu()
+        tolerance = max(tolerance, 1e-4)  # initialisations compute in float32
+    elif weights[0].dtype == weights[1].dtype:
+        return torch.equal(here, there)
+    return bool(((here - there).abs() <= tolerance * here.abs().max()).all())
+
+
 def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | None:
     """The reference's adapter at a site, or None."""
     from peft.tuners.lora import LoraLayer
@@ -135,6 +181,12 @@ def _reference_lora(site: LoraSite, ref_model: nn.Module | None) -> LoraSite | N
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    variants = [name for name in active if getattr(layer, "lora_variant", {}).get(name) is not None]
+    if variants:
+        raise ValueError(
+            f"{site.name}: ref_model's adapter '{variants[0]}' is a LoRA variant, which is not W + s B A. Give a plain "
+            "LoRA adapter, or set stability_weight=0."
+        )
     if len(active) > 1:
         raise ValueError(f"{site.name}: ref_model has several active adapters ({active}). Activate one.")
     return LoraSite(site.name, site.block, layer, active[0]) if active else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,10 @@ class Fisher:
         factors = {name: tuple(part.to(device) for part in parts) for name, parts in self.factors.items()}
         others = {name: (diagonal.to(device), start.to(device)) for name, (diagonal, start) in self.others.items()}
         return replace(self, factors=factors, others=others)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its fields but for the start, in what `torch.save` keeps."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "start"}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""

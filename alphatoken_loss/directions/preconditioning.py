@@ -75,6 +75,8 @@ def _rates(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tens
 def _second_moment(optimizer: torch.optim.Optimizer, name: str, parameter: torch.Tensor) -> torch.Tensor:
     """The running average of squared gradients, in float32 or better, of the parameter's shape."""
     state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    if not state and any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+        return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))  # no gradient yet
     if "exp_avg_sq" in state:
         second = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # AMSGrad's
         return second.detach().to(torch.promote_types(parameter.dtype, torch.float32))

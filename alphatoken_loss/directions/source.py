@@ -14,8 +14,9 @@ from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
 from ..models.reference import refuse_itself
 from ..models.sites import Scored
-from ..models.start import adopt_start, see_start
+from ..models.start import Start, adopt_start, resume_start, see_start, start_of
 from ..models.tensors import fingerprint
+from .drift import refuse_other_base
 from .estimate import fisher_of_batches
 from .fisher import Fisher
 from .parts import Parts, directions
@@ -37,6 +38,7 @@ class Source:
 
     Attributes:
         drifts (`bool`): whether the drift is a direction; by default if its weight is above 0.
+        estimated (`bool`): the Fisher was estimated here.
         age (`int`): age of `target`, or of the path, in optimizer steps.
     """
 
@@ -73,6 +75,7 @@ class Source:
                 raise ValueError(f"target holds no batches. {_ALLOWED}")
         self.drifts = config.stability_weight > 0
         self.age = 0
+        self.estimated = False
         self._parts: list[list[Batch]] = []
         self._turn = 0  # of the parts
         self._most: int | None = None  # rows of a batch of them
@@ -113,6 +116,8 @@ class Source:
         """
         if self.ref_model is not None:
             refuse_itself(self.model, self.ref_model)
+            if self.drifts:
+                refuse_other_base(scored, self.ref_model)
         try:
             self._parts = in_parts(self.batches or [], self.config.target_parts)
         except (TypeError, ValueError) as error:
@@ -150,6 +155,7 @@ class Source:
                 return  # nothing to value, and nothing to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
+            self.estimated = True
         self.fisher = self.fisher.to(scored.device)  # else each step would copy a loaded one, and wait
 
     def target_batches(self, scored: Scored) -> list[Batch]:
@@ -167,16 +173,16 @@ class Source:
 
     def state_dict(self, scored: Scored) -> dict[str, Any]:
         """The target's gradients, if it was estimated from batches, and the age of it or of the path, after the last
-        step: tensors and numbers, which `torch.load` takes."""
-        state: dict[str, Any] = {"estimator": self.config.estimator}
-        if self.batches is None or (self.target is None and self.path is None):
-            return {**state, "target": {}, "tokens": 0, "age": 0, "turn": 0}
+        step; where training started, and the Fisher that was estimated here: tensors and numbers, which `torch.load`
+        takes."""
         self.count(scored)
-        held = self.target or Target({}, 0)
-        return {**state, "target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
+        held = self.target if self.batches is not None and self.target is not None else Target({}, 0)
+        state = {"target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
+        return {"estimator": self.config.estimator, **state, **_beginning(self)}
 
     def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
         _check_state(state, self.config.estimator)
+        _begin_again(self, state, scored)
         if state["target"]:
             target = Target(state["target"], state["tokens"])
             target.check(scored)
@@ -217,13 +223,23 @@ class Source:
         Optimizers that write through raw pointers (bitsandbytes) leave version counters alone; then the bits tell.
         """
         parameters = [p.detach() for p in scored.parameters.values()]
-        versions = [p._version for p in parameters]
-        if self._state is not None and versions != self._state[0]:
-            self._state = (versions, fingerprint(parameters))
-            return True
-        bits = fingerprint(parameters)
-        before, self._state = self._state, (versions, bits)
-        return before is not None and not torch.equal(before[1], bits)
+        before, self._state = self._state, ([p._version for p in parameters], fingerprint(parameters))
+        return before is not None and (before[0] != self._state[0] or not torch.equal(before[1], self._state[1]))
+
+
+def _beginning(source: Source) -> dict[str, Any]:
+    """Of a state, what tells where drift and KL are measured from: the start, and the Fisher that was estimated."""
+    of_fisher = {"fisher": source.fisher.state_dict()} if source.estimated and source.fisher is not None else {}
+    return {"start": vars(start_of(source.model)), **of_fisher}
+
+
+def _begin_again(source: Source, state: Mapping[str, Any], scored: Scored) -> None:
+    if "start" in state:
+        resume_start(source.model, Start(**state["start"]))
+    if "fisher" in state and source.fisher is None:
+        fisher = Fisher(**state["fisher"], start=start_of(source.model))
+        fisher.check(scored)
+        source.fisher, source.estimated = fisher.to(scored.device), True
 
 
 def _check_state(state: Mapping[str, Any], estimator: str) -> None:

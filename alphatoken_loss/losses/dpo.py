@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ def dpo_loss(
         weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()
     else:
+        if weights is not None and weights.ref_model is ref_model:  # what values ask of the reference, it has said
+            chosen, rejected = ref_logps.chunk(2)
+            read = replace(read, ref_logps=(chosen, rejected))
         with valuing(model, read, weights, beta=beta) as step:
             logps, balance, _ = policy_logps(model, read)
         kl = None if step is None else step.kl

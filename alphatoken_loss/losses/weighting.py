@@ -17,6 +17,7 @@ class Valuing(Protocol):
     """What a loss needs of an `AlphaToken`: called with a batch, it is a context that masks the forward inside it."""
 
     model: nn.Module
+    ref_model: nn.Module | None
     kl: torch.Tensor | None
     columns: tuple[str, ...]
 

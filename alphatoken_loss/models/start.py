@@ -15,8 +15,9 @@ the next `AlphaToken` is made. A Fisher keeps them in its file.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,11 +39,13 @@ class Start:
         adapters_on (`bool`): the reference is the network with adapters on, at these values; else with them off.
         base (`torch.Tensor` or `None`): some numbers of the adapted weights, which tell if an initialisation left
             another base.
+        told (`bool`): it is what `remember_start` was called for.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     adapters_on: bool = False
     base: torch.Tensor | None = None
+    told: bool = False
 
 
 NOWHERE_ELSE = Start()
@@ -67,7 +70,7 @@ def see_start(model: nn.Module) -> None:
     adapters_on = known.adapters_on or _moved_bases(model)
     new = {name: p for name, p in _wanted(model, adapters_on).items() if name not in known.tensors}
     if new:
-        _starts[model] = Start({**known.tensors, **_clones(new)}, adapters_on, _numbers(model))
+        _starts[model] = Start({**known.tensors, **_clones(new)}, adapters_on, _numbers(model), known.told)
 
 
 def remember_start(model: nn.Module) -> None:
@@ -75,29 +78,59 @@ def remember_start(model: nn.Module) -> None:
 
     For an adapter that holds a part of its base and does not say so (of LoftQ or PiSSA, loaded from a file), or that is
     trained further and whose drift is to be measured from where it is, not from the base. Call it before the first
-    step; it replaces an earlier start.
+    step; it replaces an earlier start, and stays where a Fisher that is used later keeps another one.
 
     Args:
         model (`nn.Module`): a model with adapters.
     """
-    _starts[unwrap(model)] = _copied(unwrap(model), adapters_on=True)
+    _starts[unwrap(model)] = replace(_copied(unwrap(model), adapters_on=True), told=True)
 
 
 def adopt_start(model: nn.Module, start: Start) -> None:
     """Use the start that a Fisher kept. A resumed run needs it: its adapters are trained already.
 
     The start of another base is not used: if an initialisation draws random numbers, this run's own start is right.
+    Nor is one beside a start that `remember_start` was called for.
     """
+    known = _starts.get(unwrap(model), NOWHERE_ELSE)
+    if not known.told:
+        _adopted(model, start)
+    elif any(not torch.equal(known.tensors[n], t.to(known.tensors[n])) for n, t in start.tensors.items()
+             if n in known.tensors):  # fmt: skip
+        warnings.warn(
+            "The Fisher keeps another start than the one that remember_start noted for this model. The latter is the "
+            "reference.",
+            stacklevel=4,
+        )
+
+
+def resume_start(model: nn.Module, start: Start) -> None:
+    """Use the start that a run's own state kept.
+
+    Raises:
+        ValueError: it is not of this model, or of another base.
+    """
+    if start.tensors and not _adopted(model, start):
+        raise ValueError(
+            "The state's start, from which drift and KL are measured, is of other parameters or another base than this "
+            "model's. Make the model as it was made then (same base, adapters and initialisation), and load their "
+            "weights before the state."
+        )
+
+
+def _adopted(model: nn.Module, start: Start) -> bool:
     model = unwrap(model)
     own = dict(model.named_parameters())
     if not start.tensors or any(name not in own or own[name].shape != t.shape for name, t in start.tensors.items()):
-        return
+        return False
     here = _numbers(model)
     if start.base is None or here is None or start.base.shape != here.shape:
-        return
-    if torch.allclose(start.base, here, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
-        tensors = {name: tensor.to(own[name]) for name, tensor in start.tensors.items()}
-        _starts[model] = Start(tensors, start.adapters_on, here)
+        return False
+    if not torch.allclose(start.base.to(here), here, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
+        return False
+    tensors = {name: tensor.to(own[name]) for name, tensor in start.tensors.items()}
+    _starts[model] = Start(tensors, start.adapters_on, here, start.told)
+    return True
 
 
 @contextlib.contextmanager

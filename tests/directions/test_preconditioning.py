@@ -258,3 +258,26 @@ def test_above_zero_keeps_what_has_a_positive_value(kind, seed):
 def test_unknown_thresholds():
     with pytest.raises(ValueError, match="threshold is 'half'; it must be one of 'quantile', 'zero'"):
         AlphaTokenConfig(threshold="half")
+
+
+@pytest.mark.parametrize("make", [adamw, lambda ps: bitsandbytes.optim.AdamW8bit(ps, lr=1e-3)])
+def test_a_parameter_without_a_gradient_so_far_has_no_second_moment_yet(make):
+    """Adam makes no state for it: of an adapter on a module that the batches have not run. A stranger's is an error."""
+    model = lora_model("llama", dtype=torch.float32)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    (idle, idle_too), steps = list(parameters)[:2], list(parameters.values())
+    optimizer = make(steps)
+    for seed in (50, 51):
+        sft_loss(model, sft_batch("ragged", seed=seed)).backward()
+        parameters[idle].grad = parameters[idle_too].grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert parameters[idle] not in optimizer.state
+    ones = {name: torch.ones_like(p) for name, p in parameters.items()}
+    found = preconditioned({"target": ones}, parameters, optimizer)["target"]
+    roots = {name: 1 / tensor for name, tensor in found.items()}
+    whole = torch.cat([root.flatten() for root in roots.values()])
+    assert torch.equal(roots[idle], torch.full_like(roots[idle], float(whole.min())))  # the floor: as if v were 0
+    assert float(whole.max()) > 10 * float(whole.min())
+    with pytest.raises(ValueError, match="keeps no second moment of stranger"):
+        preconditioned({"target": {}}, {**parameters, "stranger": torch.nn.Parameter(torch.ones(2))}, optimizer)

@@ -6,6 +6,7 @@ Expectations are computed on a deep copy that was made before the first step.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import math
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from batches import pair_batch, response, sft_batch
 from checks import assert_close
-from models import FAMILIES, base_model, lora_model
+from models import FAMILIES, base_model, lora_model, nf4_lora_model
 from peft import EvaConfig, LoftQConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora.config import CordaConfig
@@ -31,6 +32,7 @@ from alphatoken_loss import (
     alphatoken_weights,
     dpo_loss,
     estimate_fisher,
+    make_path,
     remember_start,
     sft_loss,
     shared_gain,
@@ -328,3 +330,133 @@ def test_an_adapter_called_ref_in_training_is_refused(use):
             estimate_fisher(model, [sft_batch()], generate=False, progress=False)
         else:
             AlphaToken(model, target=[sft_batch("none")])
+
+
+def _merged(model: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(model).merge_and_unload().requires_grad_(False)
+
+
+def _merged_in_place(model: torch.nn.Module) -> torch.nn.Module:
+    found = copy.deepcopy(model).requires_grad_(False)
+    found.merge_adapter()
+    return found
+
+
+@pytest.mark.parametrize("made", [_merged, _merged_in_place])
+@pytest.mark.parametrize("use", ["context", "weights", "path"])
+def test_a_reference_on_another_base_is_refused(use, made):
+    """Its function is the policy's, so no drift at all; that of the adapters' deltas alone would be as large as they
+    are."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    beside = copy.deepcopy(model).requires_grad_(False)
+    fisher = estimate_fisher(model, [batch], ref_model=beside, generate=False, progress=False)
+    for moved in drift(fisher, find_scored(model, 3), beside).values():
+        assert float(moved.abs().max()) < 1e-15
+
+    config = AlphaTokenConfig(path_steps=1, path_rate=1e-3)
+
+    def use_it(reference, **changes):
+        settings = dataclasses.replace(config, **changes)
+        if use == "path":
+            settings = dataclasses.replace(settings, estimator="path")
+            of_all = estimate_fisher(model, [batch], config=settings, generate=False, progress=False)
+            make_path(model, [batch], ref_model=reference, fisher=of_all, config=settings, progress=False)
+        elif use == "weights":
+            alphatoken_weights(model, reference, batch, config=settings)
+        else:
+            AlphaToken(model, reference, target=[sft_batch("none")], config=settings)
+
+    use_it(beside)
+    with pytest.raises(ValueError, match=r"ref_model's weight at .*q_proj is not the one.*remember_start\(model\)"):
+        use_it(made(model))
+    use_it(made(model), stability_weight=0.0)
+    plain = base_model("llama")
+    use_it(plain.to(torch.bfloat16))  # precision does not matter
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_of_a_reference_in_nf4_the_base_is_compared_where_it_can_be(name):
+    model, batch = nf4_lora_model(name), sft_batch("right")
+    config = AlphaTokenConfig(num_layers=1)
+    for reference in (nf4_lora_model(name), base_model(name, dtype=torch.float32)):
+        AlphaToken(model, reference, target=[batch], config=config)
+    if name == "llama":  # GPT-2's Conv1D stays as it is
+        with pytest.raises(ValueError, match=r"ref_model's weight at"):
+            AlphaToken(model, nf4_lora_model(name, seed=1), target=[batch], config=config)
+
+
+def test_a_reference_with_a_lora_variant_is_refused():
+    model = lora_model("llama")
+    reference = lora_model("llama", use_dora=True)
+    with pytest.raises(ValueError, match=r"ref_model's adapter 'default' is a LoRA variant"):
+        AlphaToken(model, reference, target=[sft_batch("none")])
+
+
+def _train(model, alphatoken, seeds, rate=0.5):
+    """Steps of SGD with a KL, and of each its KL and weights."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    found = []
+    for seed in seeds:
+        batch = sft_batch("right", seed=seed)
+        with alphatoken(batch, kl_coef=1.0) as at:
+            loss = model(**batch, use_cache=False).loss
+            (loss + at.kl).backward()
+        found.append((at.kl.detach(), at.weights))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("pissa", {"estimator": "difference", "stability_weight": 50.0}),
+        ("pissa", {"estimator": "path", "path_from": "reference", "path_steps": 2, "path_rate": 1e-3}),
+        ("bias all", {"estimator": "difference", "stability_weight": 50.0}),
+        ("lora", {"estimator": "difference", "stability_weight": 50.0}),
+    ],
+)
+@pytest.mark.parametrize("order", ["weights before the gate", "gate before the weights"])
+def test_a_resumed_loop_measures_from_where_training_started(form, options, order, tmp_path):
+    """Its state keeps the start and the Fisher that was estimated: the same KL and the same masks."""
+    config = AlphaTokenConfig(**options)
+    model = started(form)
+    alphatoken = AlphaToken(model, target=[sft_batch("none")], config=config)
+    _train(model, alphatoken, range(3))
+    torch.save({"model": model.state_dict(), "alphatoken": alphatoken.state_dict()}, tmp_path / "state.pt")
+    expected = _train(model, alphatoken, range(3, 5))
+
+    saved = torch.load(tmp_path / "state.pt")
+    again = started(form)
+    if order == "gate before the weights":
+        resumed = AlphaToken(again, target=[sft_batch("none")], config=config)
+        again.load_state_dict(saved["model"])
+    else:
+        again.load_state_dict(saved["model"])
+        resumed = AlphaToken(again, target=[sft_batch("none")], config=config)
+    resumed.load_state_dict(saved["alphatoken"])
+    for (kl, weights), (its_kl, its_weights) in zip(_train(again, resumed, range(3, 5)), expected, strict=True):
+        assert_close(kl, its_kl, 1e-9)
+        assert torch.equal(weights, its_weights)
+
+
+def test_a_state_of_another_start_is_refused():
+    model, other = started("pissa"), started("pissa", seed=1)
+    config = AlphaTokenConfig(estimator="difference", stability_weight=0.0)
+    first, second = (AlphaToken(m, target=[sft_batch("none")], config=config) for m in (model, other))
+    with pytest.raises(ValueError, match=r"state's start.*another base.*Make the model as it was made then"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_a_start_that_was_told_stays_beside_an_earlier_fisher():
+    """The Fisher of a first stage keeps that stage's start; the second stage's reference is where it begins."""
+    model, batch = started("pissa"), sft_batch("right")
+    config = AlphaTokenConfig(estimator="difference")
+    fisher = estimate_fisher(model, [batch], config=config, generate=False, progress=False)
+    step(model)
+    remember_start(model)
+    pairs = pair_batch("stacked")
+    assert abs(float(dpo_loss(model, None, pairs).detach()) - math.log(2)) < 1e-9
+    with pytest.warns(UserWarning, match="keeps another start than the one that remember_start noted"):
+        AlphaToken(model, target=[sft_batch("none")], fisher=fisher, config=config)
+    assert abs(float(dpo_loss(model, None, pairs).detach()) - math.log(2)) < 1e-9

@@ -531,6 +531,40 @@ def test_resumed():
         assert torch.equal(weights, wanted_weights) and torch.equal(values, wanted_values)
 
 
+def test_the_age_of_a_given_path_is_resumed():
+    model, batch, config = lora_model("llama"), sft_batch("right"), config_of()
+    path = some_path(model)
+    first, second = (AlphaToken(model, path=path, config=config) for _ in range(2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        sft_loss(model, batch, first).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = first.state_dict()
+    assert state["age"] == 3
+    second.load_state_dict(state)
+    assert second.metrics()["target_age"] == 3.0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_pairs_ask_their_reference_once(apart):
+    """Kept whole, pairs are valued by the sums that the loss has of them; with another reference, by its own."""
+    model, batch = lora_model("llama"), pair_batch("stacked")
+    config = config_of(path_from="reference", threshold_scope="pair", stability_weight=0.0)
+    alphatoken = AlphaToken(model, path=some_path(model), config=config)
+    reference = lora_model("llama", seed=1).requires_grad_(False) if apart else None
+    runs = []
+    for each in (model, reference):
+        if each is not None:
+            decoder = each.get_base_model().get_decoder()
+            decoder.register_forward_pre_hook(lambda module, args: runs.append(module))
+    check_head(model, read_batch(batch))
+    runs.clear()
+    dpo_loss(model, reference, batch, alphatoken).backward()
+    # Its reference, the policy and theta*; and the reference of the values, where that is another.
+    assert len(runs) == 3 + apart
+
+
 # ------------------------------------------------------------------------------------------ refusals
 
 
