@@ -7,33 +7,27 @@ the model runs. The model's own are never written to.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..losses.logps import token_logps
-from ..losses.preference import LOSSES, pair_logps, reference_logps
-from ..models import tensors
+from ..losses.preference import reference_logps
 from ..models.changes import undoing
-from ..models.modes import autocast_without_cache, refuse_inference_mode, without_noise
-from ..models.processes import all_counts, all_sum
+from ..models.modes import autocast_without_cache, refuse_inference_mode
 from ..models.sites import Scored, find_scored
 from ..models.structure import unwrap
-from .drift import drift
+from .drift import refuse_other_base
 from .estimate import fisher_of_batches
 from .fisher import Fisher, base_of
-from .gradients import Loss, scored_gradients
-from .path import Path, accumulated, run_at
+from .path import Path
+from .walk import Goal, Walk, mildest, unpacked
 
 
 @undoing
@@ -55,7 +49,8 @@ def make_path(
     preference pairs it is the DPO loss plus `path_likelihood` times the mean of -log p over the tokens of chosen
     answers. If rate or number of steps is not given, a trial finds those that lower the loss of a held-out quarter of
     the rows most, and theta* is then made with no row held out; with `path_holdout`, theta* is where the loss of that
-    share was lowest. Parameters, gradients, modes and the random state are left as they were, also when an error is
+    share was lowest. Of rates between whose losses those few rows cannot tell, the mildest is taken
+    (`walk.mildest`). Parameters, gradients, modes and the random state are left as they were, also when an error is
     raised. In distributed runs each process gives its share of the batches and gets the same theta*.
 
     Args:
@@ -96,6 +91,11 @@ def make_path(
     return follow(model, scored, read, fisher, ref_model=ref_model, config=config, hide=not progress)
 
 
+HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
+_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # tried; the first if no row can be held out
+_STEPS, _PAIR_STEPS = 16, 24  # taken at most
+
+
 def follow(
     model: nn.Module,
     scored: Scored,
@@ -110,9 +110,10 @@ def follow(
     refuse_inference_mode()
     inner = unwrap(model)
     drifting = fisher if config.stability_weight > 0 else None
-    batches = [part for batch in batches for part in batch.unpacked(_ROWS)]  # a row is what is held out, and counted
-    batches = [_with_reference(batch, inner, ref_model) for batch in batches if bool(batch.rows.any())]
-    goal = _Goal(inner, scored, batches, config, drifting, ref_model, config.path_holdout)
+    if drifting is not None and ref_model is not None:
+        refuse_other_base(scored, ref_model)
+    batches = [_with_reference(batch, inner, ref_model) for batch in unpacked(batches)]
+    goal = Goal(inner, scored, batches, config, drifting, ref_model, config.path_holdout)
     if config.path_holdout > 0 and not goal.judges:
         raise ValueError(
             f"path_holdout is {config.path_holdout}, but the target is one row, or the rows to be held out have no "
@@ -123,7 +124,7 @@ def follow(
     rates = (rate,) if rate else known
     searched = goal
     if config.path_holdout == 0 and not (steps and rate):
-        searched = _Goal(inner, scored, batches, config, drifting, ref_model, HELD_OUT)
+        searched = Goal(inner, scored, batches, config, drifting, ref_model, HELD_OUT)
     tries = len(rates) if searched.judges else 0
     again = searched is not goal or not tries  # on all rows
     if not (steps and rate) and not tries:
@@ -134,148 +135,19 @@ def follow(
         )
     bar = tqdm(total=(steps or most) * (tries + again), desc="Path", unit="step", disable=hide)
     with bar, autocast_without_cache(scored.device.type):  # each step has tensors of its own, which a cache would keep
-        walks = (searched.walk(steps or most, each, bar, keep=not again) for each in rates[:tries])
-        to_the_end = steps and again  # else it may end before, where the loss is lowest
-        best = min(walks, key=lambda walk: walk.losses[-1] if to_the_end else walk.least, default=_Walk(rates[0]))
+        keep = "" if again else "lowest"
+        walks = [searched.walk(steps or most, each, bar, keep=keep) for each in rates[:tries]]
+        to_the_end = bool(steps) and again  # else it may end before, where the loss is lowest
+        best = mildest(walks, to_the_end=to_the_end) if walks else Walk(rates[0])
         if again:
-            best = goal.walk(steps or best.turn or most, best.rate, bar)
+            best = goal.walk(steps or best.turn or most, best.rate, bar, keep="end")
     found = best.end if again else best.lowest
     if not found or not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise FloatingPointError(
-            f"theta* is not finite after {len(best.losses)} steps at a rate of {best.rate}. Lower path_rate, and look "
+            f"theta* is not finite after {best.taken} steps at a rate of {best.rate}. Lower path_rate, and look "
             "at the validation batches and the Fisher."
         )
-    return Path(found, len(best.losses) if again else best.turn, base_of(inner), best.rate)
-
-
-@dataclass
-class _Walk:
-    """Steps at one rate.
-
-    Attributes:
-        end: parameters after the last step.
-        losses: loss of the held-out rows after each step; infinite if there are none, or if it is not finite.
-        lowest: parameters where this loss was lowest.
-    """
-
-    rate: float
-    end: dict[str, torch.Tensor] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    lowest: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def least(self) -> float:
-        return min(self.losses)
-
-    @property
-    def turn(self) -> int:
-        """The step after which the loss was lowest, from 1; 0 if it is not known."""
-        return self.losses.index(self.least) + 1 if self.losses and math.isfinite(self.least) else 0
-
-
-_ROWS = 8  # rows (pairs) in each process that a step is taken on at least, if there are so many
-HELD_OUT = 0.25  # share of the rows by which rate and number of steps are chosen
-_RATES, _PAIR_RATES = (3e-3, 1e-3, 3e-4), (1e-3, 3e-4, 1e-4)  # tried; the first if no row can be held out
-_STEPS, _PAIR_STEPS = 16, 24  # taken at most
-
-
-class _Goal:
-    """The validation loss along a path.
-
-    Attributes:
-        pairs (`bool`): whether its batches are preference pairs.
-        groups (`list`): for each step, the batches that it is taken on.
-        held_out (`list`): the last `share` of each batch's rows, on which no step is taken.
-        judges (`bool`): whether any process has such rows.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scored: Scored,
-        batches: Sequence[Batch],
-        config: AlphaTokenConfig,
-        fisher: Fisher | None,
-        ref_model: nn.Module | None,
-        share: float,
-    ) -> None:
-        self.model, self.ref_model, self.scored, self.config = model, ref_model, scored, config
-        self.fisher = None if fisher is None else fisher.to(scored.device)
-        pairs, plain = all_counts([sum(b.pairs for b in batches), sum(not b.pairs for b in batches)], scored.device)
-        if not pairs + plain:
-            raise ValueError("The target batches hold no response token (no label other than -100). Give some.")
-        if pairs and plain:
-            raise ValueError("The target holds SFT batches and preference pairs. Give batches of one kind.")
-        self.pairs = pairs > 0
-        self.groups: list[list[Batch]] = []
-        self.held_out: list[Batch] = []
-        for group in _grouped(batches):
-            kept, held = apart(group, share)
-            self.groups.append(kept)
-            self.held_out += held
-        self.groups = self.groups or [[]]  # a process without a batch still takes part in the sums
-        self._counts = [_counts_of(group) for group in self.groups]
-        self._held = all_counts(_counts_of(self.held_out), scored.device)
-        self.judges = self._held[0] > 0
-
-    def walk(self, steps: int, rate: float, bar: tqdm[Any], *, keep: bool = True) -> _Walk:
-        """Adam steps from where the adapter is, down the loss of the next batch and the drift. Without `keep` only its
-        losses are told."""
-        there = accumulated({name: tensor.clone() for name, tensor in self.scored.parameters.items()})
-        optimizer, walk = torch.optim.Adam(list(there.values()), lr=rate), _Walk(rate)
-        for step in range(steps):
-            gradients = self.gradients(step, there)
-            if self.fisher is not None:
-                pull = _drift_at(self.model, self.scored, there, self.fisher, self.ref_model)
-                gradients = tensors.added(gradients, pull, self.config.stability_weight)
-            for name, tensor in there.items():
-                tensor.grad = gradients[name]
-            optimizer.step()
-            loss = self.held_out_loss(there) if self.judges else math.inf
-            walk.losses.append(loss if math.isfinite(loss) else math.inf)
-            if keep and self.judges and loss == walk.least and walk.turn == step + 1:
-                walk.lowest = {name: tensor.detach().clone() for name, tensor in there.items()}
-            bar.update()
-        if keep:
-            walk.end = {name: tensor.detach() for name, tensor in there.items()}
-        return walk
-
-    def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gradient at `there` of the mean loss of a step's batches, over all processes."""
-        place = step % len(self.groups)
-        counts = all_counts(self._counts[place], self.scored.device)
-        found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
-        for batch in self.groups[place]:
-            moved = _placed(self.scored.parameters, there, grad=True)
-            run = partial(scored_gradients, scored=_live(self.scored, moved), batch=batch,
-                          loss=self._loss(batch, counts))  # fmt: skip
-            found = tensors.added(found, run_at(self.model, moved, run))
-        all_sum(list(found.values()))
-        return found
-
-    def held_out_loss(self, there: Mapping[str, torch.Tensor]) -> float:
-        """The mean loss of the held-out rows, over all processes."""
-        moved = _placed(self.scored.parameters, there)
-        total = torch.zeros((), dtype=next(iter(there.values())).dtype, device=self.scored.device)
-        with torch.no_grad(), without_noise(self.model):
-            for batch in self.held_out:
-                total += run_at(self.model, moved, self._loss(batch, self._held)).to(total)
-        all_sum([total])
-        return float(total)
-
-    def _loss(self, batch: Batch, counts: Sequence[int]) -> Loss:
-        """A batch's part of the mean over `counts` chosen tokens and pairs."""
-        tokens, pairs = (max(count, 1) for count in counts)
-
-        def loss(model: nn.Module) -> torch.Tensor:
-            logps = token_logps(model, batch)
-            if batch.ref_logps is None:
-                return -logps.sum() / tokens
-            both = pair_logps(batch, logps, torch.cat(batch.ref_logps))
-            preferred = LOSSES["sigmoid"](both, self.config.path_beta, 0.0).sum() / pairs
-            return preferred - self.config.path_likelihood * both.chosen.sum() / tokens
-
-        return loss
+    return Path(found, best.taken if again else best.turn, base_of(inner), best.rate)
 
 
 def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> Batch:
@@ -284,62 +156,3 @@ def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None)
         return batch
     chosen, rejected = reference_logps(model, ref_model, batch).chunk(2)
     return replace(batch, ref_logps=(chosen, rejected))
-
-
-def _counts_of(batches: Sequence[Batch]) -> list[int]:
-    """Numbers of response tokens (for pairs, of chosen answers) and of pairs in batches."""
-    tokens = sum(int(batch.chosen().rows.sum()) for batch in batches)
-    return [tokens, sum(batch.size for batch in batches if batch.pairs)]
-
-
-def apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """The batches without the last `share` of the rows (pairs) of each, and batches of these.
-
-    Of batches that hold one row, about every (1 / share)th is held out whole.
-    """
-    if not share:
-        return list(batches), []
-    kept: list[Batch] = []
-    held: list[Batch] = []
-    alone = 0
-    for batch in batches:
-        if batch.size > 1:
-            end = batch.size - min(max(int(batch.size * share + 0.5), 1), batch.size - 1)
-            kept.append(batch.part(slice(end)))
-            held.append(batch.part(slice(end, batch.size)))
-        else:
-            alone += 1
-            out = int(alone * share + 0.5) > int((alone - 1) * share + 0.5)
-            (held if out else kept).append(batch)
-    return (kept, held) if kept else (held, [])
-
-
-def _grouped(batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Neighbours together, until they are `_ROWS` rows: how many rows run together does not decide what a step is."""
-    groups: list[list[Batch]] = []
-    rows = _ROWS
-    for batch in batches:
-        if rows >= _ROWS:
-            groups.append([])
-            rows = 0
-        groups[-1].append(batch)
-        rows += batch.size
-    return groups
-
-
-def _placed(
-    parameters: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor], *, grad: bool = False
-) -> dict[str, torch.Tensor]:
-    return {name: there[name].detach().to(p, copy=True).requires_grad_(grad) for name, p in parameters.items()}
-
-
-def _live(scored: Scored, moved: Mapping[str, torch.Tensor]) -> Scored:
-    """The same scored modules, with the tensors that are in the place of `others` now."""
-    return replace(scored, others={name: moved[name] for name in scored.others})
-
-
-def _drift_at(
-    model: nn.Module, scored: Scored, there: Mapping[str, torch.Tensor], fisher: Fisher, ref_model: nn.Module | None
-) -> dict[str, torch.Tensor]:
-    moved = {name: tensor.detach().requires_grad_() for name, tensor in there.items()}
-    return run_at(model, moved, lambda _: drift(fisher, _live(scored, moved), ref_model))
