@@ -111,7 +111,7 @@ class Changes:
 
     def replace_named(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """The same by their names in `module.named_parameters()`."""
-        own = dict(module.named_parameters())
+        own = dict(module.named_parameters()) if tensors else {}
         self.replace(module, {id(own[name]): tensor for name, tensor in tensors.items()})
 
     def hook(

@@ -30,6 +30,12 @@ def modules_of(*roots: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def plain(module: nn.Module, name: str, default: Any = None) -> Any:
+    """An attribute that is neither parameter, buffer nor module: for those torch looks, slowly, where there is none."""
+    own = module.__dict__
+    return own[name] if name in own else getattr(type(module), name, default)
+
+
 def kept(model: nn.Module, key: Hashable, find: Callable[[], _T]) -> _T:
     """What `find()` found in a model under a key, anew if the model has changed: other modules or parameters, others
     trained, other adapters on, code compiled or weights repacked."""
@@ -50,10 +56,10 @@ def _layout(model: nn.Module) -> list[Hashable]:
                 if type(parameter) is not nn.Parameter:  # a quantised one may be repacked
                     state = getattr(parameter, "quant_state", None)
                     found.append(bool(getattr(state, "packing_format_for_cpu", False)))
-        if "_active_adapter" in own or hasattr(type(module), "_active_adapter"):  # a layer of PEFT
-            layer: Any = module
-            active, merged = layer._active_adapter, getattr(layer, "merged_adapters", ())
-            found += layer._disable_adapters, active if isinstance(active, str) else tuple(active), tuple(merged)
+        active = plain(module, "_active_adapter")
+        if active is not None:  # a layer of PEFT
+            found.append(active if isinstance(active, str) else tuple(active))
+            found += plain(module, "_disable_adapters"), tuple(plain(module, "merged_adapters", ()))
         if "forward" in own or "_compiled_call_impl" in own:
             found += id(own.get("forward")), id(own.get("_compiled_call_impl"))
     return found

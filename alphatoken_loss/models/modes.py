@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .changes import Changes
-from .layout import modules_of
+from .layout import modules_of, plain
 
 # Up to transformers 5.22 a checkpoint wraps a block's `__call__`: its hooks run again when the block is recomputed.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in GradientCheckpointingLayer.__dict__
@@ -58,7 +58,7 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Run a forward without gradient checkpointing, which only warns if no gradient is needed."""
     with Changes() as changes:
         for child in modules_of(module):
-            if getattr(child, "gradient_checkpointing", False):
+            if plain(child, "gradient_checkpointing"):
                 changes.set(child, "gradient_checkpointing", False)
         yield
 
@@ -72,15 +72,14 @@ def without_noise(*modules: nn.Module) -> Iterator[None]:
     """
     with Changes() as changes:
         for child in modules_of(*modules):
-            own = vars(child)
             mode = child.training
-            if "quant_state" in own or hasattr(type(child), "quant_state"):
+            if "quant_state" in vars(child) or hasattr(type(child), "quant_state"):
                 mode = True
             elif mode and (child._modules or _is_dropout(child) or isinstance(child, nn.Embedding)):
                 mode = False  # for an embedding: NEFTune's hook adds noise in training mode
             if mode != child.training:
                 changes.set(child, "training", mode)
-            if own.get("gradient_checkpointing"):
+            if plain(child, "gradient_checkpointing"):
                 changes.set(child, "gradient_checkpointing", False)
         yield
 
@@ -94,7 +93,7 @@ def autocast_without_cache(device: str) -> torch.autocast:
 def draws_noise(module: nn.Module) -> bool:
     """Whether a module in its present mode applies dropout."""
     return any(
-        child.training and (getattr(child, "attention_dropout", 0.0) or (_is_dropout(child) and _rate(child) > 0))
+        child.training and (plain(child, "attention_dropout") or (_is_dropout(child) and _rate(child) > 0))
         for child in modules_of(module)
     )
 
@@ -108,10 +107,10 @@ def may_draw(model: nn.Module) -> bool:
     settings = vars(getattr(model, "config", None) or types.SimpleNamespace())
     rates = (value for name, value in settings.items() if re.search("drop|jitter|noise", name))
     everything = modules_of(model)
+    if not all(name.startswith(_KNOWN) for name in {type(child).__module__ for child in everything}):
+        return True
     modules = [child for child in everything if child.training]
     hooked = any(child._forward_hooks for child in modules if isinstance(child, nn.Embedding))  # NEFTune's noise
-    if any(not type(child).__module__.startswith(_KNOWN) for child in everything):
-        return True
     return draws_noise(model) or (bool(modules) and any(isinstance(x, int | float) and x > 0 for x in rates)) or hooked
 
 

@@ -63,7 +63,8 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
         for module in wrappers:  # note all before switching any: one may hold another
             for key in _SWITCHES:  # until first set they are attributes of the class
                 changes.keep(vars(module), key)
-            for parameter in module.parameters():
+            inside = (p for child in modules_of(module) for p in child._parameters.values() if p is not None)
+            for parameter in inside:
                 changes.note(torch.Tensor.requires_grad_, parameter, parameter.requires_grad)
         for module in wrappers:
             beside = isinstance(module, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in module._adapters

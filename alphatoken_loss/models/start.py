@@ -136,7 +136,7 @@ def _adopted(model: nn.Module, start: Start) -> bool:
 @contextlib.contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Run a model with other tensors in the place of parameters, tied ones too; nothing is written to these."""
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters()) if tensors else {}
     with Changes() as changes:
         changes.replace_named(model, {name: tensor.to(named[name]) for name, tensor in tensors.items()})
         yield

@@ -69,6 +69,16 @@ def costs() -> str:
 
 
 @table
+def host_time() -> str:
+    found, before = load("host_time")["results"], load("host_time_before")["results"]
+    rows = [
+        [name, f"{each['ms']:.0f}", f"{each['ratio']:.2f}", f"{before[name]['ratio']:.2f}"]
+        for name, each in found.items()
+    ]
+    return markdown(["", "ms", "of a plain step", "before"], rows, "host_time", "host_time_before")
+
+
+@table
 def costs_weighed() -> str:
     found = load("step_cost")["results"]
     rows = [
