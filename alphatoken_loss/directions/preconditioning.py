@@ -13,6 +13,7 @@ raised to that, see `_FLOOR`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,13 +54,15 @@ def preconditioned(
     return {part: tensors.divided(direction, roots) for part, direction in parts.items()}
 
 
-def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor | float]:
     """By the parameter's `id`: what Adam adds to the root of v, in the scale of v before its bias correction."""
-    found = {}
+    found: dict[int, torch.Tensor | float] = {}
     for group in optimizer.param_groups:
-        states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
-        step = float(states[0].get("step", 0)) if states else 0.0
-        correction = 1 - group.get("betas", (0.0, 0.0))[1] ** step
+        state: dict[str, Any] = next((optimizer.state[p] for p in group["params"] if p in optimizer.state), {})
+        step = torch.as_tensor(state.get("step", 0))  # a fused Adam's lies on the device: it is not read
+        step = step.to(torch.float32 if step.device.type == "mps" else torch.float64)
+        beta = group.get("betas", (0.0, 0.0))[1]
+        correction = -torch.expm1(step * math.log(beta)) if beta else 1.0  # 1 - beta^step
         found.update(dict.fromkeys(map(id, group["params"]), group.get("eps", 0.0) * correction**0.5))
     return found
 
