@@ -41,7 +41,7 @@ from .models.structure import find_decoder, unwrap
 from .penalties import Asked, Penalties, check_unvalued
 from .selection import make_selection
 from .selection.base import by_weights
-from .step import NESTED, UNMASKED, Step, check_nothing_behind, scored_before
+from .step import NESTED, UNMASKED, Sites, Step, check_nothing_behind
 from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
 from .weights import weights_by_others
@@ -132,6 +132,7 @@ class AlphaToken:
         self.values: TokenValues | None = None
         self._estimator = estimator_class(self.config.estimator)
         self._memory = self._estimator.memory(self.config)
+        self._sites = Sites(model, self._estimator.gate, self.config)
         self._penalties = Penalties(model, self.config.path_kl)
         if not self.config.off:  # else nothing is read, and nothing refused
             drifts = self.config.stability_weight > 0 if self.selection.valued else self.selection.reference
@@ -139,7 +140,7 @@ class AlphaToken:
                 refuse_trained_reference(model.modules())
             if self.selection.valued:
                 self._memory.check(self.source)
-                self.source.check(self._scored())
+                self.source.check(self._sites())
             else:
                 check_unvalued(self.config, target=target, fisher=fisher, optimizer=optimizer, path=path)
                 check_nothing_behind(model, "decoder")
@@ -168,8 +169,9 @@ class AlphaToken:
         """theta* in use, once there is one."""
         return self.source.path
 
-    def _scored(self) -> Scored:
-        return scored_before(self.model, self._estimator.gate, self.config)
+    def _scored(self) -> Scored | None:
+        """What is scored, if anything is valued."""
+        return None if self.config.off or not self.selection.valued else self._sites()
 
     @to_be_entered
     def __call__(
@@ -268,7 +270,7 @@ class AlphaToken:
         started = time.perf_counter()
         if IN_CONTEXT in vars(unwrap(self.model)):
             raise RuntimeError(NESTED)
-        scored = self._scored() if self.selection.valued else None
+        scored = self._scored()
         if scored is None:
             check_nothing_behind(self.model, "decoder")
         read = read_batch(batch, columns=self.columns)
@@ -331,14 +333,17 @@ class AlphaToken:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs for the masks of an uninterrupted one: the target that was estimated from batches,
         if it was by now, its age in optimizer steps, with the one just taken, and what the estimator carries."""
-        return {**self.source.state_dict(self._scored()), "steps": self._memory.state_dict(self.source)}
+        scored = self._scored()
+        steps = {} if scored is None else self._memory.state_dict(self.source)
+        return {**self.source.state_dict(scored), "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, once the model's parameters are those it had then."""
         scored = self._scored()
         self.source.load_state_dict(state, scored)
-        steps = {name: tensor.to(scored.device) for name, tensor in state["steps"].items()}
-        self._memory.load_state_dict(self.source, steps)
+        if scored is not None:
+            steps = {name: tensor.to(scored.device) for name, tensor in state["steps"].items()}
+            self._memory.load_state_dict(self.source, steps)
 
     def record(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         self.values, self.weights = values, weights.float()

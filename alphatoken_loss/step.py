@@ -14,7 +14,7 @@ from .config import AlphaTokenConfig
 from .estimators.base import NonFiniteRows
 from .figures import Figures
 from .models.changes import undoing
-from .models.layout import kept
+from .models.layout import Kept
 from .models.sites import Scored, find_scored
 from .models.start import start_of
 from .models.structure import find_blocks, trained_behind, unwrap
@@ -131,16 +131,21 @@ class Step:
         self.owner.record(values, weights, self.batch)
 
 
-def scored_before(model: nn.Module, gate: str, config: AlphaTokenConfig) -> Scored:
-    """What is scored, if nothing is trained behind the gate; both are looked at anew where the model has changed."""
+class Sites:
+    """What of a model is scored, if nothing is trained behind the gate; looked for anew where the model has changed."""
 
-    def find() -> Scored:
-        check_nothing_behind(model, gate)
-        return find_scored(model, config.scored_layers, config.scope)
+    def __init__(self, model: nn.Module, gate: str, config: AlphaTokenConfig) -> None:
+        self.model, self.gate, self.config = model, gate, config
+        self._kept: Kept[Scored] = Kept()
 
-    scored = kept(unwrap(model), (gate, config.scored_layers, type(config.scored_layers), config.scope), find)
-    scored.start = start_of(model)
-    return scored
+    def __call__(self) -> Scored:
+        scored = self._kept.of(unwrap(self.model), self._find)
+        scored.start = start_of(self.model)
+        return scored
+
+    def _find(self) -> Scored:
+        check_nothing_behind(self.model, self.gate)
+        return find_scored(self.model, self.config.scored_layers, self.config.scope)
 
 
 def check_nothing_behind(model: nn.Module, gate: str) -> None:

@@ -139,9 +139,10 @@ def alphatoken_weights(
     source = Source(model, ref_model, config=config, path=path, **given)
     if ref_model is not None:
         refuse_itself(model, ref_model)
-        if source.drifts or fisher is not None:
-            refuse_other_base(scored, ref_model)
     estimator = estimator_class(config.estimator)
+    drifts = fisher is not None or source.needs_fisher or (source.drifts and not estimator.in_forward)
+    if drifts and ref_model is not None:
+        refuse_other_base(model, scored, ref_model)
     memory = estimator.memory(config)
     memory.check(source)
     if not (source.validates or estimator.in_forward):

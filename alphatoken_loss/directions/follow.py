@@ -111,7 +111,7 @@ def follow(
     inner = unwrap(model)
     drifting = fisher if config.stability_weight > 0 else None
     if drifting is not None and ref_model is not None:
-        refuse_other_base(scored, ref_model)
+        refuse_other_base(model, scored, ref_model)
     batches = [_with_reference(batch, inner, ref_model) for batch in unpacked(batches)]
     goal = Goal(inner, scored, batches, config, drifting, ref_model, config.path_holdout)
     if config.path_holdout > 0 and not goal.judges:

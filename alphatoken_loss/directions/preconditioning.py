@@ -45,7 +45,8 @@ def preconditioned(
     if not optimizer.state:
         return {part: dict(direction) for part, direction in parts.items()}
     small = _epsilons(optimizer)
-    roots = {name: _second_moment(optimizer, name, p).sqrt() + small.get(id(p), 0.0) for name, p in parameters.items()}
+    roots = {name: _second_moment(optimizer, name, p).sqrt() for name, p in parameters.items()}
+    roots = {name: root + small[id(parameters[name])].to(root.device) for name, root in roots.items()}
     mean = tensors.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
     floor = _FLOOR * torch.where(mean > 0, mean, 1.0)
     rates = _rates(optimizer, parameters)
@@ -54,15 +55,15 @@ def preconditioned(
     return {part: tensors.divided(direction, roots) for part, direction in parts.items()}
 
 
-def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor | float]:
+def _epsilons(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
     """By the parameter's `id`: what Adam adds to the root of v, in the scale of v before its bias correction."""
-    found: dict[int, torch.Tensor | float] = {}
+    found: dict[int, torch.Tensor] = {}
     for group in optimizer.param_groups:
         state: dict[str, Any] = next((optimizer.state[p] for p in group["params"] if p in optimizer.state), {})
         step = torch.as_tensor(state.get("step", 0))  # a fused Adam's lies on the device: it is not read
         step = step.to(torch.float32 if step.device.type == "mps" else torch.float64)
         beta = group.get("betas", (0.0, 0.0))[1]
-        correction = -torch.expm1(step * math.log(beta)) if beta else 1.0  # 1 - beta^step
+        correction = -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step)  # 1 - beta^step
         found.update(dict.fromkeys(map(id, group["params"]), group.get("eps", 0.0) * correction**0.5))
     return found
 

@@ -116,8 +116,8 @@ class Source:
         """
         if self.ref_model is not None:
             refuse_itself(self.model, self.ref_model)
-            if self.drifts:
-                refuse_other_base(scored, self.ref_model)
+            if self.drift_fisher is not None or self.needs_fisher:
+                refuse_other_base(self.model, scored, self.ref_model)
         try:
             self._parts = in_parts(self.batches or [], self.config.target_parts)
         except (TypeError, ValueError) as error:
@@ -171,19 +171,20 @@ class Source:
         """Do not count a change of the parameters that the optimizer did not make."""
         self._moved(scored)
 
-    def state_dict(self, scored: Scored) -> dict[str, Any]:
+    def state_dict(self, scored: Scored | None) -> dict[str, Any]:
         """The target's gradients, if it was estimated from batches, and the age of it or of the path, after the last
         step; where training started, and the Fisher that was estimated here: tensors and numbers, which `torch.load`
         takes."""
-        self.count(scored)
+        if scored is not None:  # else nothing is valued
+            self.count(scored)
         held = self.target if self.batches is not None and self.target is not None else Target({}, 0)
         state = {"target": dict(held.gradients), "tokens": held.tokens, "age": self.age, "turn": self._turn}
         return {"estimator": self.config.estimator, **state, **_beginning(self)}
 
-    def load_state_dict(self, state: Mapping[str, Any], scored: Scored) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], scored: Scored | None) -> None:
         _check_state(state, self.config.estimator)
         _begin_again(self, state, scored)
-        if state["target"]:
+        if state["target"] and scored is not None:
             target = Target(state["target"], state["tokens"])
             target.check(scored)
             here = {name: target.gradients[name].to(p.device) for name, p in scored.parameters.items()}
@@ -233,10 +234,10 @@ def _beginning(source: Source) -> dict[str, Any]:
     return {"start": vars(start_of(source.model)), **of_fisher}
 
 
-def _begin_again(source: Source, state: Mapping[str, Any], scored: Scored) -> None:
+def _begin_again(source: Source, state: Mapping[str, Any], scored: Scored | None) -> None:
     if "start" in state:
         resume_start(source.model, Start(**state["start"]))
-    if "fisher" in state and source.fisher is None:
+    if "fisher" in state and scored is not None and (source.fisher is None or source.estimated):
         fisher = Fisher(**state["fisher"], start=start_of(source.model))
         fisher.check(scored)
         source.fisher, source.estimated = fisher.to(scored.device), True

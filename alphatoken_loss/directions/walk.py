@@ -147,22 +147,25 @@ class Goal:
         """Gradient at `there` of the mean loss of a step's batches, over all processes."""
         place = step % len(self.groups)
         counts = all_counts(self._counts[place], self.scored.device)
-        # A gradient of the mean of many tokens would be too small for float16.
-        tokens = max(counts[0], 1)
+        # A gradient of a mean over many tokens would be too small for float16; a sum over a pair's, too large.
+        many = max(counts[1] if self.pairs else counts[0], 1)
         found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
         for batch in self.groups[place]:
             moved = _placed(self.scored.parameters, there, grad=True)
-            loss = _sum_of(self._losses(batch, counts), times=tokens)
+            loss = _sum_of(self._losses(batch, counts), times=many)
             run = partial(scored_gradients, scored=_live(self.scored, moved), batch=batch, loss=loss)
             found = tensors.added(found, run_at(self.model, moved, run))
         all_sum(list(found.values()))
-        return {name: gradient / tokens for name, gradient in found.items()}
+        return {name: gradient / many for name, gradient in found.items()}
 
     def held_out_losses(self, there: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of each held-out row (pair) of all processes its part of their mean loss."""
         moved, found = _placed(self.scored.parameters, there), [torch.zeros(0)]
         with torch.no_grad(), without_noise(self.model):
-            found += [run_at(self.model, moved, self._losses(batch, self._held)) for batch in self.held_out]
+            for batch in self.held_out:
+                told = batch.rows.any(1)  # rows without a response token tell nothing
+                told = told.view(2, -1).any(0) if batch.pairs else told
+                found.append(run_at(self.model, moved, self._losses(batch, self._held))[told])
         return all_rows(torch.cat([each.double().cpu() for each in found]))
 
     def _losses(self, batch: Batch, counts: Sequence[int]) -> Loss:

@@ -255,7 +255,8 @@ class AlongPath(Estimator):
     def _reference_logps(self, index: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """`(N,)` log-probabilities of the labels under the reference.
 
-        If pairs are kept whole, only their sums count: sums in the batch are then spread evenly over the tokens.
+        If pairs are kept whole, only their sums count: sums that are known (in the batch, or by `dpo_loss`) are then
+        spread evenly over the tokens.
         """
         batch, ref_model = self.batch, self.task.ref_model
         if batch.ref_logps is not None and self.task.config.threshold_scope == "pair":

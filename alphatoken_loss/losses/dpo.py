@@ -13,7 +13,7 @@ from ..batches.read import read_batch
 from ..models.changes import undoing
 from .logps import policy_logps
 from .preference import LOSSES, check_loss, pair_logps, reference_logps
-from .weighting import Weights, checked_weights, columns_of, valuing
+from .weighting import Valuing, Weights, checked_weights, columns_of, valuing
 
 
 @undoing
@@ -67,7 +67,9 @@ def dpo_loss(
         weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()
     else:
-        if weights is not None and weights.ref_model is ref_model:  # what values ask of the reference, it has said
+        if (
+            isinstance(weights, Valuing) and weights.ref_model is ref_model
+        ):  # what values ask of the reference, it has said
             chosen, rejected = ref_logps.chunk(2)
             read = replace(read, ref_logps=(chosen, rejected))
         with valuing(model, read, weights, beta=beta) as step:

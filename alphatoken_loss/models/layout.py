@@ -7,13 +7,12 @@ forward took many such walks.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 _T = TypeVar("_T")
-_found: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[list[Hashable], Any]]] = WeakKeyDictionary()
 
 
 def modules_of(*roots: nn.Module) -> list[nn.Module]:
@@ -36,13 +35,30 @@ def plain(module: nn.Module, name: str, default: Any = None) -> Any:
     return own[name] if name in own else getattr(type(module), name, default)
 
 
+class Kept(Generic[_T]):
+    """What was found in a model, anew if the model has changed: other modules or parameters, others trained, other
+    adapters on, code compiled or weights repacked."""
+
+    def __init__(self) -> None:
+        self._layout: list[Hashable] | None = None
+        self._found: _T | None = None
+
+    def of(self, model: nn.Module, find: Callable[[], _T]) -> _T:
+        layout = _layout(model)
+        if layout != self._layout:
+            self._found = find()
+            self._layout = layout  # not before: an error is not kept
+        return self._found  # type: ignore[return-value]
+
+
+# Model -> by key, what was found. It must not know the model, which would never be let go.
+_kept: WeakKeyDictionary[nn.Module, dict[Hashable, Kept[Any]]] = WeakKeyDictionary()
+
+
 def kept(model: nn.Module, key: Hashable, find: Callable[[], _T]) -> _T:
-    """What `find()` found in a model under a key, anew if the model has changed: other modules or parameters, others
-    trained, other adapters on, code compiled or weights repacked."""
-    layout, known = _layout(model), _found.setdefault(model, {})
-    if key not in known or known[key][0] != layout:
-        known[key] = layout, find()
-    return known[key][1]
+    """The same, kept beside the model: for names and numbers alone."""
+    found: Kept[_T] = _kept.setdefault(model, {}).setdefault(key, Kept())
+    return found.of(model, find)
 
 
 def _layout(model: nn.Module) -> list[Hashable]:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layout import kept
 from .start import NOWHERE_ELSE, Start, start_of
 from .structure import (
     blocks_or_none,
@@ -160,12 +159,6 @@ def find_scored(model: nn.Module, num_layers: int | str, scope: Scope = "lora") 
             `"lora"` also several active adapters, or a kind whose arithmetic is not y = W0 x + s B A x.
     """
     model = unwrap(model)
-    found = kept(model, (num_layers, type(num_layers), scope), lambda: _find_scored(model, num_layers, scope))
-    found.start = start_of(model)
-    return found
-
-
-def _find_scored(model: nn.Module, num_layers: int | str, scope: Scope) -> Scored:
     refuse_x_lora(model)
     refuse_compiled(model)
     refuse_encoder_decoder(model)
@@ -178,7 +171,7 @@ def _find_scored(model: nn.Module, num_layers: int | str, scope: Scope) -> Score
         raise ValueError(f'num_layers is {count}, but the model has {len(blocks)} blocks. Use at most that, or "all".')
     names = {id(module): name for name, module in model.named_modules()}
     scored = list(blocks)[len(blocks) - count :]
-    found = Scored(scored, _sites(scored, names, scope), len(blocks))
+    found = Scored(scored, _sites(scored, names, scope), len(blocks), start=start_of(model))
     if scope == "lora":
         _refuse_several_adapters(found)
         _tell_what_is_left_out(model, found, blocks)
@@ -260,7 +253,7 @@ def _tell_what_is_left_out(model: nn.Module, found: Scored, blocks: Iterable[nn.
             f"{left_out[0]} is trained and takes no part in ghost values ({len(left_out)} such parameters), which are "
             "of LoRA factors or linears' weights in the blocks; the gradient gate masks it all the same. "
             'estimator="difference" values whatever is trained.',
-            stacklevel=7,
+            stacklevel=4,
         )
 
 

@@ -118,15 +118,20 @@ def resume_start(model: nn.Module, start: Start) -> None:
         )
 
 
+def _near(base: torch.Tensor, here: torch.Tensor) -> bool:
+    same = base.shape == here.shape
+    return same and torch.allclose(base, here, rtol=1e-3, atol=1e-3 * float(here.abs().max()))
+
+
 def _adopted(model: nn.Module, start: Start) -> bool:
     model = unwrap(model)
     own = dict(model.named_parameters())
     if not start.tensors or any(name not in own or own[name].shape != t.shape for name, t in start.tensors.items()):
         return False
     here = _numbers(model)
-    if start.base is None or here is None or start.base.shape != here.shape:
+    if (start.base is None) != (here is None):
         return False
-    if not torch.allclose(start.base.to(here), here, rtol=1e-3, atol=1e-3 * float(here.abs().max())):
+    if start.base is not None and here is not None and not _near(start.base.to(here), here):
         return False
     tensors = {name: tensor.to(own[name]) for name, tensor in start.tensors.items()}
     _starts[model] = Start(tensors, start.adapters_on, here, start.told)
@@ -258,6 +263,7 @@ def _weight(module: nn.Module | None, of_adapters: set[int]) -> torch.Tensor | N
 def _numbers(model: nn.Module) -> torch.Tensor | None:
     of_adapters, found = _of_adapters(model), []
     weights = [w for _, inner in _wrappers(model) if (w := _weight(inner, of_adapters)) is not None]
+    weights = [w for w in weights if not w.requires_grad and w.device.type != "meta"]  # those that training moves
     for weight in weights[:: max(1, len(weights) // 8)]:
         flat = weight.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long()

@@ -215,7 +215,13 @@ def _found_behind(model: nn.Module, gate: nn.Module, parameters: dict[str, nn.Pa
         return output
 
     devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
-    with Changes() as changes, torch.enable_grad(), torch.random.fork_rng(devices), without_noise(model):
+    with (
+        Changes() as changes,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices),
+        without_noise(model),
+    ):
         changes.hook(gate[-1] if isinstance(gate, nn.ModuleList) else gate, cut)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         if not logits.requires_grad:

@@ -650,3 +650,11 @@ def test_what_is_no_model_and_no_state():
     other = gate(lora_model("llama"), config=AlphaTokenConfig(estimator="difference")).state_dict()
     with pytest.raises(ValueError, match=r'The state is of estimator="difference", and this one is "ghost"'):
         gate(lora_model("llama")).load_state_dict(other)
+
+
+@pytest.mark.parametrize("weights", [[1.0], "weights", lora_model], ids=type)
+def test_weights_of_another_kind(weights):
+    model = lora_model("llama")
+    for loss, batch in ((sft_loss, sft_batch()), (lambda m, b, w: dpo_loss(m, None, b, w), pair_batch())):
+        with pytest.raises(TypeError, match="it must be a tensor, an AlphaToken or None"):
+            loss(model, batch, weights)

@@ -23,6 +23,7 @@ from alphatoken_loss import AlphaTokenConfig, Path, make_path
 from alphatoken_loss.batches.read import read_batch
 from alphatoken_loss.directions import follow
 from alphatoken_loss.directions import walk as walk_steps
+from alphatoken_loss.models.sites import find_scored
 
 STEPS, RATE = 5, 2e-2
 
@@ -384,6 +385,34 @@ def test_in_float16_it_leads_where_it_leads_in_float32():
     (there, here) = found.values()
     assert float(torch.nn.functional.cosine_similarity(here, there, dim=0)) > 0.99
     assert float((here == 0).float().mean()) < 0.01
+
+
+def test_in_float16_pairs_of_many_tokens_do_not_overflow():
+    """Their loss is a mean over pairs: times the number of tokens it would."""
+    model, batch = lora_model("llama", dtype=torch.float32), pair_batch("stacked")
+    tokens, scales, sum_of = walk_steps._counts_of, [], walk_steps._sum_of
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(walk_steps, "_counts_of", lambda some: [tokens(some)[0] * 10**6, tokens(some)[1]])
+        patched.setattr(walk_steps, "_sum_of", lambda losses, times: scales.append(times) or sum_of(losses, times))
+        with torch.autocast("cpu", torch.float16):
+            path = made(model, [batch], stability_weight=0.0, path_steps=1, path_rate=1e-3)
+    assert scales == [len(batch["input_ids"]) // 2]
+    assert all(bool(tensor.isfinite().all()) for tensor in path.parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["rows", "pairs"])
+def test_held_out_rows_without_a_response_token_tell_nothing_of_a_rate(kind):
+    """The sum over rows of a single one is its own standard error: with empty ones beside it any rate would do."""
+    model, batch = lora_model("llama", layers=1), sft_batch("none") if kind == "rows" else pair_batch("stacked")
+    size = len(batch["input_ids"]) // (1 if kind == "rows" else 2)
+    held, key = [size - 1], "labels" if kind == "rows" else "completion_mask"
+    rows = held if kind == "rows" else [*held, size + held[0]]
+    batch = {**batch, key: batch[key].clone()}
+    batch[key][rows] = -100 if kind == "rows" else 0
+    read = follow._with_reference(read_batch(batch), model, None)
+    scored = find_scored(model, "all", "anywhere")
+    goal = walk_steps.Goal(model, scored, [read], config_of(), None, None, 2 / size)
+    assert len(goal.held_out_losses(dict(scored.parameters))) == 1
 
 
 def test_within_autocast_its_steps_are_let_go(monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from batches import pair_batch, response, sft_batch
 from checks import assert_close
 from models import FAMILIES, base_model, lora_model, nf4_lora_model
@@ -37,6 +38,7 @@ from alphatoken_loss import (
     sft_loss,
     shared_gain,
 )
+from alphatoken_loss.directions import drift as drifts
 from alphatoken_loss.directions.drift import drift
 from alphatoken_loss.models.sites import find_scored
 from alphatoken_loss.models.start import add_reference_adapter, start_of
@@ -385,6 +387,74 @@ def test_of_a_reference_in_nf4_the_base_is_compared_where_it_can_be(name):
             AlphaToken(model, nf4_lora_model(name, seed=1), target=[batch], config=config)
 
 
+def _upcast(model):
+    """Base weights that were rounded to bf16."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module.weight.shape[0] > 8:
+                module.weight.copy_(module.weight.bfloat16().to(module.weight))
+    return model
+
+
+def _offloaded(model):
+    cpu_offload(model, execution_device="cpu")
+    assert next(model.parameters()).device.type == "meta"
+    return model
+
+
+def _partitioned(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+    return model
+
+
+def _packed(model):
+    """As GPTQ keeps them."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.qweight = torch.nn.Parameter(module.weight.detach())
+            del module.weight
+    return model
+
+
+@pytest.mark.parametrize("made", [_upcast, _offloaded, _partitioned, _packed])
+def test_a_reference_of_whose_base_nothing_else_can_be_told_is_taken(made):
+    model = lora_model("llama", dtype=torch.float32)
+    AlphaToken(model, made(base_model("llama", dtype=torch.float32)), target=[sft_batch("none")])
+
+
+@pytest.mark.parametrize("form", ["pissa", "loftq"])
+def test_the_whole_model_is_the_base_of_what_was_split_from_it(form):
+    model, whole = started(form), base_model("qwen2", dtype=torch.float32)
+    AlphaToken(model, whole, target=[sft_batch("none")])
+    with pytest.raises(ValueError, match="ref_model's weight at"):
+        AlphaToken(model, base_model("qwen2", dtype=torch.float32, seed=1), target=[sft_batch("none")])
+
+
+def test_where_no_drift_is_measured_a_merged_reference_is_taken():
+    """Of a given path, whose drift was counted when it was made; the reference is DPO's alone."""
+    model = lora_model("llama")
+    merged, config = _merged(model), AlphaTokenConfig(estimator="path", path_steps=1, path_rate=1e-3)
+    path = make_path(model, [sft_batch("none")], config=config, progress=False)
+    AlphaToken(model, merged, path=path, config=config)
+    alphatoken_weights(model, merged, sft_batch("right"), path=path, config=config)
+    with pytest.raises(ValueError, match="ref_model's weight at"):
+        AlphaToken(
+            model, merged, path=path, target=[sft_batch("none")], config=dataclasses.replace(config, path_every=2)
+        )
+
+
+def test_the_base_of_a_reference_is_looked_at_once(monkeypatch):
+    model, reference, batch = lora_model("llama"), lora_model("llama").requires_grad_(False), sft_batch("right")
+    alphatoken, looked = AlphaToken(model, reference), []  # sequences are valued by each other
+    alike = drifts._alike
+    monkeypatch.setattr(drifts, "_alike", lambda *args: looked.append(1) or alike(*args))
+    for _ in range(3):
+        sft_loss(model, batch, alphatoken).backward()
+    assert len(looked) == 3 * 7
+
+
 def test_a_reference_with_a_lora_variant_is_refused():
     model = lora_model("llama")
     reference = lora_model("llama", use_dora=True)
@@ -438,6 +508,49 @@ def test_a_resumed_loop_measures_from_where_training_started(form, options, orde
     for (kl, weights), (its_kl, its_weights) in zip(_train(again, resumed, range(3, 5)), expected, strict=True):
         assert_close(kl, its_kl, 1e-9)
         assert torch.equal(weights, its_weights)
+
+
+def test_a_state_of_a_base_that_is_trained_too_is_its_own():
+    """What tells the base must not be what training moves."""
+    model, batch = lora_model("llama", targets=["q_proj"]), sft_batch("right")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("base_layer.weight" in name or "lora_" in name)
+    config = AlphaTokenConfig(estimator="difference", stability_weight=0.0)
+    alphatoken = AlphaToken(model, target=[sft_batch("none")], config=config)
+    before = start_of(model).tensors
+    assert any("base_layer" in name for name in before)
+    step(model)
+    sft_loss(model, batch, alphatoken).backward()
+    state = alphatoken.state_dict()
+    AlphaToken(model, target=[sft_batch("none")], config=config).load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start_of(model).tensors.items())
+
+
+@pytest.mark.parametrize("options", [{"selection": "random"}, {"config": AlphaTokenConfig(rho=1.0)}])
+def test_the_state_of_what_values_nothing_holds_the_start_alone(options):
+    """Also where a gate of the default estimator could not be."""
+    model = lora_model("llama")
+    model.base_model.model.model.norm.weight.requires_grad_()
+    state = AlphaToken(model, **options).state_dict()
+    assert list(state["start"]["tensors"]) == ["base_model.model.model.norm.weight"] and not state["target"]
+    start = start_of(model).tensors["base_model.model.model.norm.weight"].clone()
+    step(model)
+    again = AlphaToken(model, **options)
+    again.load_state_dict(state)
+    assert torch.equal(start_of(model).tensors["base_model.model.model.norm.weight"], start)
+
+
+def test_a_state_replaces_what_was_estimated_since():
+    model, batch = lora_model("llama"), sft_batch("right")
+    first, second = (AlphaToken(model, target=[sft_batch("none", seed=seed)]) for seed in (0, 1))
+    for each in (first, second):
+        sft_loss(model, batch, each).backward()
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(a, b) for name in first.fisher.names
+               for a, b in zip(first.fisher.factors[name], second.fisher.factors[name], strict=True))  # fmt: skip
+    given = AlphaToken(model, target=[sft_batch("none")], fisher=second.fisher)
+    given.load_state_dict(AlphaToken(model, target=[sft_batch("none")]).state_dict())
+    assert given.fisher is second.fisher
 
 
 def test_a_state_of_another_start_is_refused():

@@ -7,13 +7,16 @@ import weakref
 
 import pytest
 import torch
+from batches import sft_batch
 from models import base_model, lora_model, nf4_lora_model
 from peft import LoraConfig
 from torch import nn
 
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, sft_loss
 from alphatoken_loss.models import layout
 from alphatoken_loss.models.layout import kept, modules_of
-from alphatoken_loss.models.sites import find_scored
+from alphatoken_loss.models.structure import find_blocks, trained_behind
+from alphatoken_loss.step import Sites
 
 
 @pytest.mark.parametrize("make", [base_model, lora_model, lambda: base_model("gpt2"), nn.Module])
@@ -74,37 +77,41 @@ def test_what_was_found_is_found_anew_after_a_change(change):
 
 def test_another_active_adapter_and_a_repacked_weight_are_changes():
     model = lora_model("llama", layers=1, others=("second",))
-    first = find_scored(model, 1)
-    assert find_scored(model, 1) is first
-    model.set_adapter("second")
-    assert {site.adapter for site in find_scored(model, 1).sites} == {"second"}
-    model.set_adapter("default")
-    assert {site.adapter for site in find_scored(model, 1).sites} == {"default"}
+    sites = Sites(model, "block", AlphaTokenConfig(num_layers=1))
+    first = sites()
+    assert sites() is first
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        assert {site.adapter for site in sites().sites} == {name}
     quantised = nf4_lora_model("llama")
-    find_scored(quantised, 1)
+    sites = Sites(quantised, "block", AlphaTokenConfig(num_layers=1))
+    sites()
     state = quantised.base_model.model.model.layers[-1].mlp.up_proj.base_layer.weight.quant_state
     state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="bitsandbytes has repacked this 4-bit weight"):
-        find_scored(quantised, 1)
+        sites()
 
 
 def test_an_error_is_not_kept_and_a_model_is_let_go():
-    model = lora_model("llama", layers=1)
-    with pytest.raises(ValueError, match="num_layers is 2"):
-        find_scored(model, 2)
-    find_scored(model, 1)
-    assert model in layout._found
+    model, tries = lora_model("llama", layers=1), []
+    with pytest.raises(ZeroDivisionError):
+        kept(model, "key", lambda: 1 / 0)
+    assert kept(model, "key", lambda: tries.append(1) or 7) == 7 and tries
+    alphatoken = AlphaToken(model, target=[sft_batch("none")])
+    # A user's hook on a block that knows the model, for logging.
+    model.base_model.model.model.layers[0].register_forward_hook(lambda *args, known=model: None)
+    sft_loss(model, sft_batch("right"), alphatoken).backward()
+    assert model in layout._kept
     gone = weakref.ref(model)
-    del model
+    del model, alphatoken
     gc.collect()
     assert gone() is None
 
 
-def test_a_default_number_of_blocks_is_not_taken_for_one_that_was_asked_for():
-    from alphatoken_loss import AlphaToken, AlphaTokenConfig
-
-    model, target = lora_model("llama", layers=1), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
-    target[0]["labels"] = target[0]["input_ids"]
-    AlphaToken(model, target=target)
-    with pytest.raises(ValueError, match="num_layers is 3, but the model has 1 blocks"):
-        AlphaToken(model, target=target, config=AlphaTokenConfig(num_layers=3))
+def test_nothing_that_was_found_without_a_graph_is_kept():
+    """In inference mode no parameter would seem to lie behind the gate."""
+    model = lora_model("llama", layers=1)
+    model.base_model.model.model.norm.weight.requires_grad_()
+    with torch.inference_mode():
+        inside = trained_behind(model, find_blocks(model))
+    assert inside == trained_behind(model, find_blocks(model)) == ["base_model.model.model.norm.weight"]
