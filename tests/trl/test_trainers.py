@@ -94,7 +94,7 @@ DPO = {
     "ld_alpha": feature(ld_alpha=0.5),
     "use_weighting": feature(use_weighting=True),
     "precomputed": feature(precompute_ref_log_probs=True),
-    "ref_model": feature(options=lambda: {"ref_model": base(1)}),
+    "ref_model": feature(options=lambda: {"ref_model": base(1)}, stability_weight=0.0),  # another base: no drift
     "existing_adapter": feature(model=tuning.with_adapter, peft=None),
     "full": feature(model=tuning.partly_trained, peft=None, options=lambda: {"ref_model": base()}),
     "sync_ref_model": feature(
