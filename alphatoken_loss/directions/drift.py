@@ -134,18 +134,10 @@ def refuse_other_base(model: nn.Module, scored: Scored, ref_model: nn.Module) ->
     Raises:
         ValueError: it has not, as when its own adapter was merged: dW of the adapters would leave that part out.
     """
-    name = kept(unwrap(model), ("base of", id(ref_model)), lambda: _on_another_base(scored, ref_model))
-    if name:
-        merged = " (its adapter is merged)" if getattr(same_module(name, ref_model), "merged", False) else ""
-        raise ValueError(
-            f"ref_model's weight at {name} is not the one that this model's adapter sits on{merged}, so drift would be "
-            "measured from another place. Give a reference on the same base, with its adapter beside it, not merged; "
-            "or ref_model=None, if the model with adapters off is the reference, or after remember_start(model), if "
-            "the model as it is now is; or set stability_weight=0."
-        )
+    kept(unwrap(model), ("base of", id(ref_model), len(scored.sites)), lambda: _check_base(scored, ref_model))
 
 
-def _on_another_base(scored: Scored, ref_model: nn.Module) -> str:
+def _check_base(scored: Scored, ref_model: nn.Module) -> None:
     for site in scored.sites:
         if not isinstance(site, LoraSite):
             continue  # dW is of whole weights
@@ -155,8 +147,13 @@ def _on_another_base(scored: Scored, ref_model: nn.Module) -> str:
         whole = _reference_lora(site, ref_model) is None
         added = _reference_factors(site, ref_model, scored.start) if whole else None
         if not _alike(site.layer.get_base_layer(), base, added):
-            return site.name
-    return ""
+            merged = " (its adapter is merged)" if getattr(layer, "merged", False) else ""
+            raise ValueError(
+                f"ref_model's weight at {site.name} is not the one that this model's adapter sits on{merged}, so drift "
+                "would be measured from another place. Give a reference on the same base, with its adapter beside it, "
+                "not merged; or ref_model=None, if the model with adapters off is the reference, or after "
+                "remember_start(model), if the model as it is now is; or set stability_weight=0."
+            )
 
 
 _PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

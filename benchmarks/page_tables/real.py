@@ -14,7 +14,12 @@ from .path import MORE, PAIR_FIGURES, PAIRED, PATHS, PLAIN, TOY_RATES, against, 
 
 RATE, HOT, PAIR_RATES = (5e-4,), (2e-3,), (1.25e-4,)
 BEST, NOISY = "path, best()", "nl2bash, boilerplate"
-TITLES = {**PATHS, "path, from theta*": "path, begun at theta*, no KL"}
+BEFORE = "path, best(), theta* of the lowest loss"  # up to commit 6d269b7; of seed 2 the rule takes the same theta*
+TITLES = {
+    **PATHS,
+    "path, from theta*": "path, begun at theta*, no KL",
+    BEFORE: "`best()` before: theta* at the rate of the lowest held-out loss",
+}
 FIGURES = {"target": "target", "retention": "WikiText-2", "gsm8k loss": "GSM8K", "tasks": "tasks, mean accuracy"}
 
 IN_PROBLEMS = {

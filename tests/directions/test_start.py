@@ -455,6 +455,22 @@ def test_the_base_of_a_reference_is_looked_at_once(monkeypatch):
     assert len(looked) == 3 * 7
 
 
+def test_a_reference_that_was_put_right_is_taken_and_more_blocks_are_looked_at():
+    model = lora_model("llama")
+    reference, target = _merged_in_place(model), [sft_batch("none")]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"its adapter is merged"):
+            AlphaToken(model, reference, target=target)
+    reference.unmerge_adapter()
+    with torch.no_grad():  # what merging left in the last bits
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(dict(model.named_parameters())[name])
+        reference.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight += 1.0
+    AlphaToken(model, reference, target=target, config=AlphaTokenConfig(num_layers=1))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj is not the one"):
+        AlphaToken(model, reference, target=target, config=AlphaTokenConfig(num_layers="all"))
+
+
 def test_a_reference_with_a_lora_variant_is_refused():
     model = lora_model("llama")
     reference = lora_model("llama", use_dora=True)
