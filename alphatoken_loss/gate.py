@@ -331,8 +331,8 @@ class AlphaToken:
         return {**figures, **self._memory.figures()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs for the masks of an uninterrupted one: the target that was estimated from batches,
-        if it was by now, its age in optimizer steps, with the one just taken, and what the estimator carries."""
+        """What a resumed run needs for the masks of an uninterrupted one: the target and the Fisher, if they were
+        estimated here by now, the age in optimizer steps, where training started, and what the estimator carries."""
         scored = self._scored()
         steps = {} if scored is None else self._memory.state_dict(self.source)
         return {**self.source.state_dict(scored), "steps": steps}

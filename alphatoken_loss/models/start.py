@@ -263,7 +263,7 @@ def _weight(module: nn.Module | None, of_adapters: set[int]) -> torch.Tensor | N
 def _numbers(model: nn.Module) -> torch.Tensor | None:
     of_adapters, found = _of_adapters(model), []
     weights = [w for _, inner in _wrappers(model) if (w := _weight(inner, of_adapters)) is not None]
-    weights = [w for w in weights if not w.requires_grad and w.device.type != "meta"]  # those that training moves
+    weights = [w for w in weights if not w.requires_grad and w.device.type != "meta"]  # not what moves, or is away
     for weight in weights[:: max(1, len(weights) // 8)]:
         flat = weight.detach().flatten()
         places = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long()
