@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,24 +28,6 @@ from .gradients import loss_gradients
 from .sampling import draw_labels, encode, sample_completions
 
 
-class _SquaredSums:
-    """Visitor that adds up (d * d)(h * h)^T, or its row and column sums, over the response rows of a batch."""
-
-    def __init__(self, batch: Batch, dense: bool) -> None:
-        self.batch, self.dense = batch, dense
-        self.sums: dict[str, tuple[torch.Tensor, ...]] = {}
-
-    def __call__(
-        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
-    ) -> None:
-        dtype = accumulation_dtype(error)
-        rows = self.batch.rows.flatten()
-        d = error.flatten(0, 1).to(dtype).masked_fill(~rows[:, None], 0).square()
-        h = inputs[0].flatten(0, 1).to(dtype).masked_fill(~rows[:, None], 0).square()
-        with torch.autocast(error.device.type, enabled=False):
-            self.sums[site.name] = (d.T @ h,) if self.dense else (d.T @ h.sum(1), h.T @ d.sum(1))
-
-
 def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> Scored:
     """The reference's counterparts of the scored modules, under their names in the model that is trained."""
     if ref_model is None:
@@ -59,16 +42,6 @@ def _reference_scored(scored: Scored, ref_model: nn.Module | None) -> Scored:
         module = same_module(site.name, ref_model)
         sites.append(LinearSite(site.name, site.block, module))
     return Scored(list(blocks)[-len(scored.blocks) :], sites, len(blocks))
-
-
-def squared_sums(
-    reference: nn.Module, ref_scored: Scored, batch: Batch, dense: bool
-) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Fisher sums of one batch, whose labels were drawn from `reference` (already in reference mode)."""
-    capture, rows = capture_without_graph(reference, ref_scored, batch, lambda m: -token_logps(m, batch).sum())
-    visitor = _SquaredSums(batch, dense)
-    capture.visit(rows, visitor, causal=False, at_layer=True)
-    return visitor.sums
 
 
 @undoing
@@ -117,9 +90,9 @@ class _Sums:
     def add(self, batch: Batch) -> None:
         if self.scored.sites:
             with reference_mode(self.model, self.ref_model) as reference:
-                sums = squared_sums(reference, self.ref_scored, batch, self.dense)
-            for name, parts in sums.items():
-                self.of_sites[name] = tuple(a + b for a, b in zip(self.of_sites[name], parts, strict=True))
+                loss = lambda model: -token_logps(model, batch).sum()  # noqa: E731
+                capture, rows = capture_without_graph(reference, self.ref_scored, batch, loss)
+                capture.visit(rows, functools.partial(self._see, batch), causal=False, at_layer=True)
         if self.others:
             with Changes() as changes:
                 for parameter in self.others.values():
@@ -128,6 +101,17 @@ class _Sums:
                     for _, sequence in batch.sequences():
                         for name, gradient in loss_gradients(self.owner, self.others, sequence).items():
                             self.of_others[name] += gradient.to(self.of_others[name]).square()
+
+    def _see(
+        self, batch: Batch, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], _: AttentionCall | None
+    ) -> None:
+        """Add (d * d)(h * h)^T of the response rows, or its row and column sums."""
+        dtype, left_out = accumulation_dtype(error), ~batch.rows.flatten()[:, None]
+        d, h = (t.flatten(0, 1).to(dtype).masked_fill(left_out, 0).square() for t in (error, inputs[0]))
+        with torch.autocast(error.device.type, enabled=False):
+            parts = (d.T @ h,) if self.dense else (d.T @ h.sum(1), h.T @ d.sum(1))
+        for total, part in zip(self.of_sites[site.name], parts, strict=True):
+            total += part
 
     def mean(self, count: int) -> Fisher:
         tensors = [tensor for parts in self.of_sites.values() for tensor in parts] + list(self.of_others.values())

@@ -18,7 +18,7 @@ from ..directions.parts import Parts
 from ..models.attention import AttentionCall
 from ..models.sites import LinearSite, LoraSite, Scored, Site
 from ..models.tensors import accumulation_dtype
-from .others import Layout, Others
+from .others import Groups, Others
 
 Directions = Mapping[str, list[torch.Tensor]]  # by parameter name
 
@@ -26,10 +26,10 @@ Directions = Mapping[str, list[torch.Tensor]]  # by parameter name
 class _LoraContraction:
     """d^T C h on both linears of a LoRA layer, for J matrices at once; everything `(G, N, .)`."""
 
-    def __init__(self, site: LoraSite, layout: Layout, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.layout = layout
+    def __init__(self, site: LoraSite, groups: Groups, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.groups = groups
         self.error = error
-        self.x, self.ax = (layout.to_groups(tensor) for tensor in inputs)
+        self.x, self.ax = (groups.to_groups(tensor) for tensor in inputs)
         self.b = site.b.weight.to(error.dtype)
         self.trains_a, self.trains_b = site.a.weight.requires_grad, site.b.weight.requires_grad
         self.names = tuple(site.parameters)
@@ -45,15 +45,15 @@ class _LoraContraction:
         self.columns = torch.cat([self.b.expand(*at_b[0].shape[:-2], -1, -1), *at_b], -1) if at_b else self.b
 
     def direct(self) -> torch.Tensor:
-        self.left = self.layout.to_groups(self.error) @ self.columns
-        return self.layout.to_batch(self._combine(self.left))
+        self.left = self.groups.to_groups(self.error) @ self.columns
+        return self.groups.to_batch(self._combine(self.left))
 
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         left = self.left  # from `direct`, if every output row is an attention value
         if rows.numel() < self.error.shape[-1]:
-            left = self.layout.to_groups(self.error[..., rows]) @ self.columns[..., rows, :]
-        left = attention.propagate(self.layout.to_batch(left), window, batch)
-        return self.layout.to_batch(self._combine(self.layout.to_groups(left)))
+            left = self.groups.to_groups(self.error[..., rows]) @ self.columns[..., rows, :]
+        left = attention.propagate(self.groups.to_batch(left), window, batch)
+        return self.groups.to_batch(self._combine(self.groups.to_groups(left)))
 
     def _combine(self, left: torch.Tensor) -> torch.Tensor:
         rank = self.b.shape[1]
@@ -65,29 +65,29 @@ class _LoraContraction:
         return torch.addcmul(at_b * self.ax[..., None, :], at_a, self.right).sum(-1)
 
     def group_gradients(self, validating: torch.Tensor) -> dict[str, torch.Tensor]:
-        error = self.layout.to_groups(self.error * validating)
+        error = self.groups.to_groups(self.error * validating)
         return {
             self.names[0]: (error @ self.b).transpose(1, 2) @ self.x,
             self.names[1]: error.transpose(1, 2) @ self.ax,
         }
 
     def squared_norms(self) -> torch.Tensor:
-        error = self.layout.to_groups(self.error)
+        error = self.groups.to_groups(self.error)
         norms = 0.0 * error[..., :1]
         if self.trains_a:
             norms = norms + (error @ self.b).square().sum(-1, True) * self.x.square().sum(-1, True)
         if self.trains_b:
             norms = norms + error.square().sum(-1, True) * self.ax.square().sum(-1, True)
-        return self.layout.to_batch(norms)
+        return self.groups.to_batch(norms)
 
 
 class _LinearContraction:
     """d^T C h on a linear that is trained itself."""
 
-    def __init__(self, site: LinearSite, layout: Layout, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.layout = layout
+    def __init__(self, site: LinearSite, groups: Groups, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.groups = groups
         self.error = error
-        self.x = layout.to_groups(inputs[0])
+        self.x = groups.to_groups(inputs[0])
         self.transposed = site.transposed
         (self.name,) = site.parameters
 
@@ -95,26 +95,26 @@ class _LinearContraction:
         self.c = [c.mT if self.transposed else c for c in direction[self.name]]
 
     def direct(self) -> torch.Tensor:
-        error = self.layout.to_groups(self.error)
-        return self.layout.to_batch(self._combine(error, self.c))
+        error = self.groups.to_groups(self.error)
+        return self.groups.to_batch(self._combine(error, self.c))
 
     def causal(self, attention: AttentionCall, window: int, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         error, c = self.error, self.c
         if rows.numel() < error.shape[-1]:
             error, c = error[..., rows], [each[..., rows, :] for each in c]
-        error = self.layout.to_groups(attention.propagate(error, window, batch))
-        return self.layout.to_batch(self._combine(error, c))
+        error = self.groups.to_groups(attention.propagate(error, window, batch))
+        return self.groups.to_batch(self._combine(error, c))
 
     def _combine(self, error: torch.Tensor, c: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([(error * (self.x @ each.mT)).sum(-1) for each in c], -1)
 
     def group_gradients(self, validating: torch.Tensor) -> dict[str, torch.Tensor]:
-        gradient = self.layout.to_groups(self.error * validating).transpose(1, 2) @ self.x
+        gradient = self.groups.to_groups(self.error * validating).transpose(1, 2) @ self.x
         return {self.name: gradient.transpose(1, 2) if self.transposed else gradient}
 
     def squared_norms(self) -> torch.Tensor:
-        error = self.layout.to_groups(self.error)
-        return self.layout.to_batch(error.square().sum(-1, True) * self.x.square().sum(-1, True))
+        error = self.groups.to_groups(self.error)
+        return self.groups.to_batch(error.square().sum(-1, True) * self.x.square().sum(-1, True))
 
 
 class Contractor:
@@ -134,6 +134,8 @@ class Contractor:
         self.scored, self.batch, self.parts = scored, batch, tuple(parts.values())
         self.window, self.wants_norms, self.others = window, norms, others
         self.check = check
+        self.whole = Groups(batch.shape)
+        self.grouped = self.whole if others is None else Groups.of(others.groups)
         self.direct: torch.Tensor | float = 0.0
         self.causal: torch.Tensor | float = 0.0
         self.norms: torch.Tensor | float = 0.0
@@ -148,7 +150,7 @@ class Contractor:
     def _add(
         self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
     ) -> None:
-        contraction = _contraction(site, Layout(self.batch.shape), error, inputs)
+        contraction = _contraction(site, self.whole, error, inputs)
         terms: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         if self.others is not None:
             terms.append(self._against_others(site, error, inputs, attention))
@@ -180,7 +182,7 @@ class Contractor:
         self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self.others is not None
-        contraction = _contraction(site, Layout.of_groups(self.others.groups), error, inputs)
+        contraction = _contraction(site, self.grouped, error, inputs)
         counts = self.others.counts.to(error.dtype)
         rest = (counts.sum() - counts).clamp(min=1)[:, None, None]
         own = contraction.group_gradients(self.others.validating[..., None].to(error.dtype))
@@ -195,7 +197,7 @@ def _joined(terms: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _contraction(
-    site: Site, layout: Layout, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]
+    site: Site, groups: Groups, error: torch.Tensor, inputs: tuple[torch.Tensor, ...]
 ) -> _LoraContraction | _LinearContraction:
     kind = _LoraContraction if isinstance(site, LoraSite) else _LinearContraction
-    return kind(site, layout, error, inputs)  # type: ignore[arg-type]
+    return kind(site, groups, error, inputs)  # type: ignore[arg-type]

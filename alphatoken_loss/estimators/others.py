@@ -10,18 +10,20 @@ from ..batches.batch import Batch
 
 
 @dataclass(frozen=True)
-class Layout:
+class Groups:
     """Positions of a batch arranged in groups, each with one matrix C: `(B, T, n)` <-> `(G, N, n)`.
 
     Attributes:
         shape (`tuple`): `(B, T)`.
         index (`torch.Tensor`, *optional*): `(G, N)` positions in the flattened batch; without it one group holds all.
         present (`torch.Tensor`, *optional*): `(G, N, 1)` bool, False where `index` is only filling.
+        place (`torch.Tensor`, *optional*): `(B * T,)`, where in the flattened groups each position is.
     """
 
     shape: tuple[int, int]
     index: torch.Tensor | None = None
     present: torch.Tensor | None = None
+    place: torch.Tensor | None = None
 
     def to_groups(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.reshape(1, -1, tensor.shape[-1])
@@ -30,24 +32,21 @@ class Layout:
         return flat[0][self.index].masked_fill(~self.present, 0)  # type: ignore[operator]
 
     def to_batch(self, grouped: torch.Tensor) -> torch.Tensor:
-        if self.index is None:
-            return grouped.view(*self.shape, -1)
-        flat = grouped.new_zeros(self.shape[0] * self.shape[1], grouped.shape[-1])
-        present = self.present[..., 0]  # type: ignore[index]
-        flat[self.index[present]] = grouped[present]
-        return flat.view(*self.shape, -1)
+        flat = grouped.flatten(0, 1)
+        return (flat if self.place is None else flat[self.place]).view(*self.shape, -1)
 
     @classmethod
-    def of_groups(cls, groups: torch.Tensor) -> Layout:
+    def of(cls, groups: torch.Tensor) -> Groups:
         """From `(B, T)` int64 group numbers 0 .. G - 1."""
-        flat = groups.flatten()
-        order = flat.argsort(stable=True)
-        sizes = torch.bincount(flat)
-        column = torch.arange(int(sizes.max()), device=groups.device)
-        present = column < sizes[:, None]
-        index = torch.zeros_like(present, dtype=torch.long)
-        index[present] = order
-        return cls((groups.shape[0], groups.shape[1]), index, present[..., None])
+        flat, numbers = groups.flatten(), torch.arange(groups.numel(), device=groups.device)
+        order, sizes = flat.argsort(stable=True), torch.bincount(flat)
+        width = int(sizes.max())
+        ranks = numbers - (sizes.cumsum(0) - sizes)[flat[order]]
+        place = torch.empty_like(order)
+        place[order] = flat[order] * width + ranks
+        index = torch.zeros(len(sizes) * width, dtype=torch.long, device=groups.device).scatter(0, place, numbers)
+        present = torch.arange(width, device=groups.device) < sizes[:, None]
+        return cls((groups.shape[0], groups.shape[1]), index.view(-1, width), present[..., None], place)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ the last block), and is then added at the gate's input.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +32,7 @@ from ..models.modes import (
     without_noise,
 )
 from ..models.reference import reference_mode, refuse_itself
-from ..models.start import start_of
+from ..models.start import has_adapters, start_of
 from ..models.structure import find_decoder, learns_prompts, unwrap
 from .compare import KL_OVER, Compared, compare, in_whole, rows_at
 from .head import check_head, head_of, logits_of_hidden
@@ -263,20 +264,23 @@ class Penalty:
                 index,
                 labels,
                 over=self.over,
-                reference_logits=self._reference_logits,
+                reference_logits=self._reference_logits(),
                 trained=trained,
             )
 
-    def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        unlike = _adapted(head_of(self.model)) or bool(start_of(self.model).tensors)  # a head that is trained itself
-        if self.ref_model is not None or not unlike:
-            return logits_of_hidden(self.ref_model or self.model, hidden)
-        with reference_mode(self.model, None) as reference:
-            return logits_of_hidden(reference, hidden)
+    def _reference_logits(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The reference's LM head: the model's own where nothing in that is trained, or was."""
+        if self.ref_model is not None or not self._head_moves():
+            return functools.partial(logits_of_hidden, self.ref_model or self.model)
 
+        def at_reference(hidden: torch.Tensor) -> torch.Tensor:
+            with reference_mode(self.model, None) as reference:
+                return logits_of_hidden(reference, hidden)
 
-def _adapted(head: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+        return at_reference
 
-    return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in head.modules())
+    def _head_moves(self) -> bool:
+        head, started = head_of(self.model), start_of(self.model).tensors
+        own = {id(parameter) for parameter in head.parameters()}
+        moved = (id(parameter) for name, parameter in self.model.named_parameters() if name in started)
+        return has_adapters(head) or (bool(started) and not own.isdisjoint(moved))

@@ -40,11 +40,11 @@ class LoraSite:
     layer: LoraLayer
     adapter: str
 
-    @property
+    @cached_property
     def a(self) -> nn.Linear:
         return self.layer.lora_A[self.adapter]
 
-    @property
+    @cached_property
     def b(self) -> nn.Linear:
         return self.layer.lora_B[self.adapter]
 
@@ -134,7 +134,7 @@ class Scored:
         named = (item for site in self.sites for item in site.parameters.items())
         return {name: parameter for name, parameter in named if parameter.requires_grad} | self.others
 
-    @property
+    @cached_property
     def in_blocks(self) -> bool:
         """Whether every scored parameter lies in the scored blocks."""
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
