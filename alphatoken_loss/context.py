@@ -7,11 +7,12 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from .config import AlphaTokenConfig
+if TYPE_CHECKING:
+    from .gate import AlphaToken
 
 _UNENTERED = (
     "alphatoken(batch) was called and its context never entered, so nothing was masked. Write `with "
@@ -19,25 +20,19 @@ _UNENTERED = (
 )
 
 
-class _Owner(Protocol):
-    strict: bool
-    config: AlphaTokenConfig
-
-
 _P = ParamSpec("_P")
-_O = TypeVar("_O", bound=_Owner)
 _T = TypeVar("_T")
 
 
 def to_be_entered(
-    make: Callable[Concatenate[_O, _P], Iterator[_T]],
-) -> Callable[Concatenate[_O, _P], AbstractContextManager[_T]]:
+    make: Callable[Concatenate[AlphaToken, _P], Iterator[_T]],
+) -> Callable[Concatenate[AlphaToken, _P], AbstractContextManager[_T]]:
     """`contextlib.contextmanager` for a method. A context that is thrown away without having been entered warns, and if
     its owner is strict, the next call raises a RuntimeError; not so where there was nothing to mask."""
     manager = contextlib.contextmanager(make)
 
     @functools.wraps(make)
-    def call(owner: _O, *args: _P.args, **kwargs: _P.kwargs) -> AbstractContextManager[_T]:
+    def call(owner: AlphaToken, *args: _P.args, **kwargs: _P.kwargs) -> AbstractContextManager[_T]:
         if vars(owner).pop(_LEFT, False) and owner.strict:
             raise RuntimeError(_UNENTERED)
         made = manager(owner, *args, **kwargs)
@@ -50,7 +45,7 @@ _LEFT = "_left_a_context"
 
 
 class _Context(AbstractContextManager[_T]):
-    def __init__(self, owner: _Owner, inner: AbstractContextManager[_T]) -> None:
+    def __init__(self, owner: AlphaToken, inner: AbstractContextManager[_T]) -> None:
         self._owner, self._inner, self._entered = owner, inner, False
 
     def __enter__(self) -> _T:

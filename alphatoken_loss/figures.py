@@ -24,34 +24,36 @@ class Figures:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._reads = 0
-        self._sums: dict[str, torch.Tensor | float] = {}
-        self._divergences: dict[str, list[torch.Tensor | float]] = {}  # summed KL, number of response tokens
+        self._sums: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {}  # each with its number of tokens
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
         """If what runs inside fails, do not count it, unless figures were read inside."""
-        before = self._reads, self.seconds, dict(self._sums), dict(self._divergences)
+        before = self._reads, self.seconds, dict(self._sums)
         try:
             yield
         except BaseException:
             if before[0] == self._reads:
-                _, self.seconds, self._sums, self._divergences = before
+                _, self.seconds, self._sums = before
             raise
 
     def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         """Count a batch by its weights `(B, T)` and, if it was valued, its values."""
         kept, weights = weights != 0, weights.float()
-        figures = {"tokens": batch.rows, "kept": kept, "weight": weights, "uneven": (weights - kept.float()).abs()}
+        figures = {"kept": kept, "weight": weights, "uneven": (weights - kept.float()).abs()}
         figures |= {name: term for name in _TERMS if (term := getattr(values, name, None)) is not None}
+        tokens = batch.rows.sum()
         for name, figure in figures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + figure.sum()
+            self._add(name, figure.sum(), tokens)
 
     def add_kl(self, name: str, penalty: Penalty) -> None:
         """Count a batch's KL, if its forward has run."""
         if penalty.total is not None:
-            before = self._divergences.get(name, [0.0, 0.0])
-            both = (penalty.total, penalty.batch.rows.sum())
-            self._divergences[name] = [summed + figure for summed, figure in zip(before, both, strict=True)]
+            self._add(name, penalty.total, penalty.batch.rows.sum())
+
+    def _add(self, name: str, figure: torch.Tensor, tokens: torch.Tensor) -> None:
+        total, count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = total + figure, count + tokens
 
     def read(self) -> dict[str, float]:
         """Means over the response tokens since the last call: `kept`, `weight` (if weights are not all 0 or 1), the
@@ -59,10 +61,7 @@ class Figures:
         self._reads += 1
         sums, self._sums = self._sums, {}
         seconds, self.seconds = self.seconds, 0.0
-        divergences, self._divergences = self._divergences, {}
-        tokens = float(sums.pop("tokens", 0.0))
-        figures = {name: float(total) / tokens for name, total in sums.items()} if tokens else {}
+        figures = {name: float(total) / float(count) for name, (total, count) in sums.items() if count}
         if not figures.pop("uneven", 0.0):
             figures.pop("weight", None)
-        figures |= {name: float(kl) / float(count) for name, (kl, count) in divergences.items() if count}
         return {**figures, "seconds": seconds}

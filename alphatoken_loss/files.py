@@ -13,10 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
+_UNFINISHED = ".unfinished"
+
+
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file, then move it to `path` in one step. If `write` fails, no file is left."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=_UNFINISHED, dir=path.parent)
     os.close(handle)
     unfinished = Path(name)
     try:
@@ -31,6 +34,12 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def sweep(folder: Path) -> None:
+    """Remove what `write_whole` had to leave in a folder when its process was killed."""
+    for file in folder.rglob(f".*{_UNFINISHED}"):
+        file.unlink(missing_ok=True)
+
+
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], *, kind: str, about: Mapping[str, str] | None = None
 ) -> Path:
@@ -40,7 +49,9 @@ def write_tensors(
     return write_whole(path, lambda file: save_file(held, file, metadata=metadata))
 
 
-def read_tensors(path: str | Path, *, kind: str, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | os.PathLike[str], *, kind: str, what: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read what `write_tensors` wrote.
 
     Args:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -41,7 +40,7 @@ from .models.structure import find_decoder, unwrap
 from .penalties import Asked, Penalties, check_unvalued
 from .selection import make_selection
 from .selection.base import by_weights
-from .step import NESTED, UNMASKED, Sites, Step, check_nothing_behind
+from .step import NESTED, UNMASKED, Sites, Step, check_nothing_behind, tell, unmasked
 from .values import TokenValues
 from .weighing import Valued, Weighed, Weigher
 from .weights import weights_by_others
@@ -242,7 +241,8 @@ class AlphaToken:
     def _masking(self, step: Step | None) -> Iterator[None]:
         """Set the gate for one forward; the gradients of penalties do not pass it."""
         if step is None:
-            yield
+            with contextlib.nullcontext() if self.config.off else unmasked(self.model, self.strict):
+                yield
             return
         with Changes() as changes:
             changes.set(unwrap(self.model), IN_CONTEXT, True)
@@ -250,10 +250,8 @@ class AlphaToken:
             changes.hook(find_decoder(self.model), check, before=True, with_kwargs=True)
             with step.weigher.watching(self._penalties.around(step.gate)):
                 yield
-        if not step.weigher.seen and self.strict:
-            raise RuntimeError(UNMASKED)
         if not step.weigher.seen:
-            warnings.warn(UNMASKED, stacklevel=6)
+            tell(UNMASKED, self.strict)
 
     def _step(
         self,
@@ -283,7 +281,7 @@ class AlphaToken:
             # theta* is where training begins, or what a KL holds it to: values would cost a forward, and choose nothing
             weights = read.at_labels(read.rows.float())
         elif not (self.source.validates or self._estimator.in_forward):
-            weights, values = weights_by_others(self.model, scored, read, self.source, beta)
+            weights, values = weights_by_others(scored, read, self.source, beta)
         if weights is not None:
             factors = weights.to(read.labels.device).roll(-1, 1)
             self.record(values, read.at_labels(factors), read)

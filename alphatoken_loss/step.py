@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import Any, Protocol
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +15,24 @@ from torch import nn
 from .batches.batch import Batch
 from .config import AlphaTokenConfig
 from .estimators.base import NonFiniteRows
-from .figures import Figures
-from .models.changes import undoing
+from .models.changes import Changes, undoing
 from .models.layout import Kept
 from .models.sites import Scored, find_scored
 from .models.start import start_of
-from .models.structure import find_blocks, trained_behind, unwrap
+from .models.structure import find_blocks, find_decoder, trained_behind, unwrap
 from .values import TokenValues
 from .weighing import Weigher
+
+if TYPE_CHECKING:
+    from .gate import AlphaToken
 
 UNMASKED = (
     "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside "
     "it, on the model that the AlphaToken was made for. (AlphaToken(..., strict=False) only warns.)"
+)
+GRAD_INSIDE = (
+    "A forward with grad ran in an AlphaToken context that was entered without grad, so nothing was masked. Enter the "
+    "context where grad is on. (AlphaToken(..., strict=False) only warns.)"
 )
 NESTED = (
     "This model is in an AlphaToken context already, and a second one would mask the same gradient again. Open one "
@@ -32,15 +41,28 @@ NESTED = (
 )
 
 
-class Owner(Protocol):
-    """What a step needs of the `AlphaToken` that it belongs to."""
+def tell(message: str, strict: bool) -> None:
+    """Raise, or warn, that nothing was masked."""
+    if strict:
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=7)
 
-    config: AlphaTokenConfig
-    figures: Figures
-    weights: torch.Tensor | None
-    values: TokenValues | None
 
-    def record(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None: ...
+@contextlib.contextmanager
+def unmasked(model: nn.Module, strict: bool) -> Iterator[None]:
+    """For forwards without grad, which have nothing to mask. One with grad is an error, or, if not `strict`, warned of.
+
+    Raises:
+        RuntimeError: such a forward ran.
+    """
+
+    def look(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            tell(GRAD_INSIDE, strict)
+
+    with Changes() as changes:
+        changes.hook(find_decoder(model), look, before=True)
+        yield
 
 
 class _Gate(torch.autograd.Function):
@@ -66,7 +88,7 @@ class Step:
 
     def __init__(
         self,
-        owner: Owner,
+        owner: AlphaToken,
         batch: Batch,
         weigher: Weigher,
         factors: torch.Tensor | None,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,36 +25,6 @@ from .models.sites import Scored
 from .models.structure import unwrap
 from .selection.thresholds import select
 from .values import TokenValues
-
-
-class Weigher(Protocol):
-    """What the gate needs of that which makes the weights of one batch."""
-
-    @property
-    def seen(self) -> bool:
-        """Whether its forward has run."""
-
-    @property
-    def seconds(self) -> float:
-        """Time spent inside that forward."""
-
-    def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[Any]:
-        """Watch one forward, and pass the hidden state `(B, T, hidden)` at the gate through `on_hidden`."""
-
-    @property
-    def in_forward(self) -> bool:
-        """Whether weights are known when the hidden state has passed the gate."""
-
-    @property
-    def compared(self) -> Compared | None:
-        """This forward compared with a second one of its own, if it ran one."""
-
-    def weigh(self, rows: torch.Tensor | None) -> tuple[TokenValues | None, torch.Tensor]:
-        """Values, where there are any, and weights `(B, T)` at the labels, from the gradient at that hidden state;
-        without it where `in_forward` is set."""
-
-    def release(self) -> None:
-        """Free everything that was kept from the forward."""
 
 
 @contextlib.contextmanager
@@ -75,7 +44,14 @@ def _blaming_target(source: Source, scored: Scored) -> Iterator[None]:
 
 
 class Valued:
-    """Weights by an estimator's values."""
+    """Weights by an estimator's values.
+
+    Attributes:
+        seen (`bool`): whether its forward has run.
+        seconds (`float`): spent inside that forward.
+        in_forward (`bool`): weights are known when the hidden state has passed the gate.
+        compared (`Compared` or `None`): this forward compared with a second one of the estimator's own.
+    """
 
     def __init__(self, estimator: type[Estimator], task: Task, source: Source) -> None:
         self._batch, self._config, self._scored, self._source = task.batch, task.config, task.scored, source
@@ -100,17 +76,20 @@ class Valued:
 
     @contextlib.contextmanager
     def watching(self, on_hidden: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Watch one forward, and pass the hidden state `(B, T, hidden)` at the gate through `on_hidden`."""
         with _blaming_target(self._source, self._scored), self._estimator.watching(on_hidden):
             yield
 
     def weigh(self, rows: torch.Tensor | None) -> tuple[TokenValues, torch.Tensor]:
+        """Values, and weights `(B, T)` at the labels, from the gradient at the hidden state that `on_hidden` was given;
+        without it where `in_forward` is set."""
         with _blaming_target(self._source, self._scored):
             values = self._estimator.forward_values() if rows is None else self._estimator.values(rows)
         return values, select(values, self._batch, self._config)
 
 
 class Weighed:
-    """Weights that are known, or that are made from what the training forward has.
+    """Weights that are known, or that are made from what the training forward has; to the gate, like `Valued`.
 
     Args:
         model (`nn.Module`): the model that runs; whatever is trained in it.
@@ -174,3 +153,6 @@ class Weighed:
             weights = self._make(forward).to(self.batch.labels.device)
         self._weights = self.batch.at_labels(weights.roll(-1, 1))
         forward.release()
+
+
+Weigher = Valued | Weighed  # what the gate has of that which makes the weights of one batch

@@ -21,10 +21,10 @@ from .directions.path import Path
 from .directions.source import Source
 from .directions.target import Target
 from .estimators import estimator_class
-from .estimators.base import Estimator, Task
+from .estimators.base import Estimator, Memory, Task
 from .estimators.others import Others
 from .losses.logps import token_logps
-from .losses.preference import LOSSES, check_loss, pair_logps, reference_logps
+from .losses.preference import LOSSES, check_loss, pair_logps, with_reference
 from .models.changes import undoing
 from .models.decoder import last_hidden
 from .models.forwards import rows_without_graph
@@ -152,30 +152,36 @@ def alphatoken_weights(
         source.drifts = True  # with a Fisher the drift is reported, whatever its weight
     elif source.drifts and not estimator.in_forward:  # of this batch, not of the target
         source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
-    parts = memory.prepare(source, scored, read)
-    task = Task(model, scored, read, config, parts, memory, apart=return_values, ref_model=ref_model)
-    if estimator.in_forward:
-        values = _value_in_forward(estimator, task)
-        weights = select(values, read, config).float()
-        return (weights, values) if return_values else weights
-    loss_sum = _LossSum(model, ref_model, read, beta)
-    if source.validates or estimator.values_others:
-        values = _value(estimator, task, loss_sum, against_others=not source.validates, norms=return_values)
-    else:
-        values = _against_others(estimator, task, loss_sum)
+    values = _valued(source, memory, scored, read, beta, apart=return_values)
     weights = select(values, read, config).float()
     return (weights, values) if return_values else weights
 
 
 def weights_by_others(
-    model: nn.Module, scored: Scored, batch: Batch, source: Source, beta: float
+    scored: Scored, batch: Batch, source: Source, beta: float
 ) -> tuple[torch.Tensor, TokenValues | None]:
     """Weights and values of a batch whose sequences are valued by each other, with the source's Fisher."""
     if not bool(batch.rows.any()):
         return torch.zeros(batch.shape, device=batch.labels.device), None
+    Others.of(batch)  # an error before the work
     source.ensure_fisher(scored, batch)
-    options: dict[str, Any] = {"fisher": source.drift_fisher, "config": source.config, "beta": beta}
-    return alphatoken_weights(model, source.ref_model, batch, return_values=True, **options)
+    memory = estimator_class(source.config.estimator).memory(source.config)
+    # A copy, since there is no target whose age would have to be counted.
+    values = _valued(copy.copy(source), memory, scored, batch, beta, apart=False)
+    return select(values, batch, source.config).float(), values
+
+
+@undoing
+def _valued(source: Source, memory: Memory, scored: Scored, batch: Batch, beta: float, *, apart: bool) -> TokenValues:
+    model, ref_model, estimator = source.model, source.ref_model, estimator_class(source.config.estimator)
+    parts = memory.prepare(source, scored, batch)
+    task = Task(model, scored, batch, source.config, parts, memory, apart=apart, ref_model=ref_model)
+    if estimator.in_forward:
+        return _value_in_forward(estimator, task)
+    batch = with_reference(model, ref_model, batch)
+    if source.validates or estimator.values_others:
+        return _value(estimator, task, _LossSum(batch, beta), against_others=not source.validates)
+    return _against_others(estimator, replace(task, batch=batch), beta)
 
 
 def _value_in_forward(estimator: type[Estimator], task: Task) -> TokenValues:
@@ -185,17 +191,15 @@ def _value_in_forward(estimator: type[Estimator], task: Task) -> TokenValues:
     return watched.forward_values()
 
 
-def _value(
-    estimator: type[Estimator], task: Task, loss_sum: _LossSum, *, against_others: bool = False, norms: bool = False
-) -> TokenValues:
+def _value(estimator: type[Estimator], task: Task, loss_sum: _LossSum, *, against_others: bool = False) -> TokenValues:
     watched = estimator(task)
     rows = rows_without_graph(task.model, watched.watching, loss_sum)
     if against_others:
         task.others = Others.of(task.batch, loss_sum.omega)
-    return watched.values(rows, norms=norms)
+    return watched.values(rows)
 
 
-def _against_others(estimator: type[Estimator], task: Task, loss_sum: _LossSum) -> TokenValues:
+def _against_others(estimator: type[Estimator], task: Task, beta: float) -> TokenValues:
     """Value each sequence (pair) against the mean gradient of the others: a forward and a backward for each."""
     model, scored, batch = task.model, task.scored, task.batch
     own = [(rows, alone, int(alone.chosen().rows.sum())) for rows, alone in batch.sequences()]
@@ -207,7 +211,7 @@ def _against_others(estimator: type[Estimator], task: Task, loss_sum: _LossSum) 
     for (places, alone, count), gradient in zip(own, gradients, strict=True):
         rest = {name: (whole[name] - g.to(dtype)) / max(tokens - count, 1) for name, g in gradient.items()}
         against = replace(task, batch=alone, parts={"target": rest, **task.parts})
-        values = _value(estimator, against, loss_sum.of(places, alone))
+        values = _value(estimator, against, _LossSum(alone, beta))
         for name in ("total", "adaptation", "stability"):
             value = getattr(values, name)
             if value is not None:
@@ -217,28 +221,20 @@ def _against_others(estimator: type[Estimator], task: Task, loss_sum: _LossSum) 
 
 
 class _LossSum:
-    """The loss by whose gradient the batch is valued: a sum over response tokens, or over pairs.
+    """The loss by whose gradient a batch `with_reference` is valued: a sum over response tokens, or over pairs.
 
     Attributes:
         omega (`torch.Tensor` or `None`): `(P,)`, beta * sigmoid(-s) of each pair, when the loss has been computed.
     """
 
-    def __init__(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, beta: float) -> None:
+    def __init__(self, batch: Batch, beta: float) -> None:
         self.batch, self.beta = batch, beta
-        self.ref_logps = reference_logps(model, ref_model, batch) if batch.pairs else None
         self.omega: torch.Tensor | None = None
-
-    def of(self, rows: torch.Tensor, alone: Batch) -> _LossSum:
-        """The same loss of some of the rows, `alone`."""
-        part = copy.copy(self)
-        part.batch = alone
-        part.ref_logps = None if self.ref_logps is None else self.ref_logps[rows]
-        return part
 
     def __call__(self, model: nn.Module) -> torch.Tensor:
         logps = token_logps(model, self.batch)
-        if self.ref_logps is None:
+        if not self.batch.pairs:
             return -logps.sum()
-        pairs = pair_logps(self.batch, logps, self.ref_logps)
+        pairs = pair_logps(self.batch, logps)
         self.omega = self.beta * (-self.beta * pairs.delta.detach()).sigmoid()
         return LOSSES["sigmoid"](pairs, self.beta, 0.0).sum()

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..losses.preference import reference_logps
+from ..losses.preference import with_reference
 from ..models.changes import undoing
 from ..models.modes import autocast_without_cache, refuse_inference_mode
 from ..models.sites import Scored, find_scored
@@ -112,7 +112,7 @@ def follow(
     drifting = fisher if config.stability_weight > 0 else None
     if drifting is not None and ref_model is not None:
         refuse_other_base(model, scored, ref_model)
-    batches = [_with_reference(batch, inner, ref_model) for batch in unpacked(batches)]
+    batches = [with_reference(inner, ref_model, batch) for batch in unpacked(batches)]
     goal = Goal(inner, scored, batches, config, drifting, ref_model, config.path_holdout)
     if config.path_holdout > 0 and not goal.judges:
         raise ValueError(
@@ -148,11 +148,3 @@ def follow(
             "at the validation batches and the Fisher."
         )
     return Path(found, best.taken if again else best.turn, base_of(inner), best.rate)
-
-
-def _with_reference(batch: Batch, model: nn.Module, ref_model: nn.Module | None) -> Batch:
-    """Pairs with their log-probabilities under the reference."""
-    if not batch.pairs:
-        return batch
-    chosen, rejected = reference_logps(model, ref_model, batch).chunk(2)
-    return replace(batch, ref_logps=(chosen, rejected))

@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..files import write_whole
+from ..files import read_tensors, write_tensors
 from ..losses.logps import token_logps
 from ..models.changes import Changes, undoing
 from ..models.modes import without_noise
@@ -123,9 +121,8 @@ class Path:
         """Write a safetensors file, whole or not at all."""
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {name: tensor.detach().cpu().contiguous() for name, tensor in self.parameters.items()}
         about = json.dumps({"steps": self.steps, "base": self.base, "rate": self.rate})
-        write_whole(path, lambda file: save_file(found, file, metadata={"format": _FORMAT, "about": about}))
+        write_tensors(path, self.parameters, kind=_FORMAT, about={"about": about})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Path:
@@ -137,14 +134,7 @@ class Path:
         """
         if not pathlib.Path(path).is_file():
             raise FileNotFoundError(f"No path at {path}. Make one with make_path(...).save(path).")
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                found = {key: file.get_tensor(key) for key in file.keys()}
-        except Exception as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}).") from error
-        if about.get("format") != _FORMAT:
-            raise ValueError(f"{path} is not a saved path: its format is {about.get('format')!r}, not {_FORMAT!r}.")
+        found, about = read_tensors(path, kind=_FORMAT, what="saved path")
         saved = json.loads(about["about"])
         return cls(found, saved["steps"], tuple(saved["base"]), saved.get("rate", 0.0))
 

@@ -44,8 +44,8 @@ def preconditioned(
     """
     if not optimizer.state:
         return {part: dict(direction) for part, direction in parts.items()}
+    roots = {name: _second_moment(optimizer, name, p).sqrt() for name, p in parameters.items()}  # an error, if none
     small = _epsilons(optimizer)
-    roots = {name: _second_moment(optimizer, name, p).sqrt() for name, p in parameters.items()}
     roots = {name: root + small[id(parameters[name])].to(root.device) for name, root in roots.items()}
     mean = tensors.length_of(roots) / sum(root.numel() for root in roots.values()) ** 0.5
     floor = _FLOOR * torch.where(mean > 0, mean, 1.0)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..batches.batch import IGNORE, Batch
 from ..models.changes import Changes
+from ..models.layout import modules_of
 from ..models.modes import without_noise
 from ..models.structure import causal_lm
 
@@ -63,6 +64,19 @@ def _ids(end: int | list[int] | None) -> set[int]:
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
+def _check_positions(base: nn.Module, prompt: int, new: int) -> None:
+    """Raise ValueError where a table of positions (GPT-2's) would end within the completions."""
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    words = base.get_input_embeddings()  # type: ignore[operator]
+    learned = (m for m in modules_of(base) if isinstance(m, nn.Embedding) and m is not words)
+    if most and prompt + new > most and any(most <= table.num_embeddings <= most + 2 for table in learned):
+        raise ValueError(
+            f"The model has {most} positions, and prompts of up to {prompt} tokens with {new} new ones need "
+            f"{prompt + new}. Lower max_prompt_length or max_new_tokens (in a trainer fisher_prompt_length or "
+            "fisher_new_tokens)."
+        )
+
+
 def sample_completions(
     reference: nn.Module,
     prompts: list[list[int]],
@@ -78,6 +92,7 @@ def sample_completions(
     ends = sorted(_ids(getattr(tokenizer, "eos_token_id", None)) | _ids(own.eos_token_id))
     pad = ends[0] if pad is None and ends else pad or 0
     longest = max(map(len, prompts))
+    _check_positions(base, longest, max_new_tokens)
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     config = GenerationConfig(

@@ -79,7 +79,8 @@ class Source:
         self._parts: list[list[Batch]] = []
         self._turn = 0  # of the parts
         self._most: int | None = None  # rows of a batch of them
-        self._state: tuple[list[int], torch.Tensor] | None = None
+        self.moves = _Moves()
+        self._fitting: Scored | None = None  # what the estimates were last seen to fit
 
     @property
     def fisher(self) -> Fisher | None:
@@ -145,6 +146,7 @@ class Source:
 
     def ensure_fisher(self, scored: Scored, batch: Batch) -> None:
         """Estimate the Fisher if it is needed and none was given."""
+        self._drop_unfit(scored)
         if not self.drifts:
             return
         if self.fisher is None:
@@ -164,12 +166,8 @@ class Source:
 
     def count(self, scored: Scored) -> None:
         """Count the optimizer step that was taken since the last call, if any."""
-        if self._moved(scored):
+        if self.moves.since(scored):
             self.age += 1
-
-    def forget(self, scored: Scored) -> None:
-        """Do not count a change of the parameters that the optimizer did not make."""
-        self._moved(scored)
 
     def state_dict(self, scored: Scored | None) -> dict[str, Any]:
         """The target's gradients, if it was estimated from batches, and the age of it or of the path, after the last
@@ -190,7 +188,7 @@ class Source:
             here = {name: target.gradients[name].to(p.device) for name, p in scored.parameters.items()}
             self.target = Target(here, target.tokens)
         self.age, self._turn = state["age"], state["turn"]
-        self._state = None
+        self.moves, self._fitting = _Moves(), None
 
     def drop_bad_target(self) -> bool:
         """Drop an estimated target if it is not finite, and return whether. The next is made from all batches."""
@@ -218,14 +216,38 @@ class Source:
             self._turn += 1
         self.age = 0  # not before: if estimating fails, the next try makes it
 
-    def _moved(self, scored: Scored) -> bool:
-        """Whether the scored parameters have changed since the last call.
+    def _drop_unfit(self, scored: Scored) -> None:
+        """Drop what was estimated here of other parameters: adapters were switched, frozen or trained since."""
+        if scored is self._fitting:
+            return
+        if self.batches is not None and self.target is not None and not _fits(self.target, scored):
+            self.target, self._turn = None, 0
+        if self.estimated and self._fisher is not None and not _fits(self._fisher, scored):
+            self._fisher, self.estimated = None, False
+        self._fitting = scored
 
-        Optimizers that write through raw pointers (bitsandbytes) leave version counters alone; then the bits tell.
-        """
+
+class _Moves:
+    """Whether the scored parameters have changed since they were last looked at.
+
+    Optimizers that write through raw pointers (bitsandbytes) leave version counters alone; then the bits tell.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[list[int], torch.Tensor] | None = None
+
+    def since(self, scored: Scored) -> bool:
         parameters = [p.detach() for p in scored.parameters.values()]
-        before, self._state = self._state, ([p._version for p in parameters], fingerprint(parameters))
-        return before is not None and (before[0] != self._state[0] or not torch.equal(before[1], self._state[1]))
+        before, self._seen = self._seen, ([p._version for p in parameters], fingerprint(parameters))
+        return before is not None and (before[0] != self._seen[0] or not torch.equal(before[1], self._seen[1]))
+
+
+def _fits(made: Target | Fisher, scored: Scored) -> bool:
+    try:
+        made.check(scored)
+    except ValueError:
+        return False
+    return not isinstance(made, Target) or made.gradients.keys() == scored.parameters.keys()
 
 
 def _beginning(source: Source) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class Goal:
             logps = token_logps(model, batch)
             if batch.ref_logps is None:
                 return -logps.sum(1) / tokens
-            both = pair_logps(batch, logps, torch.cat(batch.ref_logps))
+            both = pair_logps(batch, logps)
             preferred = LOSSES["sigmoid"](both, self.config.path_beta, 0.0) / pairs
             return preferred - self.config.path_likelihood * both.chosen / tokens
 

@@ -95,7 +95,7 @@ class Task:
         scored (`Scored`): the parameters along whose directions tokens are valued.
         parts (`dict`): see `Memory.prepare`.
         memory (`Memory`): the estimator's memory.
-        apart (`bool`): report adaptation and stability separately; else the total is enough.
+        apart (`bool`): report adaptation and stability separately, and `grad_norm`; else the total is enough.
         training (`bool`): whether the forward to watch is the one with grad, or the one without.
         early (`bool`): whether an estimator with `in_forward` must have values at the gate; else its forward may end
             first.
@@ -158,13 +158,12 @@ class Estimator(ABC):
         """Watch one forward, and pass the hidden state `(B, T, hidden)` at the gate through `on_hidden`."""
 
     @abstractmethod
-    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+    def values(self, rows: torch.Tensor) -> TokenValues:
         """Value the batch.
 
         Args:
             rows (`torch.Tensor`): `(B, T, hidden)`, gradient of the loss (a sum over tokens, times any positive
                 factor) at the hidden state that `on_hidden` was given.
-            norms (`bool`): give `grad_norm` too, where the estimator has it.
 
         Raises:
             NonFiniteRows: `rows` is not finite.

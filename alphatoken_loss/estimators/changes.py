@@ -32,7 +32,7 @@ class ByChange(Estimator):
     def release(self) -> None:
         self.changes = {}
 
-    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+    def values(self, rows: torch.Tensor) -> TokenValues:
         """From the gradient `(B, T, hidden)` at the hidden state that `on_hidden` was given.
 
         Raises:

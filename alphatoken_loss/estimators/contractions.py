@@ -143,6 +143,8 @@ class Contractor:
     def __call__(
         self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
     ) -> None:
+        if not any(parameter.requires_grad for parameter in site.parameters.values()):  # a frozen layer of the adapter
+            return
         dtype = accumulation_dtype(error)
         with torch.autocast(error.device.type, enabled=False):
             self._add(site, error.to(dtype), tuple(tensor.to(dtype) for tensor in inputs), attention)

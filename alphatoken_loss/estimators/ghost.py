@@ -1,9 +1,6 @@
 """The ghost estimator: position-local token values as contractions d^T C h (arXiv 2606.01635, Eqs. 8 to 12).
 
-For a scored linear with input h_t and output gradient d_t, and a matrix C of the weight's shape (the validation
-gradient G, or the drift gradient V), the value of position t is d_t^T C h_t. On a LoRA layer y = W0 x + s B A x,
-with d the gradient at B's output, A's output gradient is B^T d, so both linears are contracted from d, x and A x, and
-every temporary has rank-sized rows.
+contractions.py has the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..directions.parts import Parts
 from ..models.modes import walked_once
 from ..models.replay import Capture, capturing
 from ..models.taps import Taps
@@ -21,7 +17,6 @@ from ..models.tensors import accumulation_dtype
 from ..values import TokenValues
 from .base import Estimator, NonFiniteRows, Task, check_weights_finite
 from .contractions import Contractor
-from .others import Others
 
 
 class Ghost(Estimator):
@@ -58,98 +53,67 @@ class Ghost(Estimator):
             stack.enter_context(capturing(self.capture, leave, training=self.task.training))
             yield
 
-    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
-        """From the gradient `(B, T, hidden)` at the last block's output."""
-        return ghost_values(
-            self.capture,
-            rows,
-            self.parts,
-            causal_window=self.task.config.causal_window,
-            stability_weight=self.task.config.stability_weight,
-            norms=norms,
-            others=self.task.others,
+    def values(self, rows: torch.Tensor) -> TokenValues:
+        """From the gradient `(B, T, hidden)` at the last block's output.
+
+        Raises:
+            FloatingPointError: rows are finite and values are not; the message names the linear.
+        """
+        batch, others, config = self.task.batch, self.task.others, self.task.config
+        found = self._contracted(rows)
+        names = (("target",) if others is not None else ()) + tuple(self.parts)
+        empty = torch.zeros(batch.shape, dtype=accumulation_dtype(rows), device=rows.device)
+
+        def term(accumulated: torch.Tensor | float, name: str) -> torch.Tensor:
+            if not isinstance(accumulated, torch.Tensor) or name not in names:
+                return empty
+            return batch.at_labels(accumulated[..., names.index(name)])
+
+        direct_target, causal_target = term(found.direct, "target"), term(found.causal, "target")
+        direct_drift, causal_drift = term(found.direct, "drift"), term(found.causal, "drift")
+        adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
+        total = adaptation + config.stability_weight * stability
+        if not total.isfinite().all():
+            self._blame(rows)
+            self._contracted(rows, check=True)  # a second walk, to name the linear
+            raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
+        grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
+        return TokenValues(
+            total, adaptation, stability, direct_target, causal_target, direct_drift, causal_drift, grad_norm
         )
+
+    def _contracted(self, rows: torch.Tensor, *, check: bool = False) -> Contractor:
+        task, window = self.task, self.task.config.causal_window
+        contractor = Contractor(
+            task.scored, task.batch, self.parts, window=window, norms=task.apart, others=task.others, check=check
+        )
+        self.capture.visit(rows, contractor, causal=window > 0)
+        return contractor
+
+    def _blame(self, rows: torch.Tensor) -> None:
+        """Raise an error for values that are not finite, if the cause was there before the backward."""
+        capture = self.capture
+        check_weights_finite(capture.scored)
+        for name in capture.scored.parameters:
+            if not all(part[name].isfinite().all() for part in self.parts.values()):
+                raise FloatingPointError(
+                    f"The target gradient or the drift of {name} is not finite. Look at the validation batches and the "
+                    "Fisher."
+                )
+        if rows.isfinite().all():
+            if capture.in_float16:
+                raise NonFiniteRows(
+                    "Gradients overflow float16 within the scored blocks. Use a lower loss scale, or bf16."
+                )
+            return
+        for index, call in enumerate(capture.calls):
+            if not call.hidden.isfinite().all():
+                block = capture.scored.total - len(capture.scored.blocks) + index
+                raise NonFiniteRows(
+                    f"The input of block {block} of the model is not finite: an earlier layer overflowed."
+                )
+        raise NonFiniteRows("The gradient of the loss is not finite at the last block's output. Look at the loss.")
 
     def release(self) -> None:
         self.parts = {}
         self.capture.release()
-
-
-def ghost_values(
-    capture: Capture,
-    rows: torch.Tensor,
-    parts: Parts,
-    *,
-    causal_window: int,
-    stability_weight: float,
-    norms: bool = False,
-    others: Others | None = None,
-) -> TokenValues:
-    """Value every response token of a batch by the gradient at the last block's output.
-
-    Args:
-        capture (`Capture`): what was kept from the forward.
-        rows (`torch.Tensor`): `(B, T, hidden)` gradient of the loss (a sum over tokens, times any positive factor).
-        parts (`dict`): see `Ghost`.
-        norms (`bool`): compute ghost norms too.
-        others (`Others`, *optional*): the target is made of the other sequences; `parts` then has no "target".
-
-    Raises:
-        FloatingPointError: rows are finite and values are not; the message names the linear.
-    """
-    batch = capture.batch
-
-    def contract(check: bool) -> Contractor:
-        contractor = Contractor(
-            capture.scored,
-            batch,
-            parts,
-            window=causal_window,
-            norms=norms,
-            others=others,
-            check=check,
-        )
-        capture.visit(rows, contractor, causal=causal_window > 0)
-        return contractor
-
-    found = contract(check=False)
-    names = (("target",) if others is not None else ()) + tuple(parts)
-    empty = torch.zeros(batch.shape, dtype=accumulation_dtype(rows), device=rows.device)
-
-    def term(accumulated: torch.Tensor | float, name: str) -> torch.Tensor:
-        if not isinstance(accumulated, torch.Tensor) or name not in names:
-            return empty
-        return batch.at_labels(accumulated[..., names.index(name)])
-
-    direct_target, causal_target = term(found.direct, "target"), term(found.causal, "target")
-    direct_drift, causal_drift = term(found.direct, "drift"), term(found.causal, "drift")
-    adaptation, stability = direct_target + causal_target, direct_drift + causal_drift
-    total = adaptation + stability_weight * stability
-    if not total.isfinite().all():
-        _blame(capture, rows, parts)
-        contract(check=True)  # a second walk, to name the linear
-        raise FloatingPointError("Token values are not finite in the causal terms: attention overflowed.")
-    grad_norm = batch.at_labels(found.norms[..., 0].sqrt()) if isinstance(found.norms, torch.Tensor) else None
-    return TokenValues(
-        total, adaptation, stability, direct_target, causal_target, direct_drift, causal_drift, grad_norm
-    )
-
-
-def _blame(capture: Capture, rows: torch.Tensor, parts: Parts) -> None:
-    """Raise an error for values that are not finite, if the cause was there before the backward."""
-    check_weights_finite(capture.scored)
-    for name in capture.scored.parameters:
-        if not all(part[name].isfinite().all() for part in parts.values()):
-            raise FloatingPointError(
-                f"The target gradient or the drift of {name} is not finite. Look at the validation batches and the "
-                "Fisher."
-            )
-    if rows.isfinite().all():
-        if capture.in_float16:
-            raise NonFiniteRows("Gradients overflow float16 within the scored blocks. Use a lower loss scale, or bf16.")
-        return
-    for index, call in enumerate(capture.calls):
-        if not call.hidden.isfinite().all():
-            block = capture.scored.total - len(capture.scored.blocks) + index
-            raise NonFiniteRows(f"The input of block {block} of the model is not finite: an earlier layer overflowed.")
-    raise NonFiniteRows("The gradient of the loss is not finite at the last block's output. Look at the loss.")

@@ -109,7 +109,7 @@ class PathMemory(Memory):
     def enter(self, source: Source, scored: Scored) -> None:
         if self.config.path_start and not self._applied and source.path is not None:
             source.path.apply(source.model)
-            source.forget(scored)  # not a step of the optimizer
+            source.moves.since(scored)  # not a step of the optimizer
             self._applied = True
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
@@ -280,7 +280,7 @@ class AlongPath(Estimator):
             values[self.batch.shape[0] // 2 :].neg_()
         return TokenValues(self.batch.at_labels(values))
 
-    def values(self, rows: torch.Tensor, *, norms: bool = False) -> TokenValues:
+    def values(self, rows: torch.Tensor) -> TokenValues:
         """The gradient is not used."""
         return self.forward_values()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from ..batches.read import read_batch
 from ..models.changes import undoing
 from .logps import policy_logps
-from .preference import LOSSES, check_loss, pair_logps, reference_logps
+from .preference import LOSSES, check_loss, pair_logps, with_reference
 from .weighting import Valuing, Weights, checked_weights, columns_of, valuing
 
 
@@ -59,7 +58,7 @@ def dpo_loss(
     """
     check_loss(loss_type, beta, label_smoothing)
     read = read_batch(batch, pairs=True, columns=columns_of(weights))
-    ref_logps = reference_logps(model, ref_model, read)
+    full = with_reference(model, ref_model, read)
     kl = None
     if isinstance(weights, torch.Tensor):
         weights = checked_weights(weights, read, negative=negative_weights)
@@ -67,15 +66,11 @@ def dpo_loss(
         weighted = logps * read.at_labels(weights.to(logps).roll(-1, 1))
         logps = weighted + (logps - weighted).detach()
     else:
-        if (
-            isinstance(weights, Valuing) and weights.ref_model is ref_model
-        ):  # what values ask of the reference, it has said
-            chosen, rejected = ref_logps.chunk(2)
-            read = replace(read, ref_logps=(chosen, rejected))
-        with valuing(model, read, weights, beta=beta) as step:
+        alike = isinstance(weights, Valuing) and weights.ref_model is ref_model  # one reference is asked once
+        with valuing(model, full if alike else read, weights, beta=beta) as step:
             logps, balance, _ = policy_logps(model, read)
         kl = None if step is None else step.kl
-    pairs = pair_logps(read, logps, ref_logps)
+    pairs = pair_logps(full, logps)
     loss = LOSSES[loss_type](pairs, beta, label_smoothing).mean()
     for more in (kl, balance):  # of a mixture of experts the router's loss, as in TRL
         loss = loss if more is None else loss + more

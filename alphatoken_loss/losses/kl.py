@@ -40,12 +40,12 @@ from .head import check_head, head_of, logits_of_hidden
 KL_ON = ("all", "dropped")
 
 
-def check_kl_coef(kl_coef: float, name: str = "kl_coef") -> None:
+def check_kl_coef(kl_coef: float) -> None:
     """Raise ValueError where this cannot be the weight of a penalty."""
     number = isinstance(kl_coef, (int, float)) and not isinstance(kl_coef, bool)
     if not number or not 0 <= kl_coef < math.inf:
         raise ValueError(
-            f"{name} is {kl_coef!r}; it is the weight of a KL beside the loss and must be a finite number of at least "
+            f"kl_coef is {kl_coef!r}; it is the weight of a KL beside the loss and must be a finite number of at least "
             "0. Use 0 for no penalty."
         )
 

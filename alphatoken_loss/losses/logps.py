@@ -19,13 +19,10 @@ from ..models.structure import causal_lm, find_decoder, learns_prompts, refuse_e
 from .head import arguments, chunk_of, head_of, is_plain, logits_of_hidden, may_be_plain
 
 
-def token_logps(
-    model: nn.Module, batch: Batch, labels: torch.Tensor | None = None, *, fused: bool | None = None
-) -> torch.Tensor:
+def token_logps(model: nn.Module, batch: Batch, *, fused: bool | None = None) -> torch.Tensor:
     """Log-probability of each label given what precedes it: -CE(logits[:, t - 1], labels[:, t]) at column t.
 
     Args:
-        labels (`torch.Tensor`, *optional*): `(B, T)`, by default the batch's.
         fused (`bool`, *optional*): use TRL's fused LM head, which never holds `(B, T, vocabulary)` logits. Where TRL
             has none: chunks of rows, whose logits are computed again in the backward. By default it is used where it
             saves memory: TRL's kernels are for accelerators, and compute in float32.
@@ -34,19 +31,18 @@ def token_logps(
         `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model), 0 where the label is -100 and in column 0.
     """
     refuse_encoder_decoder(model)
-    labels = batch.labels if labels is None else labels
     if fused is None:
         fused = _fused_pays(model)
     if not fused:
-        return _logps_at_columns(model, batch, labels)
+        return _logps_at_columns(model, batch)
     with _fused_head(model):
-        logps = model(**{**batch.inputs, "use_cache": False}, labels=labels, fused_lm_head=True).log_probs
+        logps = model(**{**batch.inputs, "use_cache": False}, labels=batch.labels, fused_lm_head=True).log_probs
     return F.pad(logps, (1, 0))
 
 
-def _logps_at_columns(model: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+def _logps_at_columns(model: nn.Module, batch: Batch) -> torch.Tensor:
     """With the head only at columns where some row has a label to predict: prompts and padding cost it nothing."""
-    following = _following(labels)
+    labels, following = batch.labels, _following(batch.labels)
     wanted = (following != IGNORE).any(0)
     # Finding columns waits for an accelerator, and virtual tokens would shift them.
     if wanted.device.type != "cpu" or learns_prompts(model) or "logits_to_keep" not in arguments(causal_lm(model)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +55,8 @@ def _robust(pairs: Pairs, beta: float, smoothing: float) -> torch.Tensor:
 def _exo_pair(pairs: Pairs, beta: float, smoothing: float) -> torch.Tensor:
     # arXiv 2402.00856, Eq. 16: KL(policy || smoothed preference) over the two answers.
     score = beta * pairs.delta
-    log_kept = torch.log1p(-torch.as_tensor(smoothing, device=score.device))
-    log_flipped = torch.log(torch.as_tensor(smoothing, device=score.device))
-    return score.sigmoid() * (F.logsigmoid(score) - log_kept) + (-score).sigmoid() * (
-        F.logsigmoid(-score) - log_flipped
-    )
+    kept, flipped = F.logsigmoid(score) - math.log1p(-smoothing), F.logsigmoid(-score) - math.log(smoothing)
+    return score.sigmoid() * kept + (-score).sigmoid() * flipped
 
 
 LOSSES: dict[str, Callable[[Pairs, float, float], torch.Tensor]] = {
@@ -70,9 +68,7 @@ LOSSES: dict[str, Callable[[Pairs, float, float], torch.Tensor]] = {
     "apo_zero": lambda pairs, beta, _: (
         1 - (beta * pairs.chosen_ratio).sigmoid() + (beta * pairs.rejected_ratio).sigmoid()
     ),
-    "apo_down": lambda pairs, beta, _: (
-        (beta * pairs.chosen_ratio).sigmoid() + 1 - (beta * (pairs.chosen_ratio - pairs.rejected_ratio)).sigmoid()
-    ),
+    "apo_down": lambda pairs, beta, _: (beta * pairs.chosen_ratio).sigmoid() + 1 - (beta * pairs.delta).sigmoid(),
 }
 
 
@@ -106,10 +102,19 @@ def reference_logps(model: nn.Module, ref_model: nn.Module | None, batch: Batch)
         return token_logps(reference, batch, fused=fused_pays(reference, batch)).sum(1)
 
 
-def pair_logps(batch: Batch, logps: torch.Tensor, ref_logps: torch.Tensor) -> Pairs:
-    """Split `(2P, T)` token log-probabilities and `(2P,)` reference sums, chosen first."""
+def with_reference(model: nn.Module, ref_model: nn.Module | None, batch: Batch) -> Batch:
+    """The same batch; pairs have the log-probabilities of their answers under the reference."""
+    if not batch.pairs:
+        return batch
+    chosen, rejected = reference_logps(model, ref_model, batch).chunk(2)
+    return replace(batch, ref_logps=(chosen, rejected))
+
+
+def pair_logps(batch: Batch, logps: torch.Tensor) -> Pairs:
+    """From `(2P, T)` token log-probabilities of a batch `with_reference`, chosen first."""
+    assert batch.ref_logps is not None
     chosen, rejected = logps.sum(1).chunk(2)
-    ref_chosen, ref_rejected = ref_logps.to(chosen).chunk(2)
+    ref_chosen, ref_rejected = (of_reference.to(chosen) for of_reference in batch.ref_logps)
     # Counted as TRL does: all labels, also one in column 0, which no position predicts.
     tokens = (batch.labels != -100).sum(1).clamp(min=1)
     return Pairs(chosen, rejected, ref_chosen, ref_rejected, *tokens.chunk(2))

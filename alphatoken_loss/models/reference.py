@@ -14,7 +14,7 @@ from torch import nn
 
 from .changes import Changes
 from .layout import modules_of
-from .start import REFERENCE_ADAPTER, replaced, start_of
+from .start import REFERENCE_ADAPTER, replaced, start_of, switchable
 from .structure import causal_lm, learns_prompts, unwrap
 
 _SWITCHES = ("_disable_adapters", "_active_adapter")
@@ -36,10 +36,9 @@ def reference_mode(model: nn.Module, ref_model: nn.Module | None) -> Iterator[nn
         return
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    wrappers = [m for m in modules_of(model) if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    wrappers: list[Any] = [module for module, _ in switchable(model)]
     if isinstance(model, PeftModel) and (learns_prompts(model) or not wrappers):
         with _prompts_off(model):
             yield model

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from .changes import Changes
+from .layout import modules_of
 from .structure import name_in, unwrap
 
 REFERENCE_ADAPTER = "ref"  # TRL's name for the adapter that holds the reference when an adapter is trained further
@@ -204,7 +205,7 @@ def _copied(model: nn.Module, *, adapters_on: bool) -> Start:
 
 def _wanted(model: nn.Module, adapters_on: bool) -> dict[str, nn.Parameter]:
     """The parameters whose values at the start a reference needs; none of a model without adapters."""
-    if not _wrappers(model):
+    if not switchable(model):
         return {}
     left_out = set() if adapters_on else _of_adapters(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in left_out}
@@ -217,7 +218,7 @@ def _clones(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 def _of_adapters(model: nn.Module) -> set[int]:
     """Ids of the parameters that adapters add."""
     found: set[int] = set()
-    for wrapper, inner in _wrappers(model):
+    for wrapper, inner in switchable(model):
         inside = set() if inner is None else {id(p) for p in inner.parameters()}
         found |= {id(p) for p in wrapper.parameters() if id(p) not in inside}
     return found
@@ -227,16 +228,16 @@ def has_adapters(model: nn.Module) -> bool:
     """Whether there is anything to switch off: PEFT's wrapper, or adapters that transformers put into the model."""
     from peft import PeftModel
 
-    return isinstance(unwrap(model), PeftModel) or bool(_wrappers(unwrap(model)))
+    return isinstance(unwrap(model), PeftModel) or bool(switchable(unwrap(model)))
 
 
-def _wrappers(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
+def switchable(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
     """PEFT's modules that can be switched off, each with the module that then runs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     found: list[tuple[nn.Module, nn.Module | None]] = []
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, BaseTunerLayer):
             found.append((module, getattr(module, "base_layer", None)))
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -247,7 +248,7 @@ def _wrappers(model: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
 def _moved_bases(model: nn.Module) -> bool:
     """Whether the initialisation of an active adapter moved a part of the base into it."""
     config = getattr(model, "peft_config", {})
-    active = {name for module, _ in _wrappers(model) for name in getattr(module, "active_adapters", ())}
+    active = {name for module, _ in switchable(model) for name in getattr(module, "active_adapters", ())}
     inits = (str(getattr(config[name], "init_lora_weights", "")).lower() for name in active if name in config)
     return any(init.startswith(_MOVES_THE_BASE) for init in inits)
 
@@ -262,7 +263,7 @@ def _weight(module: nn.Module | None, of_adapters: set[int]) -> torch.Tensor | N
 
 def _numbers(model: nn.Module) -> torch.Tensor | None:
     of_adapters, found = _of_adapters(model), []
-    weights = [w for _, inner in _wrappers(model) if (w := _weight(inner, of_adapters)) is not None]
+    weights = [w for _, inner in switchable(model) if (w := _weight(inner, of_adapters)) is not None]
     weights = [w for w in weights if not w.requires_grad and w.device.type != "meta"]  # not what moves, or is away
     for weight in weights[:: max(1, len(weights) // 8)]:
         flat = weight.detach().flatten()

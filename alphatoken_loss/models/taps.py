@@ -7,8 +7,8 @@ kept, and gives both to a visitor. The visitor makes token values or Fisher sums
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,17 +17,10 @@ from .attention import AttentionCall, AttentionWatch
 from .changes import Changes
 from .sites import LoraSite, Scored, Site
 
-
-class Visitor(Protocol):
-    """Called once per scored site in a walk, from the last to the first.
-
-    `error` is the gradient at the site's output, `(B, T, d_out)`; `inputs` is the site's input `(B, T, d_in)` and, for
-    a LoRA layer tapped at its B, also B's input `(B, T, r)`; `attention` is the call its values went into, if any.
-    """
-
-    def __call__(
-        self, site: Site, error: torch.Tensor, inputs: tuple[torch.Tensor, ...], attention: AttentionCall | None
-    ) -> None: ...
+# Called once per scored site in a walk, from the last to the first, with the site; the gradient at its output
+# `(B, T, d_out)`; its input `(B, T, d_in)` and, for a LoRA layer tapped at its B, also B's input `(B, T, r)`; and the
+# attention call that its values went into, if any.
+Visitor = Callable[[Site, torch.Tensor, tuple[torch.Tensor, ...], AttentionCall | None], None]
 
 
 class _Tap(torch.autograd.Function):

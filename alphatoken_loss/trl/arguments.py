@@ -14,8 +14,10 @@ from trl import DPOConfig, SFTConfig
 
 from ..config import AlphaTokenConfig
 from ..losses.kl import check_kl_coef, check_kl_options
-from ..selection import SELECTIONS, make_selection
+from ..selection import make_selection
 from ..selection.base import Selection
+
+_Arguments = TypeVar("_Arguments", bound="AlphaTokenArguments")
 
 
 def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tuple[str, Any, Any]:
@@ -26,23 +28,32 @@ def _as_argument(setting: dataclasses.Field[Any], hint: Any, about: str) -> tupl
     return setting.name, str | None if several else hint, field(default=setting.default, metadata={"help": help})
 
 
+def _about(of: type) -> dict[str, str]:
+    """What the docstring of a class says of each of its fields."""
+    found = re.findall(r"^    (\w+) \(.*\):\n((?: {8}.*\n?)+)", inspect.cleandoc(of.__doc__ or ""), re.M)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
 def _settings() -> list[tuple[str, Any, Any]]:
-    """The fields of `AlphaTokenConfig`, each with its text from the docstring."""
-    words = inspect.cleandoc(AlphaTokenConfig.__doc__ or "")
-    about = {
-        name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+) \(.*\):\n((?: {8}.*\n?)+)", words, re.M)
-    }
-    hints = get_type_hints(AlphaTokenConfig)
+    """The fields of `AlphaTokenConfig`."""
+    about, hints = _about(AlphaTokenConfig), get_type_hints(AlphaTokenConfig)
     return [_as_argument(f, hints[f.name], about.get(f.name, "")) for f in dataclasses.fields(AlphaTokenConfig)]
 
 
-NAMES = [name for name in SELECTIONS if name != "given"]  # a trainer's weights come in a column or from a function
+def _told(arguments: type[_Arguments]) -> type[_Arguments]:
+    """Give each field its text from the docstring, for the command line."""
+    for name, text in _about(arguments).items():
+        default = getattr(arguments, name)
+        setattr(arguments, name, field(default=default, metadata={"help": text.replace("%", "%%")}))
+    return arguments
+
+
 _GAIN_ROWS = 64
-_Arguments = TypeVar("_Arguments", bound="AlphaTokenArguments")
 _Settings: Any = dataclasses.make_dataclass("_Settings", _settings())
 
 
 @dataclass
+@_told
 class AlphaTokenArguments(_Settings):
     """The fields of [`AlphaTokenConfig`], and where a trainer takes target and Fisher from.
 
@@ -93,48 +104,23 @@ class AlphaTokenArguments(_Settings):
             `python -m alphatoken_loss report`; 0 records nothing.
     """
 
-    selection: str = field(
-        default="alphatoken",
-        metadata={"help": f"What chooses the tokens: {', '.join(NAMES)}."},
-    )
-    selection_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Options of the selection, as JSON."}
-    )
-    negative_weights: bool = field(
-        default=False, metadata={"help": "Whether token weights below 0, from a column or a function, are meant."}
-    )
-    kl_coef: float = field(
-        default=0.0, metadata={"help": "Weight of a KL to the reference over all response tokens; SFT only."}
-    )
-    kl_on: str = field(default="all", metadata={"help": "Tokens that a KL is taken on: all or dropped."})
-    kl_over: str = field(
-        default="vocabulary", metadata={"help": "What a KL is taken over: vocabulary or without_label."}
-    )
-    precondition: bool = field(
-        default=False, metadata={"help": "Value tokens by the step that Adam will take, not by one along the gradient."}
-    )
-    target_size: int = field(
-        default=32, metadata={"help": "Training rows held out as the target where no target dataset is given."}
-    )
-    gain_rows: int = field(
-        default=0, metadata={"help": "Training rows by which rho is found when training starts (shared_gain); 0: none."}
-    )
-    target_batch_size: int | None = field(
-        default=None, metadata={"help": "Target rows run together. By default `per_device_train_batch_size`."}
-    )
-    fisher_path: str | None = field(
-        default=None, metadata={"help": "A saved Fisher. By default it is estimated when training starts."}
-    )
-    fisher_prompts: int = field(default=1000, metadata={"help": "Training prompts for the Fisher."})
-    fisher_prompt_length: int = field(default=256, metadata={"help": "Tokens that these prompts are cut to."})
-    fisher_new_tokens: int = field(default=128, metadata={"help": "Tokens sampled after each of these prompts."})
-    fisher_batch_size: int = field(default=8, metadata={"help": "Prompts sampled together."})
-    precompute_path_log_probs: bool = field(
-        default=False, metadata={"help": "Compute log-probabilities at theta* once, rather than at each step."}
-    )
-    sample_every: int = field(
-        default=50, metadata={"help": "Optimizer steps between two batches recorded for the report; 0 records none."}
-    )
+    selection: str = "alphatoken"
+    selection_options: dict[str, Any] | str | None = None
+    negative_weights: bool = False
+    kl_coef: float = 0.0
+    kl_on: str = "all"
+    kl_over: str = "vocabulary"
+    precondition: bool = False
+    target_size: int = 32
+    gain_rows: int = 0
+    target_batch_size: int | None = None
+    fisher_path: str | None = None
+    fisher_prompts: int = 1000
+    fisher_prompt_length: int = 256
+    fisher_new_tokens: int = 128
+    fisher_batch_size: int = 8
+    precompute_path_log_probs: bool = False
+    sample_every: int = 50
 
     for_pairs: ClassVar[bool] = False  # what `best` is for
 
@@ -183,6 +169,11 @@ class AlphaTokenArguments(_Settings):
         for name in ("target_size", "fisher_prompts", "fisher_prompt_length", "fisher_new_tokens", "fisher_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
+        if self.target_batch_size is not None and self.target_batch_size < 1:
+            raise ValueError(
+                f"target_batch_size is {self.target_batch_size!r}; it must be at least 1. Leave it out for "
+                "per_device_train_batch_size."
+            )
         for name, what in (("sample_every", "records nothing"), ("gain_rows", "leaves rho as it is")):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 0, which {what}.")

@@ -11,11 +11,9 @@ from accelerate.logging import get_logger
 
 from ..directions.fisher import Fisher
 from ..files import read_tensors, write_tensors
-from ..gate import AlphaToken
-from .arguments import AlphaTokenArguments
+from .running import Running
 
 logger = get_logger(__name__)
-_Trainer: Any = object
 
 FISHER_FILE = "fisher.safetensors"
 STATE_FILE = "alphatoken.safetensors"
@@ -23,17 +21,8 @@ _KIND = "alphatoken_loss.state.1"
 _STEPS = "steps|"  # no parameter's name holds a bar
 
 
-class Checkpoints(_Trainer):
+class Checkpoints(Running):
     """The part of [`AlphaTokenMixin`] that saves and loads target and estimator state, and loads the Fisher."""
-
-    args: Any
-    alphatoken_args: AlphaTokenArguments
-    alphatoken: AlphaToken | None = None
-
-    @property
-    def _gate(self) -> AlphaToken | None:
-        """The `AlphaToken` if it masks, else None."""
-        return None if self.alphatoken is None or self.alphatoken.config.off else self.alphatoken
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -19,8 +19,7 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 
 from ..batches.batch import IGNORE
 from ..batches.read import COLUMNS, REFERENCE_LOGPS
-
-_Trainer: Any = object
+from .running import Running
 
 # Key of token ids in a row -> prefix of their columns: for preference pairs, KTO and (below) SFT.
 _COMPLETIONS = {"chosen_ids": "chosen_", "rejected_ids": "rejected_", "completion_ids": ""}
@@ -28,16 +27,13 @@ BRANCHES = {"input_ids": "", **_COMPLETIONS}
 _FIRST = 2**40  # above every token id
 
 
-class TokenColumns(_Trainer):
+class TokenColumns(Running):
     """The part of [`AlphaTokenMixin`] that brings columns of the data set to the batches.
 
     Attributes:
         token_columns (`tuple`): the columns that are brought to the batches, if rows have them.
     """
 
-    args: Any
-    data_collator: Any
-    train_dataset: Any
     token_columns: tuple[str, ...] = COLUMNS
 
     def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *rest: Any) -> Any:

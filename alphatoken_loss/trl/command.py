@@ -75,29 +75,44 @@ def build(kind: str, argv: Sequence[str]) -> Any:
     target, args, script, model, mixture = parser.parse_args_and_config(list(argv), fail_with_unknown_args=True)
     if model.model_name_or_path is None:
         raise UserError("--model_name_or_path: needed.")
-    if mixture.datasets:
-        rows = get_dataset(mixture)[script.dataset_train_split]
-    elif script.dataset_name is None:
+    if not mixture.datasets and script.dataset_name is None:
         raise UserError("--dataset_name, or datasets in the file of --config: needed.")
-    else:
-        rows = _rows(script)
+    mixed = get_dataset(mixture) if mixture.datasets else None
+    splits = [script.dataset_train_split, *([script.dataset_test_split] if args.eval_strategy != "no" else [])]
+    rows = [_rows(script, split) if mixed is None else _split(mixed, split) for split in splits]
     clean = None if target.target is None else load_rows(target.target, target.target_split, "--target")
-    return _trainer(kind, args, model, rows, clean)
+    return _trainer(kind, args, model, rows[0], clean, *rows[1:])
 
 
-def _rows(script: Any) -> Any:
-    """The training data: a local file, or a data set that `datasets` loads by its name."""
+def _split(mixed: Any, split: str) -> Any:
+    if split not in mixed:
+        raise UserError(
+            f"datasets: there is no split {split!r}; there are {', '.join(mixed)}. Training rows are those of "
+            "--dataset_train_split, and with --eval_strategy those of --dataset_test_split are evaluated "
+            "(test_split_size makes some)."
+        )
+    return mixed[split]
+
+
+def _rows(script: Any, split: str) -> Any:
+    """A split of a local file, or of a data set that `datasets` loads by its name."""
     from datasets import load_dataset
 
     from ..tools.score.rows import load_rows
 
-    if (script.dataset_config is None and not script.dataset_streaming) or Path(script.dataset_name).is_file():
-        return load_rows(script.dataset_name, script.dataset_train_split, "--dataset_name")
+    file = Path(script.dataset_name).is_file()
+    if file and split != script.dataset_train_split:
+        raise UserError(
+            f"--dataset_name {script.dataset_name}: is one file, which has no split {split!r} to evaluate. Give a "
+            "folder or a hub id that has one, or leave --eval_strategy out."
+        )
+    if (script.dataset_config is None and not script.dataset_streaming) or file:
+        return load_rows(script.dataset_name, split, "--dataset_name")
     options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
-    return load_dataset(script.dataset_name, split=script.dataset_train_split, **options)
+    return load_dataset(script.dataset_name, split=split, **options)
 
 
-def _trainer(kind: str, args: Any, model: Any, rows: Any, target: Any) -> Any:
+def _trainer(kind: str, args: Any, model: Any, rows: Any, target: Any, judged: Any = None) -> Any:
     from trl import get_peft_config, get_quantization_config
 
     from .trainers import AlphaTokenDPOTrainer, AlphaTokenSFTTrainer
@@ -113,6 +128,7 @@ def _trainer(kind: str, args: Any, model: Any, rows: Any, target: Any) -> Any:
         model.model_name_or_path,
         args=args,
         train_dataset=rows,
+        eval_dataset=judged,
         target_dataset=target,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),

@@ -11,21 +11,12 @@ import torch
 
 from ..directions.estimate import estimate_fisher
 from ..directions.fisher import Fisher
-from ..gate import AlphaToken
-from .arguments import AlphaTokenArguments
 from .checkpoints import FISHER_FILE
 from .running import Running
 
 
 class FisherOfPrompts(Running):
     """The part of [`AlphaTokenMixin`] that estimates the Fisher when training starts."""
-
-    alphatoken: AlphaToken | None
-    alphatoken_args: AlphaTokenArguments
-    processing_class: Any
-    train_dataset: Any
-    _train_batch_size: int
-    _alphatoken_ref: Any
 
     def _estimate_fisher(self) -> Fisher:
         assert self.alphatoken is not None

@@ -14,9 +14,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..batches.read import read_batch
-from ..gate import AlphaToken
 from ..tools.gain import SharedGain, shared_gain
-from .arguments import AlphaTokenArguments, check_gain
+from .arguments import check_gain
 from .target import TargetRows
 
 logger = get_logger(__name__)
@@ -35,15 +34,6 @@ class FoundRho(TrainerCallback, ExportableState):
 class GainOfRows(TargetRows):
     """The part of [`AlphaTokenMixin`] that compares training rows with the target."""
 
-    add_callback: Any
-    alphatoken_args: AlphaTokenArguments
-    is_in_train: bool
-    train_dataset: Any
-    _gate: AlphaToken | None
-    _has_path_column: Any
-    _make_gate: Any
-    _prepare_inputs: Any
-    _train_batch_size: int
     _found_rho: float | None = None
 
     def get_train_dataloader(self) -> Any:

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 
 from ..config import AlphaTokenConfig
 from ..directions.fisher import Fisher
 from ..gate import AlphaToken
 from ..losses.forward import Forward
 from ..models.start import add_reference_adapter, has_adapters
+from ..models.structure import unwrap
 from ..tools.report.samples import SampleWriter
 from .arguments import AlphaTokenArguments
 from .checkpoints import Checkpoints
@@ -36,10 +38,9 @@ from .refused import refuse_what_is_not_modelled
 from .selecting import Selecting
 
 logger = get_logger(__name__)
-_Trainer: Any = object  # what the mixin is put in front of
 
 
-class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Selecting, TokenColumns, _Trainer):
+class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Selecting, TokenColumns):
     """Token values for a trainer of Transformers' kind. Put it first among the bases of a trainer, and
     [`AlphaTokenArguments`] first among those of its arguments.
 
@@ -78,7 +79,6 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         >>> class AlphaTokenTrainer(AlphaTokenMixin, Trainer): ...
     """
 
-    alphatoken: AlphaToken | None = None
     _gate_options: dict[str, Any]  # those that do not come from the settings
     _read_settings: AlphaTokenConfig
     _samples: SampleWriter | None = None
@@ -96,8 +96,15 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
         own = any("ref_model" in inspect.signature(init).parameters for init in inits)
         reference = None if own else kwargs.pop("ref_model", None)
-        data = [kwargs.get("train_dataset"), *(value for value in args if isinstance(value, Dataset))]
-        self._raw_columns = next((set(rows.column_names) for rows in data if isinstance(rows, Dataset)), None)
+        if reference is not None and not isinstance(reference, torch.nn.Module):
+            raise TypeError(
+                f"ref_model is a {type(reference).__name__}; it must be a model. Load it first, with "
+                "AutoModelForCausalLM.from_pretrained."
+            )
+        rows = next((v for v in (*args, *kwargs.values()) if isinstance(v, Dataset | IterableDataset)), None)
+        rows = kwargs.get("train_dataset", rows)
+        known = isinstance(rows, Dataset | IterableDataset)
+        self._raw_columns = set(get_dataset_column_names(rows)) if known else None
         super().__init__(*args, **kwargs)
         plain = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         if isinstance(self.args, AlphaTokenArguments):
@@ -131,11 +138,12 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
                 f"kl_coef is {kl_coef}, but the model has no adapters and there is no ref_model, so there is no "
                 "reference. Pass the model that training starts from as ref_model, or use a peft_config."
             )
+        options = self._gate_options = {}
         if config.off:
-            self.alphatoken = AlphaToken(self.model, self._alphatoken_ref, config=config)
+            self._make_gate(config)
             return
         self._collate_columns()
-        options = self._gate_options = {
+        options |= {
             "selection": self.alphatoken_args.selection,
             "selection_options": self.alphatoken_args.selection_options,
             "token_weights": token_weights,
@@ -156,6 +164,12 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
         made = AlphaToken(self.model, self._alphatoken_ref, config=config, **self._gate_options)
         self.alphatoken = self.alphatoken or made
         vars(self.alphatoken).update(vars(made))
+
+    def get_train_dataloader(self) -> Any:
+        gate = self.alphatoken
+        if gate is not None and unwrap(gate.model) is not unwrap(self.model):  # model_init made another one
+            self._make_gate(gate.config)
+        return super().get_train_dataloader()
 
     def alphatoken_batch(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training or target batch as `AlphaToken` reads it. Override it if the trainer's has another form."""
@@ -192,21 +206,19 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
             alphatoken.source.limit_rows(self._train_batch_size)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        every = self.alphatoken_args.sample_every
-        gate = self._gate
         if self.alphatoken is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        if gate is None or not every or not self.is_world_process_zero():
-            with self.alphatoken.figures.attempt():  # a batch size that runs out of memory is tried again, smaller
-                return super().training_step(model, inputs, *args, **kwargs)
-        step, before = self.state.global_step, gate.weights
-        if self._samples is None or step < self._samples.last:  # the run begins
-            self._samples = SampleWriter(self.args.output_dir, every=every, step=step)
-        batch = dict(inputs)  # a loss may take its labels out
-        with gate.figures.attempt():
+        gate, every, step = self._gate, self.alphatoken_args.sample_every, self.state.global_step
+        samples = None
+        if gate is not None and every and self.is_world_process_zero():
+            if self._samples is None or step < self._samples.last:  # the run begins
+                self._samples = SampleWriter(self.args.output_dir, every=every, step=step)
+            samples = self._samples
+        before, batch = self.alphatoken.weights, dict(inputs)  # a loss may take its labels out
+        with self.alphatoken.figures.attempt():  # a batch size that runs out of memory is tried again, smaller
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if gate.weights is not before:
-            self._samples.add(step, self.alphatoken_batch(batch), gate)
+        if gate is not None and samples is not None and gate.weights is not before:
+            samples.add(step, self.alphatoken_batch(batch), gate)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,6 @@ from ..directions.follow import make_path
 from ..directions.path import Path
 from ..estimators.path import COLUMN, check_column
 from ..gate import AlphaToken
-from .arguments import AlphaTokenArguments
 from .columns import BRANCHES, columns_in, numbered, places_of
 from .running import Running
 
@@ -29,16 +28,6 @@ logger = get_logger(__name__)
 
 class PathColumn(Running):
     """The part of [`AlphaTokenMixin`] that adds `path_logps` to the training data."""
-
-    alphatoken_args: AlphaTokenArguments
-    alphatoken_batch: Any
-    data_collator: Any
-    train_dataset: Any
-    _collate_columns: Any
-    _gate: AlphaToken | None
-    _make_ready: Any
-    _remove_unused_columns: Any
-    _train_batch_size: int
 
     @property
     def _has_path_column(self) -> bool:

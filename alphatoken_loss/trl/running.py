@@ -6,17 +6,25 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from ..gate import AlphaToken
 from ..models.modes import autocast_without_cache
+from .arguments import AlphaTokenArguments
 
-_Trainer: Any = object
+_Trainer: Any = object  # what the mixin is put in front of: the parts use its attributes
 
 
 class Running(_Trainer):
     """What the parts of [`AlphaTokenMixin`] have in common."""
 
-    args: Any
-    accelerator: Any
-    model: Any
+    alphatoken: AlphaToken | None = None
+    alphatoken_args: AlphaTokenArguments
+    data_collator: Any
+    train_dataset: Any
+
+    @property
+    def _gate(self) -> AlphaToken | None:
+        """The `AlphaToken` if it masks, else None."""
+        return None if self.alphatoken is None or self.alphatoken.config.off else self.alphatoken
 
     @property
     def _shows(self) -> bool:

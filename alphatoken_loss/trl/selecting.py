@@ -12,24 +12,15 @@ from trl.data_utils import get_dataset_column_names
 from ..batches.read import COLUMNS
 from ..models.start import has_adapters
 from ..selection.base import Selection
-from .arguments import AlphaTokenArguments
 from .columns import columns_in
+from .running import Running
 
 logger = get_logger(__name__)
 
 
-class Selecting:
+class Selecting(Running):
     """The part of [`AlphaTokenMixin`] that finds the selection, and checks that it has what it needs."""
 
-    args: Any
-    accelerator: Any
-    alphatoken_args: AlphaTokenArguments
-    model: Any
-    state: Any
-    train_dataset: Any
-    _alphatoken_ref: Any
-    _raw_columns: set[str] | None
-    _train_batch_size: int
     _micro_batch = (-1, 0, 0)  # the optimizer step, the batch size, the number in the step
 
     def _found_weights(self, token_weights: Any) -> Any:

@@ -13,7 +13,6 @@ from torch.utils.data import Subset
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .arguments import AlphaTokenArguments
 from .columns import tokenised_pairs
 from .running import Running
 
@@ -22,15 +21,6 @@ logger = get_logger(__name__)
 
 class TargetRows(Running):
     """The part of [`AlphaTokenMixin`] that makes batches of the target."""
-
-    alphatoken_args: AlphaTokenArguments
-    alphatoken_batch: Any
-    data_collator: Any
-    processing_class: Any
-    train_dataset: Any
-    _raw_columns: set[str] | None  # of the training data, before the trainer prepared it
-    _prepare_dataset: Any
-    _remove_unused_columns: Any
 
     def _target_batches(self, dataset: Dataset | None) -> Iterator[Mapping[str, Any]]:
         """The target, as this process' share of collated batches."""

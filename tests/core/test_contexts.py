@@ -10,9 +10,18 @@ import torch
 from batches import pair_batch, sft_batch
 from checks import grads_of
 from models import lora_model
+from peft import LoraConfig
 from state import differences, snapshot
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, dpo_loss, sft_loss
+from alphatoken_loss import (
+    AlphaToken,
+    AlphaTokenConfig,
+    Fisher,
+    alphatoken_weights,
+    dpo_loss,
+    sft_loss,
+    target_gradient,
+)
 
 ESTIMATORS = ("ghost", "difference", "exact")
 
@@ -44,6 +53,48 @@ def test_a_context_without_a_forward(estimator):
     with gate(batch):  # and the next one works
         model(**batch).loss.backward()
     assert 0 < float(gate.weights.sum()) < float((batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_grad_inside_a_context_that_was_entered_without_it(strict):
+    model, batch = lora_model("llama"), sft_batch("right")
+    gate = gate_for(model)
+    gate.strict, before = strict, snapshot(model)
+    with torch.no_grad(), gate(batch):
+        model(**batch)  # nothing to mask
+    told = pytest.raises(RuntimeError, match="entered without grad") if strict else pytest.warns(match="without grad")
+    with told, torch.no_grad(), gate(batch), torch.enable_grad():
+        model(**batch)
+    assert not differences(before, snapshot(model))
+
+
+@pytest.mark.parametrize("how", ["switched", "frozen", "trained"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_other_parameters_are_scored_than_before(estimator, how):
+    """What was estimated is estimated anew; what was given is an error that names it."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    late = [p for name, p in model.named_parameters() if "layers.2" in name and p.requires_grad]
+    if how == "switched":
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        model.double()
+    for p in late:
+        p.requires_grad_(how != "trained")
+    config = AlphaTokenConfig(estimator=estimator, num_layers=2)
+    gate = AlphaToken(model, target=cases.validation(), config=config)
+    fixed = AlphaToken(model, target=target_gradient(model, cases.validation(), config=config), config=config)
+    for one in (gate, fixed):
+        sft_loss(model, batch, one).backward()
+    if how == "switched":
+        model.set_adapter("other")
+    for p in late:
+        p.requires_grad_(how == "trained")
+    model.zero_grad()
+    sft_loss(model, batch, gate).backward()
+    options = {"target": cases.validation(), "fisher": gate.fisher, "config": config}
+    assert torch.equal(gate.weights, alphatoken_weights(model, None, batch, **options))
+    if how != "frozen":
+        with pytest.raises(ValueError, match=r"make it again|The Fisher (has|covers)"):
+            sft_loss(model, batch, fixed).backward()
 
 
 def sft_loss_beside(gate, other, batch):

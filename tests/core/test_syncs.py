@@ -83,3 +83,14 @@ def test_a_gated_step_waits_once_more_than_a_plain_one(estimator, checkpointing,
 
     monkeypatch.setattr(AlphaToken, "record", reading)
     assert waits(lambda: sft_loss(model, batch, gate).backward()) != expected + Counter(equal=1)
+
+
+def test_without_a_target_waits_do_not_grow_with_the_adapters():
+    found = []
+    for layers in (1, 3):
+        model = lora_model("llama", dtype=torch.float32)
+        config = AlphaTokenConfig(num_layers=layers, causal_window=0, stability_weight=0.0)
+        gate, batch = AlphaToken(model, config=config), sft_batch("right")
+        sft_loss(model, batch, gate).backward()
+        found.append(waits(lambda model=model, batch=batch, gate=gate: sft_loss(model, batch, gate).backward()))
+    assert found[0] == found[1]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from alphatoken_loss import AlphaTokenConfig, Fisher, TokenValues, alphatoken_weights
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, TokenValues, alphatoken_weights, sft_loss
 
 ALL = tuple(FAMILIES)
 SFT_KINDS = ("none", "right", "left", "ragged", "full", "packed")
@@ -33,6 +33,31 @@ def steady(family, attn="sdpa"):
 
 
 # --------------------------------------------------------------------------- architectures and batch forms
+
+
+@pytest.mark.parametrize("frozen", ["layers.2.", "layers.1.self_attn.v_proj", "layers.1.mlp"])
+@pytest.mark.parametrize("kind", ["right", "packed"])
+def test_a_frozen_layer_of_the_adapter_adds_nothing(kind, frozen):
+    """Expected values have its target gradient and its Fisher at 0."""
+    model, batch = lora_model("llama"), sft_batch(kind)
+    target = reference.target_gradient(model, cases.validation(), cases.factor_names(model, "llama", 2))
+    target = {name: gradient * (frozen not in name) for name, gradient in target.items()}
+    fisher = {name: d * (frozen not in name) for name, d in cases.fisher_tensors(model, "llama", 2).items()}
+    expected = expected_values(model, "llama", batch, target=target, fisher=fisher)
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    _, values = quiet_values(model, batch)
+    for name in ("total", "direct_target", "causal_target", "direct_drift", "causal_drift"):
+        assert_close(getattr(values, name), getattr(expected, name), TOL64, name)
+    gate = AlphaToken(model, config=AlphaTokenConfig(num_layers=2, causal_window=3))  # its Fisher of the batch
+    sft_loss(model, batch, gate).backward()
+    assert 0 < float(gate.weights.sum()) < float(response(batch).sum())
+
+
+def quiet_values(model, batch):
+    with quiet():
+        return found_values(model, "llama", batch)
 
 
 @pytest.mark.parametrize("kind", SFT_KINDS)

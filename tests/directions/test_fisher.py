@@ -432,6 +432,14 @@ def test_unknown_module():
         fisher.diagonal("elsewhere")
 
 
+def test_a_table_of_positions_that_ends_within_the_completions():
+    model = lora_model("gpt2")
+    most = model.config.n_positions
+    with pytest.raises(ValueError, match=rf"has {most} positions, and prompts of up to {most - 2} tokens with 4 new"):
+        estimate_fisher(model, [[5] * (most - 2)], max_new_tokens=4, max_prompt_length=most)
+    assert estimate_fisher(model, [[5] * (most - 2)], max_new_tokens=2, max_prompt_length=most).prompts == 1
+
+
 def test_empty_prompts():
     model = lora_model("llama")
     with pytest.raises(ValueError, match="prompt"):

@@ -21,8 +21,8 @@ from state import differences, snapshot
 
 from alphatoken_loss import AlphaTokenConfig, Path, make_path
 from alphatoken_loss.batches.read import read_batch
-from alphatoken_loss.directions import follow
 from alphatoken_loss.directions import walk as walk_steps
+from alphatoken_loss.losses import preference
 from alphatoken_loss.models.sites import find_scored
 
 STEPS, RATE = 5, 2e-2
@@ -409,7 +409,7 @@ def test_held_out_rows_without_a_response_token_tell_nothing_of_a_rate(kind):
     rows = held if kind == "rows" else [*held, size + held[0]]
     batch = {**batch, key: batch[key].clone()}
     batch[key][rows] = -100 if kind == "rows" else 0
-    read = follow._with_reference(read_batch(batch), model, None)
+    read = preference.with_reference(model, None, read_batch(batch))
     scored = find_scored(model, "all", "anywhere")
     goal = walk_steps.Goal(model, scored, [read], config_of(), None, None, 2 / size)
     assert len(goal.held_out_losses(dict(scored.parameters))) == 1
@@ -500,7 +500,7 @@ def test_files(tmp_path):
     with pytest.raises(ValueError, match="is not a safetensors file"):
         Path.load(tmp_path / "cut")
     given_fisher(model).save(tmp_path / "fisher")
-    with pytest.raises(ValueError, match=r"is not a saved path: its format is 'alphatoken_loss.fisher"):
+    with pytest.raises(ValueError, match=r"is no saved path: its format is 'alphatoken_loss.fisher"):
         Path.load(tmp_path / "fisher")
 
 
@@ -585,8 +585,8 @@ def test_what_cannot_be():
 def test_a_trial_keeps_no_tensors_and_pairs_meet_their_reference_once(monkeypatch):
     walks, walk, asked = [], walk_steps.Goal.walk, []
     monkeypatch.setattr(walk_steps.Goal, "walk", lambda *args, **kw: walks.append(walk(*args, **kw)) or walks[-1])
-    real = follow.reference_logps
-    monkeypatch.setattr(follow, "reference_logps", lambda *args: asked.append(args[-1].size) or real(*args))
+    real = preference.reference_logps
+    monkeypatch.setattr(preference, "reference_logps", lambda *args: asked.append(args[-1].size) or real(*args))
     model, batches = lora_model("llama", layers=2), [pair_batch("stacked"), pair_batch("stacked_left")]
     found = made(model, batches, path_steps=2, path_rate=None)
     assert len(walks) == 4 and [bool(w.end) for w in walks] == [False] * 3 + [True]

@@ -232,6 +232,9 @@ def test_mistakes_with_optimizers():
     target, fisher, _ = given(model)
     with pytest.raises(ValueError, match=r"SGD keeps no second moment of .*lora_A.*momentum_buffer"):
         alphatoken_weights(model, None, sft_batch(), target=target, fisher=fisher, config=EXACT, optimizer=sgd)
+    adafactor = trained(model, lambda p: torch.optim.Adafactor(p))
+    with pytest.raises(ValueError, match="Adafactor keeps no second moment of"):
+        alphatoken_weights(model, None, sft_batch(), target=target, fisher=fisher, config=EXACT, optimizer=adafactor)
     with pytest.raises(ValueError, match="optimizer was given without a target"):
         alphatoken_weights(model, None, sft_batch(), config=EXACT, optimizer=sgd)
     with pytest.raises(ValueError, match="optimizer was given without a target"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 
@@ -27,6 +28,7 @@ from alphatoken_loss import (
     AlphaTokenSFTConfig,
     AlphaTokenSFTTrainer,
     random_weights,
+    remember_start,
     sft_loss,
 )
 from alphatoken_loss.batches.read import read_batch
@@ -249,6 +251,40 @@ def test_trained_heads(how, monkeypatch):
     loss.backward()
     assert_close(loss.detach(), value, TOL64)
     assert_same_grads(grads_of(model), grads, TOL64)
+
+
+def test_a_head_that_was_trained_and_is_frozen_now(monkeypatch):
+    """The reference's is the one that training started from."""
+    small_chunks(monkeypatch)
+    batch, model = sft_batch("ragged"), lora_model("llama")
+    head = model.get_base_model().lm_head
+    head.weight.requires_grad_(True)
+    sft_loss(model, batch, kl_coef=COEF)  # the start is noted
+    started = copy.deepcopy(model).unload()
+    with torch.no_grad():
+        head.weight.mul_(1.2)
+    head.weight.requires_grad_(False)
+    loss = sft_loss(model, batch, kl_coef=COEF)
+    assert_close(loss.detach(), sft_loss(model, batch, kl_coef=COEF, ref_model=started).detach(), TOL64)
+    moved = copy.deepcopy(model).unload()
+    assert error(loss.detach(), sft_loss(model, batch, kl_coef=COEF, ref_model=moved).detach()) > 1e-3
+
+
+def test_a_reference_is_gone_back_to_once_where_its_head_is_the_models_own(monkeypatch):
+    """Not again for each chunk of rows."""
+    small_chunks(monkeypatch)
+    model, batch, entered = lora_model("llama"), sft_batch("ragged"), []
+    started = copy.deepcopy(model)
+    remember_start(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    real = kl_module.reference_mode
+    monkeypatch.setattr(kl_module, "reference_mode", lambda *args: entered.append(args) or real(*args))
+    loss = sft_loss(model, batch, kl_coef=COEF)
+    assert len(entered) == 1
+    assert_close(loss.detach(), sft_loss(model, batch, kl_coef=COEF, ref_model=started).detach(), TOL64)
 
 
 def test_virtual_tokens():

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import tuning
+from datasets import DatasetDict
 
 import alphatoken_loss
 from alphatoken_loss.__main__ import main
@@ -160,6 +161,26 @@ def test_training_takes_trls_arguments_and_yaml(files, tmp_path, kind):
     assert len(trainer.train_dataset) == 6 and trainer.args.max_steps == 1
     assert main([kind, *argv]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_evaluation_takes_the_test_split(files, tmp_path, kind, capsys):
+    whole = tuning.dpo_data(count=6) if kind == "dpo" else tuning.sft_data(count=6)
+    DatasetDict({"train": whole, "test": whole.select(range(2))}).save_to_disk(tmp_path / "data")
+    argv = ["--model_name_or_path", str(files / "model"), "--use_peft", "--dataset_name", str(tmp_path / "data"),
+            "--target", str(files / "target.jsonl"), "--stability_weight", "0", "--use_cpu", "--bf16", "false",
+            "--max_steps", "1", "--report_to", "none", "--output_dir", str(tmp_path / "out"), "--save_strategy", "no",
+            "--eval_strategy", "steps", "--eval_steps", "1"]  # fmt: skip
+    trainer = build(kind, argv)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (6, 2)
+    trainer.train()
+    assert any("eval_loss" in figures for figures in trainer.state.log_history)
+    assert build(kind, argv[:-4]).eval_dataset is None
+    assert main([kind, *argv, "--dataset_test_split", "judged"]) == 2
+    assert "there is no split 'judged'; there are train, test" in capsys.readouterr().err
+    one = files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl")
+    assert main([kind, *argv, "--dataset_name", str(one)]) == 2
+    assert "is one file, which has no split 'test'" in capsys.readouterr().err
 
 
 def test_mistakes_in_training_arguments(files, capsys):

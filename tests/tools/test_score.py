@@ -659,7 +659,9 @@ def test_a_row_without_tokens_has_no_label(files, tmp_path):
 
 def test_an_output_that_was_killed_before_its_first_file(files, tmp_path):
     (tmp_path / "out" / "scored").mkdir(parents=True)
+    (tmp_path / "out" / ".meta.json-0a1b2c3d.unfinished").touch()
     assert main(arguments(files, tmp_path / "out")) == 0
+    assert not list((tmp_path / "out").rglob("*.unfinished"))
 
 
 def test_the_tokenizer_is_the_named_one_then_the_adapters_then_the_models(files, tmp_path):
@@ -686,6 +688,10 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
     empty, odd, broken = tmp_path / "empty.jsonl", tmp_path / "odd.jsonl", tmp_path / "broken.jsonl"
     empty.write_text("")
     odd.write_text('{"question": "a", "answer": "b"}\n')
+    latin, nothing, uneven = tmp_path / "latin.jsonl", tmp_path / "nothing.jsonl", tmp_path / "uneven.jsonl"
+    latin.write_bytes('{"prompt": "é", "completion": "b"}\n'.encode("latin-1"))
+    nothing.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    uneven.write_text('{"input_ids": [5, 6], "labels": [6]}\n')
     images = tmp_path / "images.jsonl"
     images.write_text('{"prompt": "a", "completion": "b", "images": ["c.png"]}\n')
     broken.write_text('{"prompt": "a", "compl')
@@ -704,7 +710,10 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
         ({"dataset": empty}, "empty.jsonl: the file is empty"),
         ({"dataset": images}, "there is a column images, and only text is valued"),
         ({"dataset": odd}, "the columns are answer, question"),
-        ({"dataset": silent}, "rows 1 to 1 could not be tokenised"),
+        ({"dataset": latin}, "could not be read or tokenised ('utf-8'|could not be read ("),
+        ({"dataset": nothing}, "row 2 has nothing in its column completion"),
+        ({"dataset": uneven}, "row 1 has 2 input_ids and 1 labels"),
+        ({"dataset": silent}, "rows 1 to 1 could not be read or tokenised"),
         ({"dataset": broken}, "could not be read (JSON parse error|could not be read (Failed to load JSON"),
         ({"dataset": files / "fisher.safetensors"}, "name must end in"),
         ({"dataset": tmp_path / "splits"}, "there is no split 'train'"),

@@ -54,6 +54,12 @@ def test_a_formatting_function_is_for_rows_of_the_training_datas_form(target, wa
     assert found == wanted
 
 
+def test_a_formatting_function_of_a_stream(tmp_path):
+    found = texts(trainer_of(tmp_path, QUESTIONS.to_iterable_dataset(), QUESTIONS.select(range(3)), asked))
+    wanted = [asked({"q": r["prompt"], "a": r["completion"]}) + "</s>" for r in rows(3)]
+    assert found == [(text, text) for text in wanted]
+
+
 @pytest.mark.parametrize("column", ["text", "content", None])
 def test_a_text_field_is_the_targets_where_it_has_one(column, tmp_path):
     train = sft_data("text").rename_column("text", "content")

@@ -39,6 +39,7 @@ from alphatoken_loss import (
     AlphaTokenMixin,
     AlphaTokenSFTConfig,
 )
+from alphatoken_loss.selection import SELECTIONS
 from alphatoken_loss.trl import arguments as fields
 from alphatoken_loss.trl import fisher as fisher_of_prompts
 from alphatoken_loss.trl.refused import refuse_what_is_not_modelled
@@ -555,6 +556,34 @@ def test_mixin_on_transformers_trainer(tmp_path):
                 assert error(after - before[name], expected - before[name]) < 1e-4, name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_is_made_when_training_starts(tmp_path):
+    """`model_init`: another model than the one that the trainer was made with."""
+    words = tokenizer()
+    data = [{"input_ids": words(r["prompt"] + r["completion"])["input_ids"]} for r in tuning.rows(12)]
+    data = [{**row, "labels": [-100, -100, *row["input_ids"][2:]]} for row in data]
+    args = PlainArguments(
+        output_dir=str(tmp_path), use_cpu=True, max_steps=2, report_to="none", num_layers=2, target_size=4,
+        fisher_prompts=2, fisher_new_tokens=2, save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    collate = DataCollatorForSeq2Seq(words, label_pad_token_id=-100)
+    trainer = PlainTrainer(
+        model_init=lambda: get_peft_model(base(), lora()), args=args, train_dataset=data, data_collator=collate,
+        processing_class=words,
+    )  # fmt: skip
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first and trainer.alphatoken.model is trainer.model
+    assert 0 < trainer.state.log_history[0]["alphatoken/kept"] < 1
+
+
+def test_a_reference_that_is_no_model(tmp_path):
+    trainer_class = tuning.TRAINERS["sft"][0]
+    with pytest.raises(TypeError, match="ref_model is a str; it must be a model"):
+        trainer_class(base(), args=arguments("sft", tmp_path), train_dataset=sft_data(), ref_model="some/model",
+                      processing_class=tokenizer(), peft_config=lora())  # fmt: skip
+
+
 @dataclass
 class KTOArguments(AlphaTokenArguments, KTOConfig):
     pass
@@ -636,9 +665,11 @@ def test_config_has_every_field_of_the_librarys_own():
         for setting in dataclasses.fields(AlphaTokenConfig):
             (found,) = [f for f in dataclasses.fields(config) if f.name == setting.name]
             assert found.default == setting.default and found.metadata["help"], setting.name
-    own = {f.name for f in dataclasses.fields(AlphaTokenArguments)}
+    own = {f.name: f.metadata.get("help") for f in dataclasses.fields(AlphaTokenArguments)}
+    assert all(own.values()), own
+    assert all(f'`"{name}"`' in own["selection"] for name in SELECTIONS if name != "given")
     for taken in (SFTConfig, DPOConfig, TrainingArguments, KTOConfig, ModelConfig, ScriptArguments):
-        assert not own & {f.name for f in dataclasses.fields(taken)}, taken
+        assert not own.keys() & {f.name for f in dataclasses.fields(taken)}, taken
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.5, 1.0])
@@ -711,6 +742,7 @@ def test_command_line_and_yaml(config, tmp_path):
     ({"rho": 0.0}, "rho is 0.0"),
     ({"num_layers": "some"}, "num_layers is 'some'"),
     ({"target_size": 0}, "target_size is 0"),
+    ({"target_batch_size": 0}, "target_batch_size is 0"),
     ({"fisher_prompts": 0}, "fisher_prompts is 0"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused_with_the_arguments(wrong, message, tmp_path):

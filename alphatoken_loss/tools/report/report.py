@@ -118,7 +118,7 @@ def _history(folder: Path) -> list[dict[str, float]]:
                 state = json.loads(file.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file} is not valid JSON ({error}). Repair or remove it.") from error
-            found.append([f for f in state.get("log_history", []) if "loss" in f])
+            found.append([f for f in state.get("log_history", []) if "loss" in f and "step" in f])
     best: list[dict[str, float]] = max(found, key=lambda log: log[-1]["step"] if log else -1, default=[])
     return sorted(best, key=lambda figures: figures["step"])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import AlphaTokenConfig
+from ...files import sweep
 from ..cli import UserError
 from .parts import META, SCORED, read_meta, write_json
 from .scorer import FISHER, PATH
@@ -82,6 +83,7 @@ def open_output(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str,
     Raises:
         UserError: it was begun otherwise, or is no output of this command.
     """
+    sweep(folder)
     if (folder / META).is_file():
         meta = read_meta(folder)
         names = dict.fromkeys([*meta["inputs"], *inputs])

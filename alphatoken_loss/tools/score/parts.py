@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...batches.batch import IGNORE
+from ...files import write_whole
 from ...selection.thresholds import keep_mask
 from ..cli import UserError, first_line
 from .rows import Row
@@ -172,8 +170,8 @@ def _write_table(path: Path, columns: dict[str, list[Any]], form: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with whole(path) as temporary:
-        pq.write_table(pa.table(columns, schema=_schema(form, scored=True)), temporary)
+    table = pa.table(columns, schema=_schema(form, scored=True))
+    write_whole(path, lambda file: pq.write_table(table, file))
 
 
 def _with_labels(columns: dict[str, list[Any]], form: str, counts: Counter[str]) -> dict[str, list[Any]]:
@@ -184,17 +182,6 @@ def _with_labels(columns: dict[str, list[Any]], form: str, counts: Counter[str])
     return {name: [columns[name][i] for i in rows] for name in _schema(form, scored=False).names}
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write under; the file has its own name only once it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ...batches.batch import IGNORE
 from ..cli import UserError, first_line
@@ -113,21 +114,38 @@ def tokenised(
     import datasets
     from datasets import Dataset
 
-    pairs = form_of(rows, option) == "pairs"
-    # In memory, so that nothing is left in the cache folder of `datasets`.
-    some = Dataset.from_dict(rows.with_format(None)[list(places)], features=rows.features)
+    prepared = _prepared_pairs if form_of(rows, option) == "pairs" else _prepared_sft
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        found = list((_prepared_pairs if pairs else _prepared_sft)(some, tokenizer, assistant_only))
+        # In memory, so that nothing is left in the cache folder of `datasets`.
+        some = Dataset.from_dict(rows.with_format(None)[list(places)], features=rows.features)
+        _check_whole(some, places, option)
+        found = list(prepared(some, tokenizer, assistant_only))
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{option}: rows {places[0] + 1} to {places[-1] + 1} could not be tokenised ({first_line(error)})."
+            f"{option}: rows {places[0] + 1} to {places[-1] + 1} could not be read or tokenised ({first_line(error)})."
         ) from error
     finally:
         if not shown:
             datasets.enable_progress_bars()
     return [tuple(_cut(sequence, max_length) for sequence in row) for row in found]
+
+
+def _check_whole(rows: Dataset, places: Sequence[int], option: str) -> None:
+    columns = set(rows.column_names)
+    forms = {"chosen", "rejected"}, {"input_ids"}, {"prompt", "completion"}, {"messages"}, {"text"}
+    read = next(form for form in forms if form <= columns)  # as `form_of`
+    for number, row in zip(places, rows, strict=True):
+        missing = sorted(name for name in read & row.keys() if row[name] is None)
+        if missing:
+            raise UserError(f"{option}: row {number + 1} has nothing in its column {missing[0]}. Leave the row out.")
+        for name in {"labels", "completion_mask"} & row.keys() if "input_ids" in row else ():
+            if len(row[name]) != len(row["input_ids"]):
+                raise UserError(
+                    f"{option}: row {number + 1} has {len(row['input_ids'])} input_ids and {len(row[name])} {name}. "
+                    "Give one for each token."
+                )
 
 
 def _cut(sequence: Tokens, length: int) -> Tokens:
@@ -177,9 +195,9 @@ def collate(rows: Iterable[Row], pad: int, device: torch.device) -> dict[str, to
             "attention_mask": (0, [[1] * len(s.ids) for s in sequences]),
             "labels": (IGNORE, [s.labels for s in sequences]),
         }
-        longest = max(len(s.ids) for s in sequences)
         for part, (fill, lists) in parts.items():
-            batch[name + part] = torch.tensor([each + [fill] * (longest - len(each)) for each in lists], device=device)
+            padded = pad_sequence([torch.tensor(each, dtype=torch.long) for each in lists], True, fill)
+            batch[name + part] = padded.to(device)
     return batch
 
 

@@ -24,7 +24,6 @@ from ...estimators import estimator_class
 from ...models.structure import causal_lm
 from ...weights import alphatoken_weights
 from ..cli import UserError, first_line
-from .parts import whole
 from .rows import Row, by_length, collate, tokenised
 
 FISHER, PATH = "fisher.safetensors", "path.safetensors"
@@ -38,7 +37,7 @@ class Scorer:
     ) -> None:
         self.args, self.config, self.rows = args, config, rows
         self.device = read_device(args.device)
-        self.tokenizer = load_tokenizer(args)
+        self.tokenizer = load_tokenizer(args.tokenizer, args.adapter, args.model)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self.options = {"max_length": args.max_length, "assistant_only": args.assistant_only_loss}
         self.vocabulary = 0  # not known yet
@@ -133,24 +132,29 @@ class Scorer:
             max_new_tokens=args.fisher_new_tokens,
             seed=args.seed,
         )
-        with whole(path) as temporary:
-            fisher.save(temporary)
+        fisher.save(path)
         return fisher
 
 
-def load_tokenizer(args: argparse.Namespace) -> Any:
-    """The one that was named; else the adapter's own, which knows its template and added tokens; else the model's."""
+def load_tokenizer(named: str | None, adapter: str | None, model: str) -> Any:
+    """The one that was named; else the adapter's own, which knows its template and added tokens; else the model's.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    option, source = "--model", args.model
-    if args.tokenizer is not None:
-        option, source = "--tokenizer", args.tokenizer
-    elif args.adapter is not None and (Path(args.adapter) / "tokenizer_config.json").is_file():
-        option, source = "--adapter", args.adapter
+    option, source = "--model", model
+    if named is not None:
+        option, source = "--tokenizer", named
+    elif adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        option, source = "--adapter", adapter
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{option} {source}: no tokenizer could be loaded ({first_line(error)}).") from error
+        raise UserError(
+            f"{option} {source}: no tokenizer could be loaded ({first_line(error)}). Name one with --tokenizer."
+        ) from error
 
 
 def read_device(name: str | None) -> torch.device:

@@ -13,8 +13,11 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ...files import write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +43,10 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
         field.name: {"feature": {"dtype": str(field.type.value_type), "_type": "Value"}, "_type": "Sequence"}
         for field in schema
     }
+
+
+def _write(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def write_arrow(path: Path, columns: dict[str, list[Any]], schema: pa.Schema) -> None:
@@ -80,6 +87,4 @@ def save_folder(temporary: Path, folder: Path, schema: pa.Schema) -> None:
     os.replace(temporary, folder / TRAIN)
     card, loadable = _CARD_TEXT.format(train=TRAIN, fingerprint=fingerprint), json.dumps({"splits": [TRAIN]})
     for name, text in ((_CARD, card), (_LOADABLE, loadable)):
-        unfinished = folder / f".{name}.tmp"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, folder / name)
+        write_whole(folder / name, partial(_write, text))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..cli import UserError, or_exit
 from ..score.parts import SCORED, read_meta
+from ..score.scorer import load_tokenizer
 from .tokens import TokenMap, show_tokens
 
 
@@ -39,8 +41,6 @@ def show_scored(folder: str | Path, *, start: int = 1, rows: int = 20, tokenizer
     Raises:
         UserError: there are no such rows, or the tokenizer cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     meta = read_meta(folder)
     if meta["state"] != "done":
@@ -48,33 +48,23 @@ def show_scored(folder: str | Path, *, start: int = 1, rows: int = 20, tokenizer
     if start > meta["rows"]:
         raise UserError(f"--start is {start}, and {folder} has {meta['rows']} rows.")
     names = meta["names"]
-    adapter = names["adapter"]
-    beside = adapter if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else None
-    source = tokenizer or names["tokenizer"] or beside or names["model"]
-    try:
-        loaded = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer could be loaded from {source}. Name one with --tokenizer.") from error
+    loaded = load_tokenizer(tokenizer or names["tokenizer"], names["adapter"], names["model"])
     found = _rows(folder, start - 1, rows)
     branches = ("chosen_", "rejected_") if meta["form"] == "pairs" else ("",)
     sequences = [(row[f"{b}input_ids"], row[f"{b}labels"], row[f"{b}token_values"], row[f"{b}response_mask"])
                  for b in branches for row in found]  # fmt: skip
-    longest = max(len(ids) for ids, *_ in sequences)
     ids, labels, values, response = (
-        torch.tensor([list(each[part]) + [fill] * (longest - len(each[part])) for each in sequences])
+        pad_sequence([torch.tensor(each[part], dtype=torch.tensor(fill).dtype) for each in sequences], True, fill)
         for part, fill in enumerate((0, -100, 0.0, 0))
     )
-    batch = {"input_ids": ids, "attention_mask": _lengths(sequences, longest)}
+    real = pad_sequence([torch.ones(len(each[0]), dtype=torch.long) for each in sequences], batch_first=True)
+    batch = {"input_ids": ids, "attention_mask": real}
     if len(branches) > 1:
         batch["completion_mask"] = response
     else:
         batch["labels"] = ids.masked_fill(response == 0, -100)
     title = f"{folder.name}: rows {start} to {start + len(found) - 1}, {json.dumps(meta['selection'])}"
     return show_tokens(loaded, batch, values, weights=(labels != -100).float(), title=title)
-
-
-def _lengths(sequences: list[tuple[Any, ...]], longest: int) -> torch.Tensor:
-    return torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, *_ in sequences])
 
 
 def _rows(folder: Path, start: int, count: int) -> list[dict[str, Any]]:
