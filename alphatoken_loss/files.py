@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-
 _UNFINISHED = ".unfinished"
 
 
