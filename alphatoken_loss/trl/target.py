@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.utils.data import Subset
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..tools.score.rows import prepared_by_trl
 from .columns import tokenised_pairs
 from .running import Running
 
@@ -106,19 +106,19 @@ class TargetRows(Running):
             )
         rows = self._prepare_dataset(dataset, self.processing_class, self.args, "target")
         if len(rows) < len(dataset):
-            self._tell_cut(dataset, rows, self.args, "pairs")
+            self._tell_cut(dataset, rows, "pairs")
         return self._remove_unused_columns(rows, "target") if self.args.remove_unused_columns else rows
 
-    @staticmethod
-    def _tell_cut(dataset: Dataset, rows: Dataset, args: Any, what: str) -> None:
+    def _tell_cut(self, dataset: Dataset, rows: Dataset, what: str) -> None:
         """Warn if some rows have no response token left after truncation.
 
         Raises:
             ValueError: no row has one.
         """
+        mode = getattr(self.args, "truncation_mode", "keep_start")
         cut = (
             f"{len(dataset) - len(rows)} of {len(dataset)} target {what} have no response token within "
-            f"max_length={args.max_length} (truncation_mode={args.truncation_mode!r}) and are left out"
+            f"max_length={self.args.max_length} (truncation_mode={mode!r}) and are left out"
         )
         if not len(rows):
             raise ValueError(f"{cut}, so there is no target. Raise max_length, or pass rows of shorter prompts.")
@@ -135,19 +135,20 @@ class TargetRows(Running):
         formatting, text_field = self._read_as(dataset)
         first = next(iter(dataset))
         completion_only = getattr(self.args, "completion_only_loss", None)
-        reader = SimpleNamespace(
-            _tokenizer=tokenizer,
-            chat_template=getattr(self, "chat_template", None),
-            completion_only_loss="prompt" in first if completion_only is None else completion_only,
+        names = ("dataset_num_proc", "max_length", "assistant_only_loss", "truncation_mode")
+        rows = prepared_by_trl(
+            dataset,
+            tokenizer,
+            answers_only="prompt" in first if completion_only is None else completion_only,
+            about="target",
+            processing=self.processing_class,
+            template=getattr(self, "chat_template", None),
+            formatting=formatting,
+            dataset_text_field=text_field,
+            **{name: getattr(self.args, name) for name in names if hasattr(self.args, name)},
         )
-        names = ("dataset_num_proc", "max_length", "assistant_only_loss")
-        options = {name: getattr(self.args, name, None) for name in names}
-        options["dataset_text_field"] = text_field
-        options["truncation_mode"] = getattr(self.args, "truncation_mode", "keep_start")
-        args = SimpleNamespace(**options, shuffle_dataset=False, use_liger_kernel=False)
-        rows = SFTTrainer._prepare_dataset(reader, dataset, self.processing_class, args, False, formatting, "target")
         if len(rows) < len(dataset):
-            self._tell_cut(dataset, rows, args, "rows")
+            self._tell_cut(dataset, rows, "rows")
         return rows, DataCollatorForLanguageModeling(pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0)
 
 

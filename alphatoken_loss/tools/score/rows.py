@@ -152,25 +152,52 @@ def _cut(sequence: Tokens, length: int) -> Tokens:
     return Tokens(sequence.ids[:length], sequence.response[:length], max(len(sequence.ids) - length, 0))
 
 
-def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
+def prepared_by_trl(
+    rows: Dataset,
+    tokenizer: Any,
+    *,
+    answers_only: bool,
+    about: str,
+    processing: Any = None,
+    template: Any = None,
+    formatting: Any = None,
+    **options: Any,
+) -> Dataset:
+    """Rows in SFT form as TRL's own trainer tokenises them, not packed; by a method of it that is not public.
+
+    Args:
+        answers_only (`bool`): completions alone have labels.
+        about (`str`): what progress bars call the rows.
+        processing (`Any`, *optional*): a processor around the tokenizer.
+        template (`str`, *optional*): the chat template, by default the tokenizer's.
+        formatting (`Callable`, *optional*): makes text of a row.
+        options: arguments of the trainer, where they are not as here.
+    """
     from trl import SFTTrainer
+
+    reader = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=answers_only)
+    args = {
+        "dataset_num_proc": None,
+        "max_length": None,
+        "assistant_only_loss": False,
+        "dataset_text_field": "text",
+        "truncation_mode": "keep_start",
+        "shuffle_dataset": False,
+        "use_liger_kernel": False,  # trl 1.14 asks
+    }
+    given = SimpleNamespace(**{**args, **options})
+    return SFTTrainer._prepare_dataset(reader, rows, processing or tokenizer, given, False, formatting, about)
+
+
+def _prepared_sft(rows: Dataset, tokenizer: Any, assistant_only: bool) -> Iterator[Row]:
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     answers_only = bool({"completion", "completion_mask"} & set(rows.column_names))
     template = None
     if assistant_only and tokenizer.chat_template and not has_generation_markers(tokenizer.chat_template):
         template = get_training_chat_template(tokenizer)  # of the models that TRL knows, as its trainer does
-    reader = SimpleNamespace(_tokenizer=tokenizer, chat_template=template, completion_only_loss=answers_only)
-    args = SimpleNamespace(
-        dataset_num_proc=None,
-        max_length=None,
-        assistant_only_loss=assistant_only,
-        dataset_text_field="text",
-        truncation_mode="keep_start",
-        shuffle_dataset=False,
-        use_liger_kernel=False,  # trl 1.14 asks
-    )
-    for row in SFTTrainer._prepare_dataset(reader, rows, tokenizer, args, False, None, "scored"):
+    given = {"template": template, "assistant_only_loss": assistant_only}
+    for row in prepared_by_trl(rows, tokenizer, answers_only=answers_only, about="scored", **given):
         yield (Tokens(list(row["input_ids"]), [label != IGNORE for label in row["labels"]]),)
 
 
