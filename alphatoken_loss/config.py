@@ -57,6 +57,10 @@ class AlphaTokenConfig:
             What the (1 - rho) quantile, or the root mean square of a soft threshold, is taken over. `"batch"`: all
             response tokens of the micro-batch (for pairs, of each branch). `"sequence"`: those of each sequence.
             `"pair"`, for preferences: a pair counts by the sum of its values, and is kept or dropped whole.
+        smoothing (`int`, *optional*, defaults to 0):
+            Choose tokens by their values averaged with those of this many neighbours on either side (see
+            `selection.thresholds.smoothed`): what leads away from the task comes in runs. With 0, each token is chosen
+            by its own value. Values are reported as they are. Not with `threshold_scope="pair"`.
         target_every (`int`, *optional*, defaults to 1):
             Optimizer steps between two estimates of the target gradient in a training loop, at least 1.
         target_parts (`int`, *optional*, defaults to 4):
@@ -114,6 +118,7 @@ class AlphaTokenConfig:
     threshold: Literal["quantile", "zero", "soft"] = "quantile"
     soft_temperature: float = 1.0
     threshold_scope: Literal["batch", "sequence", "pair"] = "batch"
+    smoothing: int = 0
     target_every: int = 1
     target_parts: int = 4
     target_decay: float | None = 0.5
@@ -164,6 +169,12 @@ class AlphaTokenConfig:
                 'threshold="zero" for its limit, a weight of 0 or 1 by the sign of the value.'
             )
         _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence", "pair"))
+        _check_int("smoothing", self.smoothing, least=0, hint="Use 0 to choose each token by its own value.")
+        if self.smoothing and self.threshold_scope == "pair":
+            raise ValueError(
+                f'smoothing is {self.smoothing}, but with threshold_scope="pair" pairs are kept whole or not, by the '
+                "sum of their values. Set smoothing=0, or another scope."
+            )
         _check_choice("fisher", self.fisher, ("factored", "dense"))
         _check_path(self)
 

@@ -58,12 +58,45 @@ def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch
         return batch.at_labels(batch.rows)
     if config.threshold_scope == "pair":
         return _whole_pairs(values.total, batch, config)
-    groups = _groups(batch, config.threshold_scope)
+    groups, total = _groups(batch, config.threshold_scope), values.total
+    if config.smoothing:
+        total = smoothed(total, groups, batch.segments.roll(1, 1), reach=config.smoothing)
     if config.threshold == "zero":
-        return (groups >= 0) & (values.total >= 0)  # all, where theta is theta*
+        return (groups >= 0) & (total >= 0)  # all, where theta is theta*
     if config.threshold == "soft":
-        return soft_weights(values.total, groups, temperature=config.soft_temperature)
-    return keep_mask(values.total, groups, rho=config.rho)
+        return soft_weights(total, groups, temperature=config.soft_temperature)
+    return keep_mask(total, groups, rho=config.rho)
+
+
+def smoothed(values: torch.Tensor, groups: torch.Tensor, sequences: torch.Tensor, *, reach: int) -> torch.Tensor:
+    """Each token's value with those of its neighbours: what helps and what does harm comes in runs.
+
+    A value v counts as v / (|v| + m), m the mean of |v| in its group, so that no single one decides. Of these the mean
+    is taken over the `reach` places before and behind in the same sequence, with weights that fall from reach + 1 at
+    the token itself to 1. Places that take no part are left out.
+
+    Args:
+        values (`torch.Tensor`): `(B, T)` float.
+        groups (`torch.Tensor`): `(B, T)` int64, see `keep_mask`.
+        sequences (`torch.Tensor`): `(B, T)` int64, the sequence that each token belongs to.
+        reach (`int`): at least 1.
+
+    Returns:
+        `torch.Tensor`: `(B, T)` of the values' dtype, between -1 and 1; 0 where all values of a group are, and wherever
+        `groups` is -1.
+    """
+    taken = groups >= 0
+    scale = _mean_of_group(values.abs(), groups)
+    bounded = (values / (values.abs() + torch.where(scale > 0, scale, 1))).masked_fill(~taken, 0)
+    total, weight = (reach + 1) * bounded, (reach + 1) * taken.to(bounded)
+    for distance in range(1, min(reach, values.shape[1] - 1) + 1):
+        early, late = slice(None, -distance), slice(distance, None)
+        near = (reach + 1 - distance) * (taken[:, early] & taken[:, late] & (sequences[:, early] == sequences[:, late]))
+        total[:, late] += near * bounded[:, early]
+        total[:, early] += near * bounded[:, late]
+        weight[:, late] += near
+        weight[:, early] += near
+    return total / weight.clamp(min=1)
 
 
 def soft_weights(values: torch.Tensor, groups: torch.Tensor, *, temperature: float) -> torch.Tensor:
@@ -80,14 +113,18 @@ def soft_weights(values: torch.Tensor, groups: torch.Tensor, *, temperature: flo
     Returns:
         `torch.Tensor`: `(B, T)` of the values' dtype; 0 wherever `groups` is -1, and 0.5 for a group without values.
     """
-    taken = groups >= 0
-    keys = groups.flatten().clamp(min=0)
-    squares = values.square().masked_fill(~taken, 0).flatten()
-    sums = squares.new_zeros(keys.numel()).scatter_add_(0, keys, squares)
-    counts = squares.new_zeros(keys.numel()).scatter_add_(0, keys, taken.flatten().to(squares))
-    spread = (sums / counts.clamp(min=1)).sqrt()[keys].view_as(values)
+    spread = _mean_of_group(values.square(), groups).sqrt()
     scaled = values / torch.where(spread > 0, spread * temperature, 1.0)
-    return scaled.sigmoid().masked_fill(~taken, 0)
+    return scaled.sigmoid().masked_fill(groups < 0, 0)
+
+
+def _mean_of_group(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """`(B, T)`: for each token the mean over its group."""
+    taken, keys = groups >= 0, groups.flatten().clamp(min=0)
+    summed = values.masked_fill(~taken, 0).flatten()
+    sums = summed.new_zeros(keys.numel()).scatter_add_(0, keys, summed)
+    counts = summed.new_zeros(keys.numel()).scatter_add_(0, keys, taken.flatten().to(summed))
+    return (sums / counts.clamp(min=1))[keys].view_as(values)
 
 
 def _whole_pairs(values: torch.Tensor, batch: Batch, config: AlphaTokenConfig) -> torch.Tensor:

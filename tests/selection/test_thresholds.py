@@ -10,6 +10,9 @@ from batches import pair_batch, response, segments, sft_batch
 from cases import found_values
 from models import lora_model
 
+from alphatoken_loss import AlphaTokenConfig
+from alphatoken_loss.selection import thresholds
+
 
 def groups_of(batch, scope):
     mask = response(batch)
@@ -89,3 +92,69 @@ def test_branches_have_their_own_thresholds():
         kept, number = float(weights[half].sum()), float(mask[half].sum())
         assert kept == math.ceil(number / 2) or kept == math.floor(number / 2) + 1 * (number % 2 == 1)
     assert torch.isfinite(values.total).all()
+
+
+def smoothed_by_hand(total, groups, owner, reach):
+    """One token after the other, in float64."""
+    out, total = torch.zeros(total.shape, dtype=torch.float64), total.double()
+    for group in groups:
+        mean = float(total[group].abs().mean()) if group.any() else 0.0
+        for row, place in group.nonzero().tolist():
+            summed = weights = 0.0
+            for other in range(max(place - reach, 0), min(place + reach + 1, total.shape[1])):
+                if group[row, other] and owner[row, other] == owner[row, place]:
+                    weight, value = reach + 1 - abs(other - place), float(total[row, other])
+                    summed += weight * value / (abs(value) + (mean or 1.0))
+                    weights += weight
+            out[row, place] = summed / weights
+    return out
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("reach", [1, 3, 50])
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("kind", ["right", "left", "ragged", "packed", "stacked"])
+def test_smoothed_values_choose(kind, scope, reach, seed):
+    batch = pair_batch(kind, seed=seed) if kind == "stacked" else sft_batch(kind, seed=seed)
+    options = {"rho": 0.5, "threshold_scope": scope, "seed": seed}
+    weights, values = found_values(lora_model("llama", seed=seed), "llama", batch, smoothing=reach, **options)
+    plain, unchanged = found_values(lora_model("llama", seed=seed), "llama", batch, **options)
+    assert torch.equal(values.total, unchanged.total)  # what is reported is not smoothed
+    groups, owner = groups_of(batch, scope), segments(batch) if kind != "stacked" else torch.zeros_like(weights)
+    smooth, kept = smoothed_by_hand(values.total, groups, owner, reach), torch.zeros_like(weights)
+    for group in (group for group in groups if group.any()):
+        kept[group] = (smooth[group] >= smooth[group].quantile(0.5) - 1e-9).float()
+    assert torch.equal(weights, kept)
+    assert kind == "ragged" or reach == 50 or not torch.equal(weights, plain)  # ragged ones have no neighbours
+
+
+@pytest.mark.parametrize("threshold", ["zero", "soft"])
+def test_smoothing_under_other_thresholds(threshold):
+    batch = sft_batch("right")
+    weights, values = found_values(lora_model("llama"), "llama", batch, threshold=threshold, smoothing=2)
+    smooth = smoothed_by_hand(values.total, groups_of(batch, "batch"), segments(batch), 2)
+    spread = smooth[response(batch)].square().mean().sqrt()
+    expected = (smooth >= 0) if threshold == "zero" else (smooth / spread).sigmoid()
+    assert torch.allclose(weights.double(), expected.double() * response(batch), atol=1e-6)
+
+
+def test_smoothed_values_know_no_scale_and_values_of_zero_stay():
+    torch.manual_seed(0)
+    values, groups = torch.randn(3, 9, dtype=torch.float64), torch.tensor([[0] * 9, [0] * 9, [1] * 7 + [-1] * 2])
+    rows = torch.arange(3)[:, None].expand(3, 9)
+    found = thresholds.smoothed(values, groups, rows, reach=2)
+    assert torch.allclose(found, thresholds.smoothed(values * 1e-7, groups, rows, reach=2))
+    assert float(found.abs().max()) < 1 and not found[2, 7:].any()
+    assert torch.equal(thresholds.smoothed(0 * values, groups, rows, reach=2), 0 * values)
+    alone = thresholds.smoothed(values[:, :1], groups[:, :1], rows[:, :1], reach=2)
+    assert torch.equal(alone.sign(), values[:, :1].sign())
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"smoothing": -1}, "smoothing is -1; it must be an integer of at least 0"),
+    ({"smoothing": 1.5}, "smoothing is 1.5; it must be an integer"),
+    ({"smoothing": 2, "threshold_scope": "pair"}, "pairs are kept whole or not"),
+])  # fmt: skip
+def test_smoothing_that_is_none(given, message):
+    with pytest.raises(ValueError, match=message):
+        AlphaTokenConfig(**given)
