@@ -72,6 +72,7 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
+SMOOTHED = values("path, smoothed, best() else", **{**_PATH, "smoothing": 3})  # chosen by values of neighbours too
 UNMASKED_RENEWED = values("all tokens, theta* renewed, KL to it", **{**_PATH, "rho": 1.0, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
 OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
@@ -100,6 +101,7 @@ def supervised() -> Iterator[Setting]:
     yield values("path, from the base, best() else", **_PATH, path_from="reference")
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield RENEWED
+    yield SMOOTHED
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
     for name in ("EAFT", "STM", "DFT"):
@@ -216,6 +218,7 @@ MAIN = (
     "path, from the base, best() else",
     "path, theta* renewed",
     "path, theta* renewed, best() else",
+    "path, smoothed, best() else",
     "all tokens, from theta*, KL to it",
     "path, best(), rho of the data",
     "path",
@@ -288,6 +291,7 @@ def real_supervised() -> Iterator[Setting]:
     yield Setting("path, best(), KL 0.3 to the base", "values", BEST, kl=0.3)
     yield values("path, KL 0.3, best() else", **{**_PATH, "path_kl": 0.3})
     yield RENEWED
+    yield SMOOTHED
     yield UNMASKED
     yield UNMASKED_RENEWED
     yield OF_DATA

@@ -35,6 +35,7 @@ STYLES = {
     "all tokens, from theta*, KL to it": ("#7755dd", ":"),
     "all tokens, theta* renewed, KL to it": ("#bb99ee", ":"),
     "path, theta* renewed, best() else": ("#7755dd", "--"),
+    "path, smoothed, best() else": ("#3322aa", ":"),
     "path, best()": ("#3311bb", "-"),
     "best(pairs=True)": ("#3311bb", "-"),
 }
@@ -42,6 +43,7 @@ LABELS = {
     "all tokens, from theta*, KL to it": "best() without the mask",
     "all tokens, theta* renewed, KL to it": "best(path_every=20) without the mask",
     "path, theta* renewed, best() else": "best(path_every=20)",
+    "path, smoothed, best() else": "best(smoothing=3)",
     "path, best()": "best()",
 }
 
