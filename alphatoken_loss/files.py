@@ -34,9 +34,10 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what `write_whole` had to leave in a folder when its process was killed."""
-    for file in folder.rglob(f".*{_UNFINISHED}"):
-        file.unlink(missing_ok=True)
+    """Remove what `write_whole` had to leave directly in a folder when its process was killed."""
+    for file in folder.glob(f".*{_UNFINISHED}"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
 
 
 def write_tensors(

@@ -18,7 +18,7 @@ from .directions.estimate import fisher_of_batches
 from .directions.fisher import Fisher
 from .directions.gradients import loss_gradients
 from .directions.path import Path
-from .directions.source import Source
+from .directions.source import Moves, Source
 from .directions.target import Target
 from .estimators import estimator_class
 from .estimators.base import Estimator, Memory, Task
@@ -163,11 +163,15 @@ def weights_by_others(
     """Weights and values of a batch whose sequences are valued by each other, with the source's Fisher."""
     if not bool(batch.rows.any()):
         return torch.zeros(batch.shape, device=batch.labels.device), None
+    check_loss("sigmoid", beta, 0.0)
     Others.of(batch)  # an error before the work
+    if source.drifts and source.ref_model is not None:
+        refuse_other_base(source.model, scored, source.ref_model)
     source.ensure_fisher(scored, batch)
     memory = estimator_class(source.config.estimator).memory(source.config)
-    # A copy, since there is no target whose age would have to be counted.
-    values = _valued(copy.copy(source), memory, scored, batch, beta, apart=False)
+    own = copy.copy(source)
+    own.moves = Moves()  # the gate counts steps
+    values = _valued(own, memory, scored, batch, beta, apart=False)
     return select(values, batch, source.config).float(), values
 
 

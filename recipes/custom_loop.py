@@ -84,9 +84,12 @@ def load_rows(args, corpus):
         return [(row["prompt"], row["completion"]) for row in data["train"].shuffle(seed=args.seed)]
 
     rows = read(args.dataset)
-    clean = rows[: sum(HELD_OUT)] if args.clean is None else read(args.clean)
+    clean = rows[: min(sum(HELD_OUT), len(rows) // 2)] if args.clean is None else read(args.clean)
     target = min(HELD_OUT[0], len(clean) // 2)
-    return rows if args.clean else rows[len(clean) :], clean[:target], clean[target : target + HELD_OUT[1]]
+    parts = rows if args.clean else rows[len(clean) :], clean[:target], clean[target : target + HELD_OUT[1]]
+    if not all(parts):
+        raise SystemExit(f"{len(rows)} rows of --dataset and {len(clean)} clean ones are too few. Give more.")
+    return parts
 
 
 def collate(rows, tokenizer, ending, max_length):

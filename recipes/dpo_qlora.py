@@ -85,7 +85,10 @@ def main(argv=None):
     tokenizer = load_tokenizer(path)
     training, validation, test = load_rows(data, args, corpus, flipped=FLIPPED)
     if args.estimator != "path":  # the others' target is the loss of good answers
-        validation = validation.rename_column("chosen", "completion").remove_columns("rejected")
+        if "prompt" in validation.column_names:
+            validation = validation.rename_column("chosen", "completion").remove_columns("rejected")
+        else:  # conversations with the prompt inside
+            validation = validation.select_columns("chosen").rename_column("chosen", "messages")
     if data.dataset_name is None:
         print("A training pair:", *(f"{name}: {text}" for name, text in training[0].items()), sep="\n")
 

@@ -67,6 +67,8 @@ def parse(config_class, argv, **defaults):
         estimator=first.estimator, bf16=False, **({} if first.rho == not_given else {"rho": first.rho})
     )
     data, args, model = read({**asdict(best.alphatoken_config), "gain_rows": best.gain_rows})
+    if args.resume_from_checkpoint is not None:
+        raise SystemExit("A recipe trains twice, and does not resume. Leave resume_from_checkpoint out.")
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATE_REAL if model.model_name_or_path else LEARNING_RATE
     return data, args, model
@@ -87,6 +89,11 @@ def load_rows(data, args, corpus, *, flipped=0.0):
     local = Path(data.dataset_name).is_file()
     source = {"path": "json", "data_files": data.dataset_name} if local else {"path": data.dataset_name}
     rows = load_dataset(**source, name=data.dataset_config, split=data.dataset_train_split).shuffle(seed=args.seed)
+    if len(rows) <= VALIDATION_ROWS + TEST_ROWS:
+        raise SystemExit(
+            f"{data.dataset_name} has {len(rows)} rows, and {VALIDATION_ROWS} clean ones and {TEST_ROWS} of the test "
+            "are held out of them. Give more."
+        )
     ends = [0, VALIDATION_ROWS, VALIDATION_ROWS + TEST_ROWS, min(VALIDATION_ROWS + TEST_ROWS + wanted, len(rows))]
     validation, test, train = (rows.select(range(start, end)) for start, end in itertools.pairwise(ends))
     return train, validation, test

@@ -139,6 +139,8 @@ def follow(
         walks = [searched.walk(steps or most, each, bar, keep=keep) for each in rates[:tries]]
         to_the_end = bool(steps) and again  # else it may end before, where the loss is lowest
         best = mildest(walks, to_the_end=to_the_end) if walks else Walk(rates[0])
+        if walks:
+            searched.tell_if_useless(best.losses[-1] if to_the_end else min(best.losses))
         if again:
             best = goal.walk(steps or best.turn or most, best.rate, bar, keep="end")
     found = best.end if again else best.lowest

@@ -79,7 +79,7 @@ class Source:
         self._parts: list[list[Batch]] = []
         self._turn = 0  # of the parts
         self._most: int | None = None  # rows of a batch of them
-        self.moves = _Moves()
+        self.moves = Moves()
         self._fitting: Scored | None = None  # what the estimates were last seen to fit
 
     @property
@@ -188,7 +188,7 @@ class Source:
             here = {name: target.gradients[name].to(p.device) for name, p in scored.parameters.items()}
             self.target = Target(here, target.tokens)
         self.age, self._turn = state["age"], state["turn"]
-        self.moves, self._fitting = _Moves(), None
+        self.moves, self._fitting = Moves(), None
 
     def drop_bad_target(self) -> bool:
         """Drop an estimated target if it is not finite, and return whether. The next is made from all batches."""
@@ -227,7 +227,7 @@ class Source:
         self._fitting = scored
 
 
-class _Moves:
+class Moves:
     """Whether the scored parameters have changed since they were last looked at.
 
     Optimizers that write through raw pointers (bitsandbytes) leave version counters alone; then the bits tell.

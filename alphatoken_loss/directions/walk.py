@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,6 +143,17 @@ class Goal:
         if keep == "end":
             walk.end = {name: tensor.detach() for name, tensor in there.items()}
         return walk
+
+    def tell_if_useless(self, loss: float) -> None:
+        """Warn if the held-out rows have no lower loss at theta* than where the path begins."""
+        before = float(self.held_out_losses(self.scored.parameters).sum())
+        if before <= loss < math.inf:  # else nothing is finite, which is an error
+            warnings.warn(
+                f"theta* does not lower the loss of target rows that it was not made of ({before:.3f} before, "
+                f"{loss:.3f} at it): values along the path to it may say nothing. Give more clean rows, or train on "
+                "all tokens (rho=1.0).",
+                stacklevel=5,
+            )
 
     def gradients(self, step: int, there: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradient at `there` of the mean loss of a step's batches, over all processes."""

@@ -67,7 +67,7 @@ class SharedGain:
         if not self.clean > 0:
             return (
                 f"theta* does not lower the loss of clean rows that it was not made of ({self.clean:+.3f} nats a "
-                "token): values along this path would say nothing. Give more clean rows, or a lower path_rate."
+                "token): values along this path would say nothing. Give more clean rows. Keep 1.00."
             )
         low, high = self.interval
         if math.isinf(low) and math.isinf(high):

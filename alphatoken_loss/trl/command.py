@@ -100,11 +100,12 @@ def _rows(script: Any, split: str) -> Any:
 
     from ..tools.score.rows import load_rows
 
-    file = Path(script.dataset_name).is_file()
-    if file and split != script.dataset_train_split:
+    place = Path(script.dataset_name)
+    file = place.is_file()
+    if (file or (place / "state.json").is_file()) and split != script.dataset_train_split:
         raise UserError(
-            f"--dataset_name {script.dataset_name}: is one file, which has no split {split!r} to evaluate. Give a "
-            "folder or a hub id that has one, or leave --eval_strategy out."
+            f"--dataset_name {script.dataset_name}: is one data set, which has no split {split!r} to evaluate. "
+            "Give a folder of splits or a hub id that has one, or leave --eval_strategy out."
         )
     if (script.dataset_config is None and not script.dataset_streaming) or file:
         return load_rows(script.dataset_name, split, "--dataset_name")

@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
 
 from ..config import AlphaTokenConfig
 from ..directions.fisher import Fisher
@@ -101,10 +100,8 @@ class AlphaTokenMixin(GainOfRows, FisherOfPrompts, PathColumn, Checkpoints, Sele
                 f"ref_model is a {type(reference).__name__}; it must be a model. Load it first, with "
                 "AutoModelForCausalLM.from_pretrained."
             )
-        rows = next((v for v in (*args, *kwargs.values()) if isinstance(v, Dataset | IterableDataset)), None)
-        rows = kwargs.get("train_dataset", rows)
-        known = isinstance(rows, Dataset | IterableDataset)
-        self._raw_columns = set(get_dataset_column_names(rows)) if known else None
+        data = kwargs.get("train_dataset"), *args
+        self._raw_rows = next((rows for rows in data if isinstance(rows, Dataset | IterableDataset)), None)
         super().__init__(*args, **kwargs)
         plain = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         if isinstance(self.args, AlphaTokenArguments):

@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.utils.data import Subset
 from trl import DPOTrainer
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..tools.score.rows import prepared_by_trl
@@ -72,7 +73,8 @@ class TargetRows(Running):
         if not len(dataset):
             raise ValueError("target_dataset has no rows. Pass some, or None to hold training rows out.")
         formatting = getattr(self, "_formatting_func", None)
-        if formatting is not None and self._raw_columns is not None and self._raw_columns <= columns:
+        raw = self._raw_rows  # of the training data, before the trainer prepared it
+        if formatting is not None and raw is not None and set(get_dataset_column_names(raw)) <= columns:
             return formatting, "text"
         for known in ({"input_ids"}, {"prompt", "completion"}, {"messages"}, {"conversations"}):
             if known <= columns:

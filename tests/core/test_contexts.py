@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import pair_batch, sft_batch
 from checks import grads_of
-from models import lora_model
+from models import base_model, lora_model
 from peft import LoraConfig
 from state import differences, snapshot
 
@@ -95,6 +95,29 @@ def test_other_parameters_are_scored_than_before(estimator, how):
     if how != "frozen":
         with pytest.raises(ValueError, match=r"make it again|The Fisher (has|covers)"):
             sft_loss(model, batch, fixed).backward()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_without_a_target_the_same_is_checked(estimator):
+    model, config = lora_model("llama"), AlphaTokenConfig(estimator=estimator, num_layers=2)
+    gate = AlphaToken(model, base_model("llama", seed=5).requires_grad_(False), config=config)
+    with pytest.raises(ValueError, match="is not the one that this model's adapter sits on"):
+        sft_loss(model, sft_batch("right"), gate)
+    gate = AlphaToken(model, config=config)
+    for beta in (0.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"beta is .*; it must be positive"), gate(pair_batch(), beta=beta):
+            pass
+
+
+def test_without_a_target_steps_are_counted():
+    model = lora_model("llama")
+    gate = AlphaToken(model, config=AlphaTokenConfig(num_layers=2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for step in range(3):
+        sft_loss(model, sft_batch("right"), gate).backward()
+        assert gate.metrics()["target_age"] == step
+        optimizer.step()
+    assert gate.state_dict()["age"] == gate.state_dict()["age"] == 3
 
 
 def sft_loss_beside(gate, other, batch):

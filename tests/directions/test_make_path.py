@@ -349,7 +349,7 @@ def test_of_rates_that_held_out_rows_cannot_tell_apart_the_mildest_is_taken(hot,
 
 def test_a_rate_at_which_nothing_is_finite_is_not_taken():
     model, batches = lora_model("llama", layers=1), [sft_batch("none", seed=seed) for seed in (1, 2)]
-    walks = _of_rows([float("nan")] * 16 + [3.0] * 16 + [2.0] * 8 + [1.0] + [2.0] * 7)
+    walks = _of_rows([float("nan")] * 16 + [3.0] * 16 + [2.0] * 8 + [1.0] + [2.0] * 7 + [9.0])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("alphatoken_loss.directions.walk.Goal.held_out_losses", lambda self, there: next(walks))
         found = made(model, batches, path_steps=None, path_rate=None)
@@ -360,7 +360,7 @@ def test_a_rate_at_which_nothing_is_finite_is_not_taken():
 
 def test_with_rows_held_out_the_rate_is_that_of_the_lowest_loss():
     model, batches = lora_model("llama", layers=1), [sft_batch("none", seed=seed) for seed in (1, 2)]
-    walks = _of_rows([1.0, 5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 2.0, 3.0, 3.0, 3.0, 3.0])
+    walks = _of_rows([1.0, 5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 2.0, 3.0, 3.0, 3.0, 3.0, 9.0])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("alphatoken_loss.directions.walk.Goal.held_out_losses", lambda self, there: next(walks))
         found = made(model, batches, path_steps=4, path_rate=None, path_holdout=0.3)
@@ -582,6 +582,20 @@ def test_what_cannot_be():
         made(model, cases.validation())
 
 
+def test_a_path_that_does_not_help_rows_it_was_not_made_of(monkeypatch):
+    model, batches = lora_model("llama"), [sft_batch("none", seed=100), sft_batch("ragged", seed=200)]
+    taken = walk_steps.Goal.held_out_losses
+    worse = lambda goal, there: taken(goal, there) + float(there is not goal.scored.parameters)  # noqa: E731
+    monkeypatch.setattr(walk_steps.Goal, "held_out_losses", worse)
+    with pytest.warns(UserWarning, match=r"theta\* does not lower the loss of target rows") as told:
+        make_path(model, batches, config=AlphaTokenConfig(estimator="path", stability_weight=0.0, path_steps=2))
+    assert [warning.filename for warning in told] == [__file__]
+    better = lambda goal, there: taken(goal, there) - float(there is not goal.scored.parameters)  # noqa: E731
+    monkeypatch.setattr(walk_steps.Goal, "held_out_losses", better)
+    make_path(model, batches, config=AlphaTokenConfig(estimator="path", stability_weight=0.0, path_steps=2))
+
+
+@pytest.mark.filterwarnings("ignore:theta")
 def test_a_trial_keeps_no_tensors_and_pairs_meet_their_reference_once(monkeypatch):
     walks, walk, asked = [], walk_steps.Goal.walk, []
     monkeypatch.setattr(walk_steps.Goal, "walk", lambda *args, **kw: walks.append(walk(*args, **kw)) or walks[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -195,6 +196,28 @@ def test_the_custom_loop(given, small_model, tmp_path, monkeypatch, capsys):
     plain = table(capsys.readouterr().out)
     assert plain["share of answer tokens kept"][1] == "1.000" and len(asked) == 1
     assert plain["loss on held-out answers, nats/token"][0] == table(printed)["loss on held-out answers, nats/token"][0]
+
+
+def test_too_few_rows_are_told_of(recipes, tmp_path):
+    import custom_loop
+    import qlora
+
+    from alphatoken_loss import AlphaTokenDPOConfig
+
+    for count, few in ((96, True), (97, False)):
+        rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * count
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        argv = ["--output_dir", str(tmp_path / "out"), "--dataset_name", str(tmp_path / "pairs.jsonl")]
+        data, args, _ = qlora.parse(AlphaTokenDPOConfig, argv)
+        with pytest.raises(SystemExit, match="has 96 rows, and 32 clean") if few else contextlib.nullcontext():
+            assert [len(part) for part in qlora.load_rows(data, args, None)] == [1, 32, 64]
+    with pytest.raises(SystemExit, match="does not resume"):
+        qlora.parse(AlphaTokenDPOConfig, [*argv, "--resume_from_checkpoint", "last"])
+    for count, parts in ((150, [75, 32, 43]), (1, None)):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tuning.rows(count)))
+        given = argparse.Namespace(dataset=str(tmp_path / "rows.jsonl"), clean=None, seed=0, steps=1, batch_size=1)
+        with pytest.raises(SystemExit, match="are too few") if parts is None else contextlib.nullcontext():
+            assert [len(part) for part in custom_loop.load_rows(given, None)] == parts
 
 
 def test_muon_in_float32(recipes):

@@ -178,9 +178,10 @@ def test_evaluation_takes_the_test_split(files, tmp_path, kind, capsys):
     assert build(kind, argv[:-4]).eval_dataset is None
     assert main([kind, *argv, "--dataset_test_split", "judged"]) == 2
     assert "there is no split 'judged'; there are train, test" in capsys.readouterr().err
-    one = files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl")
-    assert main([kind, *argv, "--dataset_name", str(one)]) == 2
-    assert "is one file, which has no split 'test'" in capsys.readouterr().err
+    whole.save_to_disk(tmp_path / "one")
+    for one in (files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl"), tmp_path / "one"):
+        assert main([kind, *argv, "--dataset_name", str(one)]) == 2
+    assert "is one data set, which has no split 'test'" in capsys.readouterr().err
 
 
 def test_mistakes_in_training_arguments(files, capsys):

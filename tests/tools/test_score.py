@@ -661,7 +661,25 @@ def test_an_output_that_was_killed_before_its_first_file(files, tmp_path):
     (tmp_path / "out" / "scored").mkdir(parents=True)
     (tmp_path / "out" / ".meta.json-0a1b2c3d.unfinished").touch()
     assert main(arguments(files, tmp_path / "out")) == 0
+    assert main(arguments(files, tmp_path / "out")) == 0  # and what it left is gone
     assert not list((tmp_path / "out").rglob("*.unfinished"))
+
+
+def test_a_folder_of_others_is_left_alone(files, tmp_path, capsys):
+    theirs = tmp_path / "taken" / ".thesis.txt.unfinished"
+    theirs.parent.mkdir()
+    theirs.touch()
+    assert main(arguments(files, tmp_path / "taken")) == 2 and theirs.is_file()
+    assert "is no output of this command" in capsys.readouterr().err
+
+
+def test_columns_that_are_not_read_may_hold_anything(files, tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "input_ids": [5], "labels": None}] * 3
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(files, tmp_path / "pairs", dataset=tmp_path / "pairs.jsonl")) == 0
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "completion_mask": None}] * 3
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(files, tmp_path / "ids", dataset=tmp_path / "ids.jsonl")) == 0
 
 
 def test_the_tokenizer_is_the_named_one_then_the_adapters_then_the_models(files, tmp_path):

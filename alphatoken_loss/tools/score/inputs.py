@@ -83,12 +83,13 @@ def open_output(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str,
     Raises:
         UserError: it was begun otherwise, or is no output of this command.
     """
-    sweep(folder)
     if (folder / META).is_file():
         meta = read_meta(folder)
         names = dict.fromkeys([*meta["inputs"], *inputs])
         differ = [typed(name) for name in names if meta["inputs"].get(name) != inputs.get(name)]
         if not differ:
+            for place in (folder, folder / SCORED):
+                sweep(place)
             return meta
         if any((folder / SCORED).glob("part-*.parquet")):
             raise UserError(
@@ -97,7 +98,7 @@ def open_output(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str,
             )
         for name in (FISHER, PATH):
             (folder / name).unlink(missing_ok=True)  # of a run that ended before it wrote a part, by a mistake say
-    elif folder.exists() and (not folder.is_dir() or any(file for file in folder.rglob("*") if file.is_file())):
+    elif folder.exists() and (not folder.is_dir() or any(map(_is_users, folder.rglob("*")))):
         raise UserError(f"--output {folder} exists and is no output of this command. Give another folder.")
     packages = ("alphatoken-loss", "torch", "transformers", "peft", "trl")
     meta = {"state": "scoring", "inputs": inputs, **about, "versions": {}}
@@ -107,6 +108,11 @@ def open_output(folder: Path, inputs: dict[str, Any], **about: Any) -> dict[str,
     (folder / SCORED).mkdir(parents=True, exist_ok=True)
     write_json(folder / META, meta)
     return meta
+
+
+def _is_users(file: Path) -> bool:
+    """Whether it is no file of this command: one that was killed before its first has left a part of that alone."""
+    return file.is_file() and not file.name.startswith(f".{META}-")
 
 
 def typed(name: str) -> str:

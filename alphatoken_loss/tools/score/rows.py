@@ -136,16 +136,18 @@ def _check_whole(rows: Dataset, places: Sequence[int], option: str) -> None:
     columns = set(rows.column_names)
     forms = {"chosen", "rejected"}, {"input_ids"}, {"prompt", "completion"}, {"messages"}, {"text"}
     read = next(form for form in forms if form <= columns)  # as `form_of`
+    beside = next((name for name in ("labels", "completion_mask") if name in columns), "")
+    if read == {"input_ids"} and beside:
+        read = {"input_ids", beside}
     for number, row in zip(places, rows, strict=True):
         missing = sorted(name for name in read & row.keys() if row[name] is None)
         if missing:
             raise UserError(f"{option}: row {number + 1} has nothing in its column {missing[0]}. Leave the row out.")
-        for name in {"labels", "completion_mask"} & row.keys() if "input_ids" in row else ():
-            if len(row[name]) != len(row["input_ids"]):
-                raise UserError(
-                    f"{option}: row {number + 1} has {len(row['input_ids'])} input_ids and {len(row[name])} {name}. "
-                    "Give one for each token."
-                )
+        if beside in read and len(row[beside]) != len(row["input_ids"]):
+            raise UserError(
+                f"{option}: row {number + 1} has {len(row['input_ids'])} input_ids and {len(row[beside])} {beside}. "
+                "Give one for each token."
+            )
 
 
 def _cut(sequence: Tokens, length: int) -> Tokens:
