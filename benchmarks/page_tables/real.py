@@ -6,7 +6,7 @@ import statistics
 
 from results import load
 from worlds.real_report import chosen_rates
-from worlds.settings import OF_DATA, RENEWED, UNMASKED
+from worlds.settings import OF_DATA, RENEWED, SMOOTHED, UNMASKED
 from worlds.tables import Run, Runs, final, paired, run_of, spread
 
 from .base import markdown, table
@@ -17,6 +17,7 @@ BEST, NOISY = "path, best()", "nl2bash, boilerplate"
 BEFORE = "path, best(), theta* of the lowest loss"  # up to commit 6d269b7; of seed 2 the rule takes the same theta*
 TITLES = {
     **PATHS,
+    "random half": "a random half of the tokens",
     "path, from theta*": "path, begun at theta*, no KL",
     BEFORE: "`best()` before: theta* at the rate of the lowest held-out loss",
 }
@@ -80,6 +81,23 @@ def real_boilerplate_seeds() -> str:
 def real_boilerplate_renewed() -> str:
     """The preset with theta* renewed on the way, minus each other."""
     return against(RENEWED.name, HOT, TITLES, FIGURES, "real", NOISY)
+
+
+@table
+def real_boilerplate_smoothed() -> str:
+    """The preset with smoothed values, minus each other."""
+    return against(SMOOTHED.name, HOT, TITLES, FIGURES, "real", NOISY)
+
+
+@table
+def real_smoothed_kept() -> str:
+    """What the mask keeps at the hot rate, with values smoothed and as they are."""
+    runs = [run for run in load("real")["results"] if run["world"] == NOISY and run["lr"] in HOT]
+    rows = []
+    for name in (SMOOTHED.name, BEST):
+        for seed, run in sorted((run["seed"], run) for run in runs if run["name"] == name):
+            rows.append([TITLES[name], str(seed), *(f"{share:.2f}" for share in run["kept"].values())])
+    return markdown(["share kept of", "seed", *runs[0]["kept"]], rows, "real")
 
 
 @table
