@@ -40,7 +40,7 @@ from qlora import (
 )
 from tiny_lm import chosen_answers, pieces, print_table, read_corpus, tiny_lm
 from transformers import set_seed
-from trl import get_peft_config
+from trl import get_peft_config, maybe_extract_prompt
 
 from alphatoken_loss import AlphaTokenDPOConfig, AlphaTokenDPOTrainer, dpo_loss
 
@@ -85,10 +85,8 @@ def main(argv=None):
     tokenizer = load_tokenizer(path)
     training, validation, test = load_rows(data, args, corpus, flipped=FLIPPED)
     if args.estimator != "path":  # the others' target is the loss of good answers
-        if "prompt" in validation.column_names:
-            validation = validation.rename_column("chosen", "completion").remove_columns("rejected")
-        else:  # conversations with the prompt inside
-            validation = validation.select_columns("chosen").rename_column("chosen", "messages")
+        validation = validation.map(maybe_extract_prompt)  # which conversations may hold inside
+        validation = validation.rename_column("chosen", "completion").remove_columns("rejected")
     if data.dataset_name is None:
         print("A training pair:", *(f"{name}: {text}" for name, text in training[0].items()), sep="\n")
 
