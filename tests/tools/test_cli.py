@@ -178,6 +178,12 @@ def test_evaluation_takes_the_test_split(files, tmp_path, kind, capsys):
     assert build(kind, argv[:-4]).eval_dataset is None
     assert main([kind, *argv, "--dataset_test_split", "judged"]) == 2
     assert "there is no split 'judged'; there are train, test" in capsys.readouterr().err
+    data = files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl")
+    (tmp_path / "mixed.yaml").write_text(f"datasets:\n- path: json\n  data_files: {data}\n")
+    assert main([kind, *argv, "--config", str(tmp_path / "mixed.yaml")]) == 2
+    assert "datasets: there is no split 'test'; there are train" in capsys.readouterr().err
+    trainer = build(kind, [*argv, "--config", str(tmp_path / "mixed.yaml"), "--test_split_size", "0.4"])
+    assert len(trainer.train_dataset) + len(trainer.eval_dataset) == 6 and len(trainer.eval_dataset)
     whole.save_to_disk(tmp_path / "one")
     for one in (files / ("pairs.jsonl" if kind == "dpo" else "rows.jsonl"), tmp_path / "one"):
         assert main([kind, *argv, "--dataset_name", str(one)]) == 2
