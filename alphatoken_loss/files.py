@@ -33,6 +33,11 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def save_text(path: str | Path, text: str) -> Path:
+    """Write a text in UTF-8, with its line ends as they are; whole or not at all."""
+    return write_whole(path, lambda file: file.write_bytes(text.encode("utf-8")))
+
+
 def sweep(folder: Path) -> None:
     """Remove what `write_whole` had to leave directly in a folder when its process was killed."""
     for file in folder.glob(f".*{_UNFINISHED}"):

@@ -50,10 +50,8 @@ class Selecting(Running):
     def _values(self, token_weights: Any, *unused: Any) -> bool:
         """Whether tokens are chosen by their values; where not, a warning of what only these need."""
         valued = token_weights is None and self._checked_selection().valued
-        if (
-            "messages" in (getattr(self._raw_rows, "column_names", None) or ())
-            and getattr(self.args, "assistant_only_loss", None) is False
-        ):
+        columns = getattr(self._raw_rows, "column_names", None) or ()  # of a stream they may not be known
+        if "messages" in columns and getattr(self.args, "assistant_only_loss", None) is False:
             logger.warning(
                 "The training data has messages, of which all turns are trained on and valued, those of users too. Set "
                 "assistant_only_loss=True for the assistant's alone."

@@ -27,7 +27,7 @@ from alphatoken_loss import (
     sft_loss,
     shared_gain,
 )
-from alphatoken_loss.files import write_whole
+from alphatoken_loss.files import save_text
 
 from .real_data import flipped
 from .rivals import RULES, answer_logps, at_labels, base_of, pair_loss, self_weighted_loss, stm
@@ -157,7 +157,7 @@ class _Run:
             with self.world.autocast():
                 make_path(self.model, target, fisher=fisher, config=config, progress=False).save(file)
             took = json.dumps(time.perf_counter() - started)
-            write_whole(times, lambda part: part.write_text(took))
+            save_text(times, took)
         else:
             self.begun -= json.loads(times.read_text())
         return Path.load(file)
@@ -167,7 +167,7 @@ class _Run:
         file = self.world.kept("before", [self.start, self.world.identity(), asdict(self.plan)], "json")
         if not file.is_file():
             found = json.dumps(whole(self.model))
-            write_whole(file, lambda part: part.write_text(found))
+            save_text(file, found)
         return json.loads(file.read_text())
 
     def last_exam(self) -> Exam | None:

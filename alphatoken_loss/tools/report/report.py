@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ...batches.read import read_batch
+from ...files import save_text
 from ...values import TokenValues
 from ..arguments import REPORT_FILE
 from ..cli import or_exit
 from ..show.charts import CHART_STYLE, Line, chart
-from ..show.page import escape, page, save_text, visible
+from ..show.page import escape, page, visible
 from ..show.spans import decode
 from ..show.tokens import WORDS, show_tokens
 from .samples import FOLDER, METRICS_FILE, Sample, read_log, read_samples

@@ -12,7 +12,7 @@ import torch
 
 from ...batches.batch import IGNORE, Batch
 from ...batches.read import read_batch
-from ...files import read_tensors, write_tensors, write_whole
+from ...files import read_tensors, save_text, write_tensors
 from ...gate import AlphaToken
 from ...values import TokenValues
 
@@ -132,7 +132,7 @@ class SampleWriter:
         log = self.folder / METRICS_FILE
         if log.is_file():
             lines = "".join(json.dumps(figures) + "\n" for figures in read_log(log) if figures["step"] <= step and step)
-            write_whole(log, lambda file: file.write_text(lines, encoding="utf-8"))
+            save_text(log, lines)
 
 
 def read_samples(run_dir: str | Path) -> Iterator[Sample]:

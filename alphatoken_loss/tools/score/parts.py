@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...batches.batch import IGNORE
-from ...files import write_whole
+from ...files import save_text, write_whole
 from ...selection.thresholds import keep_mask
 from ..cli import UserError, first_line
 from .rows import Row
@@ -183,5 +183,4 @@ def _with_labels(columns: dict[str, list[Any]], form: str, counts: Counter[str])
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    save_text(path, json.dumps(content, indent=2) + "\n")

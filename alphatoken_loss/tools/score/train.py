@@ -13,11 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import write_whole
+from ...files import save_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,10 +42,6 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
         field.name: {"feature": {"dtype": str(field.type.value_type), "_type": "Value"}, "_type": "Sequence"}
         for field in schema
     }
-
-
-def _write(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def write_arrow(path: Path, columns: dict[str, list[Any]], schema: pa.Schema) -> None:
@@ -87,4 +82,4 @@ def save_folder(temporary: Path, folder: Path, schema: pa.Schema) -> None:
     os.replace(temporary, folder / TRAIN)
     card, loadable = _CARD_TEXT.format(train=TRAIN, fingerprint=fingerprint), json.dumps({"splits": [TRAIN]})
     for name, text in ((_CARD, card), (_LOADABLE, loadable)):
-        write_whole(folder / name, partial(_write, text))
+        save_text(folder / name, text)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from pathlib import Path
-
-from ...files import write_whole
 
 _JOINERS = "\u200c\u200d"  # emoji and several scripts are spelled with them
 
@@ -55,10 +52,6 @@ def page(title: str, body: str) -> str:
         f"<title>{html.escape(visible(title))}</title>\n<style>{PAGE_STYLE}{STYLE}</style>\n</head>\n<body>\n"
         f"{body}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
-
-
-def save_text(path: str | Path, text: str) -> Path:
-    return write_whole(path, lambda file: file.write_bytes(text.encode("utf-8")))
 
 
 # Blue and orange are told apart by all common kinds of colour vision; --v in [-1, 1] is a token's share of the scale.

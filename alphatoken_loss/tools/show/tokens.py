@@ -13,8 +13,9 @@ import torch
 
 from ...batches.batch import Batch
 from ...batches.read import read_batch
+from ...files import save_text
 from ...values import TokenValues
-from .page import SCRIPT, STYLE, escape, page, picture, save_text
+from .page import SCRIPT, STYLE, escape, page, picture
 from .spans import Span, Token, TokenRow, spans_of
 
 WORDS = {
