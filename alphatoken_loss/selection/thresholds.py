@@ -68,7 +68,14 @@ def select(values: TokenValues, batch: Batch, config: AlphaTokenConfig) -> torch
     return keep_mask(total, groups, rho=config.rho)
 
 
-def smoothed(values: torch.Tensor, groups: torch.Tensor, sequences: torch.Tensor, *, reach: int) -> torch.Tensor:
+def smoothed(
+    values: torch.Tensor,
+    groups: torch.Tensor,
+    sequences: torch.Tensor,
+    *,
+    reach: int,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Each token's value with those of its neighbours: what helps and what does harm comes in runs.
 
     A value v counts as v / (|v| + m), m the mean of |v| in its group, so that no single one decides. Of these the mean
@@ -80,13 +87,14 @@ def smoothed(values: torch.Tensor, groups: torch.Tensor, sequences: torch.Tensor
         groups (`torch.Tensor`): `(B, T)` int64, see `keep_mask`.
         sequences (`torch.Tensor`): `(B, T)` int64, the sequence that each token belongs to.
         reach (`int`): at least 1.
+        scale (`torch.Tensor`, *optional*): m, where it is that of more than these values; broadcasts to `(B, T)`.
 
     Returns:
         `torch.Tensor`: `(B, T)` of the values' dtype, between -1 and 1; 0 where all values of a group are, and wherever
         `groups` is -1.
     """
     taken = groups >= 0
-    scale = _mean_of_group(values.abs(), groups)
+    scale = _mean_of_group(values.abs(), groups) if scale is None else scale
     bounded = (values / (values.abs() + torch.where(scale > 0, scale, 1))).masked_fill(~taken, 0)
     total, weight = (reach + 1) * bounded, (reach + 1) * taken.to(bounded)
     for distance in range(1, min(reach, values.shape[1] - 1) + 1):

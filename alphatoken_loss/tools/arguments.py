@@ -81,6 +81,9 @@ def _selection(group: Any) -> None:
         default="sequence",
         help="keep that share of each sequence, or of all tokens of the data set (of each branch, for pairs)",
     )
+    group.add_argument(
+        "--smoothing", type=int, default=0, help="neighbours on either side by whose values tokens are chosen too"
+    )
 
 
 def _show(parser: argparse.ArgumentParser) -> None:

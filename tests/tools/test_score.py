@@ -273,6 +273,49 @@ def test_a_run_only_goes_on_with_what_it_began(files, output, tmp_path, capsys):
 # ------------------------------------------------------------------------------------ selecting again
 
 
+@pytest.mark.parametrize("scope", ["sequence", "dataset"])
+def test_labels_by_values_of_neighbours_too(scope, output, tmp_path):
+    """What the docstring of `smoothed` says, place by place."""
+    before = scored(output)
+    inside = [[i for i, x in enumerate(row["response_mask"]) if x and i] for row in before]
+    every = [abs(row["token_values"][i]) for row, places in zip(before, inside, strict=True) for i in places]
+    judged = []
+    for row, places in zip(before, inside, strict=True):
+        values = {i: row["token_values"][i] for i in places}
+        group = every if scope == "dataset" else [abs(value) for value in values.values()]
+        scale = sum(group) / len(group) if group else 1.0
+        bounded = {i: value / (abs(value) + scale) for i, value in values.items()}
+        near = [{j: 3 - abs(i - j) for j in places if abs(i - j) <= 2} for i in places]
+        judged.append([sum(w * bounded[j] for j, w in some.items()) / sum(some.values()) for some in near])
+    least = torch.tensor([value for some in judged for value in some]).quantile(0.7)
+    arguments = ["--rho", "0.3", "--threshold-scope", scope, "--smoothing", "2", "--output", str(tmp_path / "made")]
+    assert main(["reselect", str(output), *arguments]) == 0
+    plain = scored(reselect(output, rho=0.3, threshold_scope=scope, output=tmp_path / "plain"))
+    found = scored(tmp_path / "made")
+    for row, places, values in zip(found, inside, judged, strict=True):
+        bound = least if scope == "dataset" else torch.tensor(values or [0.0]).quantile(0.7)
+        kept = [i for i, value in zip(places, values, strict=True) if value >= bound - 1e-6]
+        assert [i for i, label in enumerate(row["labels"]) if label != -100] == kept
+    assert [row["labels"] for row in found] != [row["labels"] for row in plain]
+    assert [row["token_values"] for row in found] == [row["token_values"] for row in before]
+    end = {"sequence": "", "dataset": "-dataset"}[scope]
+    folder = reselect(tmp_path / "made", rho=0.3, threshold_scope=scope, smoothing=1)
+    assert folder.name == f"made-rho0.3{end}-smoothing1"
+
+
+def test_labels_of_before_smoothing_are_those_without_it(output, tmp_path):
+    """An output whose `meta.json` does not tell of it yet."""
+    folder = reselect(output, rho=0.4, output=tmp_path / "out")
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["selection"].pop("smoothing") == 0
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert reselect(folder, rho=0.4, output=folder) == folder
+    with pytest.raises(UserError, match=r"rho 0.4 by sequence and smoothing 0 already"):
+        reselect(folder, rho=0.4, smoothing=1, output=folder)
+    with pytest.raises(ValueError, match="smoothing is -1"):
+        reselect(folder, rho=0.4, smoothing=-1)
+
+
 def test_other_labels_need_no_second_scoring(files, output, tmp_path, monkeypatch, capsys):
     for name in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(scoring, name, lambda *args: pytest.fail("a model was loaded"))
@@ -292,7 +335,7 @@ def test_other_labels_need_no_second_scoring(files, output, tmp_path, monkeypatc
     train, meta = load_from_disk(again)["train"], json.loads((again / "meta.json").read_text())
     labels = [row["labels"] for row in rows if any(label != -100 for label in row["labels"])]
     assert train["labels"][:] == labels and meta["rows_without_labels"] == 11 - len(labels) > 0
-    assert meta["selection"] == {"rho": 0.2, "threshold_scope": "dataset"}
+    assert meta["selection"] == {"rho": 0.2, "threshold_scope": "dataset", "smoothing": 0}
     capsys.readouterr()
     assert main(["score", "--reselect", str(output), "--output", str(folder)]) == 2
     assert "not empty" in capsys.readouterr().err
@@ -310,7 +353,8 @@ def test_labels_do_not_change_in_place(files, output, capsys):
     ):
         assert main(argv) == 2
         err = capsys.readouterr().err
-        assert "has labels for rho 0.5 by sequence already" in err and f"alphatoken reselect {output}" in err
+        assert "has labels for rho 0.5 by sequence and smoothing 0 already" in err
+        assert f"alphatoken reselect {output}" in err
     assert reselect(output, rho=0.5, output=output) == output
     assert content(output) == before
 

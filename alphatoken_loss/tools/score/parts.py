@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 
 from ...batches.batch import IGNORE
 from ...files import save_text, write_whole
-from ...selection.thresholds import keep_mask
+from ...selection.thresholds import keep_mask, smoothed
 from ..cli import UserError, first_line
 from .rows import Row
 from .train import close_folder, save_folder, write_arrow
@@ -26,10 +27,27 @@ _AGAIN = "Delete it and run the command that made it again, which makes this par
 
 _COUNTS = ("response_tokens", "kept_tokens", "rows_without_labels", "sequences_cut", "tokens_cut")
 _OTHER_LABELS = (
-    "{folder}: has labels for rho {rho} by {threshold_scope} already. They are not changed in place: Axolotl and other "
-    "tools keep what they have prepared under a hash of the configuration, in which the folder's name stands and not "
-    "its content, and would train on the old labels. Write another folder: alphatoken reselect {folder} --rho {new}."
+    "{folder}: has labels for rho {rho} by {threshold_scope} and smoothing {smoothing} already. They are not changed in "
+    "place: Axolotl and other tools keep what they have prepared under a hash of the configuration, in which the "
+    "folder's name stands and not its content, and would train on the old labels. Write another folder: alphatoken "
+    "reselect {folder} --rho {new}."
 )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens are kept, by their values.
+
+    Args:
+        rho (`float`): share of response tokens to keep, in (0, 1].
+        threshold_scope (`str`): `"sequence"`, that share of each sequence, or `"dataset"`, of all tokens (of each
+            branch, for pairs).
+        smoothing (`int`): neighbours on either side whose values count too, see `AlphaTokenConfig`.
+    """
+
+    rho: float
+    threshold_scope: str = "sequence"
+    smoothing: int = 0
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -41,7 +59,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def write_part(path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, rho: float, form: str) -> None:
+def write_part(
+    path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, chosen: Selection, form: str
+) -> None:
     columns: dict[str, list[Any]] = {"row": list(range(start, start + len(rows)))}
     for branch, prefix in enumerate(_prefixes(form)):
         sequences = [row[branch] for row, _ in rows]
@@ -51,7 +71,7 @@ def write_part(path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: in
         columns[f"{prefix}token_values"] = [value.tolist() for value in values]
         columns[f"{prefix}response_mask"] = [[int(inside) for inside in s.response] for s in sequences]
         columns[f"{prefix}cut_tokens"] = [s.cut for s in sequences]
-    _relabel(columns, form, rho, {}, Counter())
+    _relabel(columns, form, chosen, {}, Counter())
     _write_table(path, columns, form)
 
 
@@ -66,31 +86,42 @@ def _valued(response: torch.Tensor) -> torch.Tensor:
     return valued
 
 
-def _kept(values: torch.Tensor, response: torch.Tensor, rho: float) -> torch.Tensor:
+def _judged(
+    values: torch.Tensor, response: torch.Tensor, reach: int, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(T,)`: what the tokens of a sequence are chosen by."""
+    if not reach:
+        return values
+    groups = torch.where(_valued(response), 0, -1)[None]
+    return smoothed(values[None], groups, torch.zeros_like(groups), reach=reach, scale=scale)[0]
+
+
+def _kept(judged: torch.Tensor, response: torch.Tensor, rho: float) -> torch.Tensor:
     groups = torch.where(_valued(response), 0, -1)
-    return keep_mask(values[None], groups[None], rho=rho)[0]
+    return keep_mask(judged[None], groups[None], rho=rho)[0]
 
 
 def _labels(ids: torch.Tensor, response: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return ids.masked_fill(~(response & kept), IGNORE)
 
 
-def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: str) -> Path:
-    """Labels for `rho` in every part, the folder that trainers load, and `meta.json`.
+def finish(source: Path, folder: Path, meta: dict[str, Any], chosen: Selection) -> Path:
+    """Labels of the tokens chosen so in every part, the folder that trainers load, and `meta.json`.
 
     Raises:
         UserError: `folder` has other labels already, or parts are missing, or no label is left.
     """
-    selection = {"rho": rho, "threshold_scope": scope}
     if folder == source and meta["state"] == "done":
-        if meta["selection"] == selection:
+        there = Selection(**meta["selection"])
+        if there == chosen:
             return folder
-        raise UserError(_OTHER_LABELS.format(folder=folder, **meta["selection"], new=rho))
+        raise UserError(_OTHER_LABELS.format(folder=folder, **asdict(there), new=chosen.rho))
     (folder / SCORED).mkdir(parents=True, exist_ok=True)
     write_json(folder / META, {**meta, "state": "selecting", "of": str(source)})
     close_folder(folder)  # while labels change, the folder does not load
     parts = sorted((source / SCORED).glob("part-*.parquet"))
-    thresholds = {p: _threshold(parts, p, rho) for p in _prefixes(meta["form"])} if scope == "dataset" else {}
+    by_all = chosen.threshold_scope == "dataset"
+    thresholds = {p: _threshold(parts, p, chosen) for p in _prefixes(meta["form"])} if by_all else {}
     counts = Counter(dict.fromkeys(_COUNTS, 0))  # zeros stay, to be reported
     temporary = folder / ".train.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -98,7 +129,7 @@ def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: 
     for number, part in enumerate(parts):
         columns = _read_columns(part, _schema(meta["form"], scored=True).names)
         counts["rows"] += len(columns["row"])
-        _relabel(columns, meta["form"], rho, thresholds, counts)
+        _relabel(columns, meta["form"], chosen, thresholds, counts)
         _write_table(folder / SCORED / part.name, columns, meta["form"])
         rows = _with_labels(columns, meta["form"], counts)
         name = f"data-{number:05d}-of-{len(parts):05d}.arrow"
@@ -108,24 +139,30 @@ def finish(source: Path, folder: Path, meta: dict[str, Any], rho: float, scope: 
     if not counts["kept_tokens"]:
         raise UserError(f"{source}: no row has a response token left, so there is nothing to train on (--max-length?).")
     save_folder(temporary, folder, _schema(meta["form"], scored=False))
-    write_json(folder / META, {**meta, "state": "done", "selection": selection, **counts})
+    write_json(folder / META, {**meta, "state": "done", "selection": asdict(chosen), **counts})
     return folder
 
 
-def _threshold(parts: list[Path], prefix: str, rho: float) -> float:
-    """The smallest value that is kept, of all response tokens of a branch."""
-    found = []
+def _threshold(parts: list[Path], prefix: str, chosen: Selection) -> tuple[float, torch.Tensor]:
+    """Of all response tokens of a branch: the smallest value that is kept, and the mean of |value|."""
+    sequences = []
     for part in parts:
         columns = _read_columns(part, [f"{prefix}token_values", f"{prefix}response_mask"])
         for values, response in zip(*columns.values(), strict=True):
-            found.append(torch.tensor(values)[_valued(torch.tensor(response, dtype=torch.bool))])
-    values = torch.cat(found)
-    kept = keep_mask(values[None], torch.zeros(1, len(values), dtype=torch.long), rho=rho)[0]
-    return float(values[kept].min()) if len(values) else math.inf
+            sequences.append((torch.tensor(values), torch.tensor(response, dtype=torch.bool)))
+    scale = torch.cat([values[_valued(response)] for values, response in sequences]).abs().mean()
+    found = [_judged(values, response, chosen.smoothing, scale)[_valued(response)] for values, response in sequences]
+    judged = torch.cat(found)
+    kept = keep_mask(judged[None], torch.zeros(1, len(judged), dtype=torch.long), rho=chosen.rho)[0]
+    return float(judged[kept].min()) if len(judged) else math.inf, scale
 
 
 def _relabel(
-    columns: dict[str, list[Any]], form: str, rho: float, thresholds: dict[str, float], counts: Counter[str]
+    columns: dict[str, list[Any]],
+    form: str,
+    chosen: Selection,
+    thresholds: dict[str, tuple[float, torch.Tensor]],
+    counts: Counter[str],
 ) -> None:
     for prefix in _prefixes(form):
         labels = []
@@ -133,9 +170,10 @@ def _relabel(
         for ids, values, mask in zip(*(columns[name] for name in names), strict=True):
             response, value = torch.tensor(mask, dtype=torch.bool), torch.tensor(values)
             if prefix in thresholds:
-                kept = _valued(response) & (value >= thresholds[prefix])
+                least, scale = thresholds[prefix]
+                kept = _valued(response) & (_judged(value, response, chosen.smoothing, scale) >= least)
             else:
-                kept = _kept(value, response, rho)
+                kept = _kept(_judged(value, response, chosen.smoothing), response, chosen.rho)
             counts["response_tokens"] += int(_valued(response).sum())
             counts["kept_tokens"] += int(kept.sum())
             labels.append(_labels(torch.tensor(ids), response, kept).tolist())

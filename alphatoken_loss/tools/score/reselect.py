@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...config import AlphaTokenConfig
 from ..cli import UserError, or_exit
-from .parts import META, finish, read_meta
+from .parts import META, Selection, finish, read_meta
 
 
 @or_exit()
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0, or 2 for a user's mistake."""
-    folder = reselect(args.folder, rho=args.rho, threshold_scope=args.threshold_scope, output=args.output)
+    folder = reselect(args.folder, **selection_of(args), output=args.output)
     print(report(folder, read_meta(folder)))
     return 0
+
+
+def selection_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says of a `Selection`."""
+    return {name: getattr(args, name) for name in Selection.__dataclass_fields__}
 
 
 def reselect(
@@ -25,50 +31,52 @@ def reselect(
     *,
     rho: float,
     threshold_scope: str = "sequence",
+    smoothing: int = 0,
     output: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Make the labels of a scored data set anew from its stored values, without a model.
 
     Args:
         path: a finished output of `alphatoken score`.
-        rho (`float`): share of response tokens to keep, in (0, 1].
-        threshold_scope (`str`): `"sequence"`, that share of each sequence, or `"dataset"`, of all tokens (of each
-            branch, for pairs).
-        output: folder to write; by default `path` with `-rho` and the share at its end.
+        rho, threshold_scope, smoothing: see `Selection`.
+        output: folder to write; by default `path` with `-rho`, the share and what else is asked
+            for at its end.
 
     Returns:
         `Path`: the folder that was written.
 
     Raises:
         UserError: `path` is no finished output; `output` is `path` and has other labels; or it is not empty.
-        ValueError: `rho` or `threshold_scope` is not allowed.
+        ValueError: `rho`, `threshold_scope` or `smoothing` is not allowed.
 
     Example:
         >>> reselect("scored", rho=0.3)
         PosixPath('scored-rho0.3')
     """
-    AlphaTokenConfig(rho=rho)
+    AlphaTokenConfig(rho=rho, smoothing=smoothing)
     if threshold_scope not in ("sequence", "dataset"):
         raise ValueError(f"threshold_scope is {threshold_scope!r}; it must be 'sequence' or 'dataset'.")
+    chosen = Selection(rho, threshold_scope, smoothing)
     source = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
     meta = read_meta(source)
     if meta["state"] == "scoring":
         raise UserError(f"{source}: scoring was interrupted. Run its command again first.")
     end = f"-rho{rho:g}" + ("-dataset" if threshold_scope == "dataset" else "")
+    end += f"-smoothing{smoothing}" if smoothing else ""
     folder = source.with_name(source.resolve().name + end) if output is None else Path(output)
     if folder.resolve() == source.resolve():
         folder = source
-    elif _made_from(folder, meta, {"rho": rho, "threshold_scope": threshold_scope}):
+    elif _made_from(folder, meta, chosen):
         return folder
     elif folder.exists() and any(folder.iterdir()) and not _begun_from(folder, source):
         raise UserError(f"--output {folder}: the folder exists and is not empty.")
-    return finish(source, folder, meta, rho, threshold_scope)
+    return finish(source, folder, meta, chosen)
 
 
-def _made_from(folder: Path, meta: dict[str, Any], selection: dict[str, Any]) -> bool:
+def _made_from(folder: Path, meta: dict[str, Any], chosen: Selection) -> bool:
     """Whether this folder has that selection of the same values already."""
     there = read_meta(folder) if (folder / META).is_file() else {}
-    expected = {"state": "done", "selection": selection, "inputs": meta["inputs"]}
+    expected = {"state": "done", "selection": asdict(chosen), "inputs": meta["inputs"]}
     return all(there.get(name) == value for name, value in expected.items())
 
 
