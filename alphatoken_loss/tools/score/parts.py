@@ -27,8 +27,8 @@ _AGAIN = "Delete it and run the command that made it again, which makes this par
 
 _COUNTS = ("response_tokens", "kept_tokens", "rows_without_labels", "sequences_cut", "tokens_cut")
 _OTHER_LABELS = (
-    "{folder}: has labels for rho {rho} by {threshold_scope} and smoothing {smoothing} already. They are not changed in "
-    "place: Axolotl and other tools keep what they have prepared under a hash of the configuration, in which the "
+    "{folder}: has labels for rho {rho} by {threshold_scope} and smoothing {smoothing} already. They are not changed "
+    "in place: Axolotl and other tools keep what they have prepared under a hash of the configuration, in which the "
     "folder's name stands and not its content, and would train on the old labels. Write another folder: alphatoken "
     "reselect {folder} --rho {new}."
 )
