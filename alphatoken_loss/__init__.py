@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .directions.follow import make_path
     from .directions.path import Path
     from .directions.target import Target, target_gradient
-    from .gate import AlphaToken
+    from .gate.alphatoken import AlphaToken
     from .losses.dpo import dpo_loss
     from .losses.sft import sft_loss
     from .models.start import remember_start
@@ -64,7 +64,7 @@ __all__ = [
 # Name -> its module, imported when it is first asked for: torch and transformers take seconds, and `alphatoken --help`
 # needs neither.
 _WHERE = {
-    "AlphaToken": "gate",
+    "AlphaToken": "gate.alphatoken",
     "AlphaTokenArguments": "trl.arguments",
     "AlphaTokenConfig": "config",
     "AlphaTokenDPOConfig": "trl.arguments",

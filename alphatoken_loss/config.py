@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .checks import check_choice, check_int, is_number
 from .estimators import ESTIMATORS, estimator_class
 
 if TYPE_CHECKING:
@@ -136,46 +137,46 @@ class AlphaTokenConfig:
     path_start: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_number(self.rho) or not 0.0 < self.rho <= 1.0:
+        if not is_number(self.rho) or not 0.0 < self.rho <= 1.0:
             raise ValueError(
                 f"rho is {self.rho!r}; it is the share of response tokens to train on and must be in (0, 1]. "
                 "Use rho=1.0 to keep every token."
             )
-        if not _is_number(self.stability_weight) or not 0.0 <= self.stability_weight < float("inf"):
+        if not is_number(self.stability_weight) or not 0.0 <= self.stability_weight < float("inf"):
             raise ValueError(
                 f"stability_weight is {self.stability_weight!r}; it must be a finite number of at least 0. "
                 "Use 0 to value tokens by the target alone."
             )
         if self.num_layers is not None and self.num_layers != "all":
-            _check_int("num_layers", self.num_layers, least=1, hint='Use "all" to score every block.')
-        _check_int("causal_window", self.causal_window, least=0, hint="Use 0 to switch the causal terms off.")
-        _check_int("target_every", self.target_every, least=1, hint="Use 1 to estimate it before every step.")
-        _check_int("target_parts", self.target_parts, least=1, hint="Use 1 to take the whole target each time.")
-        if self.target_decay is not None and not (_is_number(self.target_decay) and 0 <= self.target_decay < 1):
+            check_int("num_layers", self.num_layers, least=1, hint='Use "all" to score every block.')
+        check_int("causal_window", self.causal_window, least=0, hint="Use 0 to switch the causal terms off.")
+        check_int("target_every", self.target_every, least=1, hint="Use 1 to estimate it before every step.")
+        check_int("target_parts", self.target_parts, least=1, hint="Use 1 to take the whole target each time.")
+        if self.target_decay is not None and not (is_number(self.target_decay) and 0 <= self.target_decay < 1):
             raise ValueError(
                 f"target_decay is {self.target_decay!r}; it is the share that a running average of the target keeps at "
                 "each estimate and must be in [0, 1). Use None to estimate from the whole target each time."
             )
-        _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
-        if self.difference_rms is not None and not (_is_number(self.difference_rms) and 0 < self.difference_rms <= 1):
+        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        if self.difference_rms is not None and not (is_number(self.difference_rms) and 0 < self.difference_rms <= 1):
             raise ValueError(
                 f"difference_rms is {self.difference_rms!r}; it is the relative change that the nudge makes to the "
                 "last hidden state and must be in (0, 1]. Use None for the default of the compute precision."
             )
-        _check_choice("threshold", self.threshold, ("quantile", "zero", "soft"))
-        if not _is_number(self.soft_temperature) or not 0 < self.soft_temperature < float("inf"):
+        check_choice("threshold", self.threshold, ("quantile", "zero", "soft"))
+        if not is_number(self.soft_temperature) or not 0 < self.soft_temperature < float("inf"):
             raise ValueError(
                 f"soft_temperature is {self.soft_temperature!r}; it must be a finite number above 0. Use "
                 'threshold="zero" for its limit, a weight of 0 or 1 by the sign of the value.'
             )
-        _check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence", "pair"))
-        _check_int("smoothing", self.smoothing, least=0, hint="Use 0 to choose each token by its own value.")
+        check_choice("threshold_scope", self.threshold_scope, ("batch", "sequence", "pair"))
+        check_int("smoothing", self.smoothing, least=0, hint="Use 0 to choose each token by its own value.")
         if self.smoothing and self.threshold_scope == "pair":
             raise ValueError(
                 f'smoothing is {self.smoothing}, but with threshold_scope="pair" pairs are kept whole or not, by the '
                 "sum of their values. Set smoothing=0, or another scope."
             )
-        _check_choice("fisher", self.fisher, ("factored", "dense"))
+        check_choice("fisher", self.fisher, ("factored", "dense"))
         _check_path(self)
 
     @classmethod
@@ -252,39 +253,25 @@ def read_config(config: AlphaTokenConfig | None) -> AlphaTokenConfig:
     return config or AlphaTokenConfig()
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-
-
-def _check_int(name: str, value: object, *, least: int, hint: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}. {hint}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
-
-
 def _check_path(config: AlphaTokenConfig) -> None:
     for name, hint in (("path_steps", "Use None for the default."), ("path_every", "Use None to make it once.")):
         if getattr(config, name) is not None:
-            _check_int(name, getattr(config, name), least=1, hint=hint)
-    _check_int("path_renewal_steps", config.path_renewal_steps, least=1, hint="Use path_every=None for no renewal.")
+            check_int(name, getattr(config, name), least=1, hint=hint)
+    check_int("path_renewal_steps", config.path_renewal_steps, least=1, hint="Use path_every=None for no renewal.")
     for name in ("path_rate", "path_renewal_rate", "path_beta"):
         value = getattr(config, name)
-        if not (value is None and name == "path_rate") and not (_is_number(value) and 0 < value < float("inf")):
+        if not (value is None and name == "path_rate") and not (is_number(value) and 0 < value < float("inf")):
             raise ValueError(f"{name} is {value!r}; it must be a finite number above 0.")
     for name in ("path_likelihood", "path_kl"):
         value = getattr(config, name)
-        if not _is_number(value) or not 0 <= value < float("inf"):
+        if not is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value!r}; it must be a finite number of at least 0. Use 0 for none.")
-    if not _is_number(config.path_holdout) or not 0 <= config.path_holdout < 1:
+    if not is_number(config.path_holdout) or not 0 <= config.path_holdout < 1:
         raise ValueError(
             f"path_holdout is {config.path_holdout!r}; it is the share of each target batch that is held out and "
             "must be in [0, 1). Use 0 to hold out nothing."
         )
-    _check_choice("path_from", config.path_from, ("present", "reference"))
+    check_choice("path_from", config.path_from, ("present", "reference"))
     if not isinstance(config.path_start, bool):
         raise ValueError(f"path_start is {config.path_start!r}; it must be True or False.")
     for name in ("path_kl", "path_start", "path_every", "path_from"):

@@ -88,9 +88,10 @@ def alphatoken_weights(
 ) -> torch.Tensor | tuple[torch.Tensor, TokenValues]:
     """Value every response token of a batch and keep the top `rho` share (arXiv 2606.01635, Eq. 12).
 
-    The forward has no graph but that of norm, head and loss. The last K blocks then run again, one at a time and
-    without dropout, and the gradient goes back through them. Gradients, hooks, modes and the random state are left as
-    they were, also when an error is raised.
+    The forward runs without dropout, and has no graph but that of norm, head and loss. What the gradient at the gate is
+    then turned into values by is the estimator's: the ghost runs the last K blocks again, one at a time; the others
+    compare with a second forward. Gradients, hooks, modes and the random state are left as they were, also when an
+    error is raised.
 
     Args:
         model (`nn.Module`): causal LM with LoRA adapters, or with linears that are trained themselves.
@@ -100,8 +101,8 @@ def alphatoken_weights(
             preference pairs (stacked with `completion_mask`, chosen first, or separate `chosen_*` / `rejected_*`).
         target (`Target` or batches, *optional*): the validation gradient. By default the other sequences of the batch
             stand in for the validation set; for pairs, the chosen answers of the other pairs.
-        fisher (`Fisher`, *optional*): the reference's Fisher. By default estimated on this one batch, from labels
-            drawn from the reference's own predictions.
+        fisher (`Fisher`, *optional*): the reference's Fisher. By default estimated on this one batch (for
+            `estimator="path"`, on the target batches), from labels drawn from the reference's own predictions.
         config (`AlphaTokenConfig`, *optional*): settings; by default `AlphaTokenConfig()`.
         optimizer (`torch.optim.Optimizer`, *optional*): the Adam in training. Values are then those of the step that it
             takes, not of a step along the gradient (directions/preconditioning.py). Needs a target.
@@ -113,11 +114,13 @@ def alphatoken_weights(
         return_values (`bool`): return `(weights, TokenValues)`.
 
     Returns:
-        `torch.Tensor`: `(B, T)` float32, 1 for tokens that are kept and 0 elsewhere, aligned with the labels. For
-        `chosen_*` / `rejected_*` keys, stacked with the chosen answers first.
+        `torch.Tensor`: `(B, T)` float32, aligned with the labels: 1 for tokens that are kept and 0 elsewhere; with
+        `threshold="soft"` between 0 and 1. For `chosen_*` / `rejected_*` keys, stacked with the chosen answers first.
+        With `return_values`, these and the `TokenValues`.
 
     Raises:
-        ValueError: the batch, the model's adapters, the target or the Fisher do not fit; the message says what to do.
+        ValueError: the batch, the model's adapters, the target or the Fisher do not fit, or beta is not a number above
+            0; the message says what to do.
         FloatingPointError: values are not finite; the message names the layer.
 
     Example:
@@ -134,7 +137,9 @@ def alphatoken_weights(
     scored = find_scored(model, config.scored_layers, config.scope)
     if not bool(read.rows.any()):
         nothing = torch.zeros(read.shape, device=read.labels.device)
-        return (nothing, TokenValues(*[nothing] * 8)) if return_values else nothing
+        terms = estimator_class(config.estimator).terms
+        values = TokenValues(nothing.clone(), **{name: nothing.clone() for name in terms})
+        return (nothing, values) if return_values else nothing
     given: dict[str, Any] = {"target": target, "fisher": fisher, "optimizer": optimizer}
     source = Source(model, ref_model, config=config, path=path, **given)
     if ref_model is not None:
@@ -161,13 +166,15 @@ def weights_by_others(
     scored: Scored, batch: Batch, source: Source, beta: float
 ) -> tuple[torch.Tensor, TokenValues | None]:
     """Weights and values of a batch whose sequences are valued by each other, with the source's Fisher."""
-    if not bool(batch.rows.any()):
-        return torch.zeros(batch.shape, device=batch.labels.device), None
     check_loss("sigmoid", beta, 0.0)
-    Others.of(batch)  # an error before the work
+    empty = not bool(batch.rows.any())
+    if not empty:
+        Others.of(batch)  # an error before the work
     if source.drifts and source.ref_model is not None:
         refuse_other_base(source.model, scored, source.ref_model)
-    source.ensure_fisher(scored, batch)
+    source.ensure_fisher(scored, batch)  # of all processes' batches: one without a response takes part
+    if empty:
+        return torch.zeros(batch.shape, device=batch.labels.device), None
     memory = estimator_class(source.config.estimator).memory(source.config)
     own = copy.copy(source)
     own.moves = Moves()  # the gate counts steps

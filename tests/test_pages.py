@@ -183,6 +183,17 @@ def test_every_public_name_is_in_the_reference():
         assert f"::: alphatoken_loss.{name}\n" in reference, name
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in alphatoken_loss.__all__ if inspect.isfunction(getattr(alphatoken_loss, name))]
+)
+def test_every_argument_of_a_public_function_is_described(name):
+    function = getattr(alphatoken_loss, name)
+    told = inspect.getdoc(function)
+    _, _, described = told.partition("Args:")
+    for argument in inspect.signature(function).parameters:
+        assert "See `" in told or re.search(rf"\b{argument}\b[^\n]*:", described), argument
+
+
 def test_a_stale_page_is_found(monkeypatch, tmp_path, capsys):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- table: demo -->\n| old |\n<!-- /table -->\nbehind\n")

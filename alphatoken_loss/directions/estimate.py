@@ -158,7 +158,8 @@ def estimate_fisher(
     """Estimate the reference's diagonal Fisher over the scored layers, once before training (Eq. 5).
 
     Completions are sampled from the reference itself (adapters off, or the adapter "ref", or `ref_model`); then each
-    sampled token's squared gradient is accumulated by going back through the last K blocks only.
+    sampled token's squared gradient is accumulated by going back through the last K blocks only. Trained parameters
+    other than linears' and LoRA's, which the difference and path estimators score, take a backward of each sequence.
 
     Args:
         model (`nn.Module`): the model to be trained.
@@ -166,11 +167,13 @@ def estimate_fisher(
             with the tokenizer's chat template. With `generate=False`: SFT batches (mappings with `input_ids`,
             `labels`), whose response labels are drawn anew from the reference's own predictions.
         tokenizer: needed for strings and conversations; gives the padding and end-of-sequence ids.
+        ref_model (`nn.Module`, *optional*): the reference, if it is a model of its own.
         config (`AlphaTokenConfig`, *optional*): its `estimator`, `num_layers` and `fisher` are used.
         batch_size (`int`): prompts sampled together.
         max_new_tokens (`int`): sampled tokens per prompt at most.
         max_prompt_length (`int`): of a longer prompt the last so many tokens are used.
         temperature (`float`): of sampling; 1 is what Eq. 5 asks for.
+        generate (`bool`): sample completions; with False, take batches, see `prompts`.
         seed (`int`): makes sampling reproducible; the global random state is left as it was.
         progress (`bool`): show a progress bar.
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
+from ..models.processes import all_counts
 from ..models.reference import refuse_itself
 from ..models.sites import Scored
 from ..models.start import Start, adopt_start, resume_start, see_start, start_of
@@ -76,8 +77,8 @@ class Source:
         self.drifts = config.stability_weight > 0
         self.age = 0
         self.estimated = False
-        self._parts: list[list[Batch]] = []
-        self._turn = 0  # of the parts
+        self._slices: list[list[Batch]] = []
+        self._turn = 0  # of the slices
         self._most: int | None = None  # rows of a batch of them
         self.moves = Moves()
         self._fitting: Scored | None = None  # what the estimates were last seen to fit
@@ -120,7 +121,7 @@ class Source:
             if self.drift_fisher is not None or self.needs_fisher:
                 refuse_other_base(self.model, scored, self.ref_model)
         try:
-            self._parts = in_parts(self.batches or [], self.config.target_parts)
+            self._slices = in_parts(self.batches or [], self.config.target_parts)
         except (TypeError, ValueError) as error:
             error.args = (f"A batch of the target: {error}",)
             raise
@@ -136,7 +137,7 @@ class Source:
             return
         self._most = rows
         self.batches = self.batches and _at_most(map(read_batch, self.batches), rows)
-        self._parts = [_at_most(part, rows) for part in self._parts]
+        self._slices = [_at_most(part, rows) for part in self._slices]
 
     def directions(self, scored: Scored, batch: Batch) -> Parts:
         """The directions for the next forward. Before, a target that is old enough is estimated anew."""
@@ -153,8 +154,8 @@ class Source:
             batches = [batch.chosen()]
             if self.batches is not None:
                 batches = [part.chosen() for part in self.target_batches(scored)]
-            elif not bool(batch.rows.any()):
-                return  # nothing to value, and nothing to estimate from
+            elif not any(all_counts([int(batch.rows.any())], batch.labels.device)):
+                return  # nothing to value in any process, and nothing to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)
             self.estimated = True
@@ -211,7 +212,7 @@ class Source:
             held = self.target
             if not self._turn:  # the first is from all parts, but counts as a later one, from one part
                 held = Target(held.gradients, held.tokens / self.config.target_parts)  # on every process alike
-            part = self._parts[self._turn % len(self._parts)] if self._parts else []
+            part = self._slices[self._turn % len(self._slices)] if self._slices else []
             self.target = held.averaged(estimate_target(self.model, scored, part), decay)
             self._turn += 1
         self.age = 0  # not before: if estimating fails, the next try makes it

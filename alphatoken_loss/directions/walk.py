@@ -79,7 +79,7 @@ def mildest(walks: Sequence[Walk], *, to_the_end: bool) -> Walk:
     return best
 
 
-ROWS = 8  # rows (pairs) in each process that a step is taken on at least, if there are so many
+STEP_ROWS = 8  # rows (pairs) in each process that a step is taken on at least, if there are so many
 
 
 class Goal:
@@ -198,7 +198,7 @@ class Goal:
 def unpacked(batches: Sequence[Batch]) -> list[Batch]:
     """Batches with a response token; of packed ones, batches of their sequences: a row is what is held out, and
     counted."""
-    parts = [part for batch in batches for part in batch.unpacked(ROWS)]
+    parts = [part for batch in batches for part in batch.unpacked(STEP_ROWS)]
     return [part for part in parts if bool(part.rows.any())]
 
 
@@ -235,11 +235,11 @@ def apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Bat
 
 
 def _grouped(batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Neighbours together, until they are `ROWS` rows: how many rows run together does not decide what a step is."""
+    """Neighbours together, until they are `STEP_ROWS` rows: how many run together does not decide what a step is."""
     groups: list[list[Batch]] = []
-    rows = ROWS
+    rows = STEP_ROWS
     for batch in batches:
-        if rows >= ROWS:
+        if rows >= STEP_ROWS:
             groups.append([])
             rows = 0
         groups[-1].append(batch)

@@ -44,7 +44,15 @@ def check_weights_finite(scored: Scored) -> None:
 
 
 class Memory:
-    """What an estimator keeps from batch to batch. This default keeps nothing."""
+    """What an estimator keeps from batch to batch. This default keeps nothing.
+
+    Attributes:
+        kl (`float`): weight of a KL to the estimator's own second forward of each batch (`Estimator.compared`).
+        keeps_all (`bool`): values would choose nothing, and are needed for nothing else: they are not made.
+    """
+
+    kl = 0.0
+    keeps_all = False
 
     def __init__(self, config: AlphaTokenConfig) -> None:
         self.config = config
@@ -69,11 +77,16 @@ class Memory:
         """
         return source.directions(scored, batch)
 
-    def enter(self, source: Source, scored: Scored) -> None:
-        """A training forward is about to run."""
+    def begin(self, source: Source, scored: Scored, batch: Batch, *, valued: bool) -> Parts:
+        """A training forward is about to run: what `prepare` gives, if it is to be valued or compared."""
+        if valued:
+            return self.prepare(source, scored, batch)
+        source.count(scored)
+        return {}
 
-    def begin(self, source: Source, scored: Scored, batch: Batch) -> None:
-        """The same, of a batch whose weights are known and for which nothing else is prepared."""
+    def early(self, source: Source) -> bool:
+        """Whether an estimator with `in_forward` must have this forward's values at the gate (`Task.early`)."""
+        return True
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         return {}
@@ -134,6 +147,7 @@ class Estimator(ABC):
             its hidden state has passed the gate (`forward_values`). Such an estimator has a target of its own, in its
             `Memory`.
         memory: the class of its memory.
+        terms: what it reports beside the total where they are asked for apart, see `TokenValues`.
         seen (`bool`): whether its forward has run.
         seconds (`float`): time spent inside that forward; the gate measures the backward.
     """
@@ -144,6 +158,7 @@ class Estimator(ABC):
     values_others: ClassVar[bool] = False
     in_forward: ClassVar[bool] = False
     memory: ClassVar[type[Memory]] = Memory
+    terms: ClassVar[tuple[str, ...]] = ("adaptation", "stability")
     seconds: float = 0.0
 
     def __init__(self, task: Task) -> None:

@@ -25,8 +25,8 @@ from ..models import tensors
 from ..models.decoder import Call, DecoderForward
 from ..models.tensors import accumulation_dtype
 from .base import Task
-from .changes import ByChange, not_finite
-from .steps import LONGEST, Steps
+from .by_change import ByChange, not_finite
+from .nudges import LONGEST, Nudges
 
 
 class Difference(ByChange):
@@ -34,13 +34,13 @@ class Difference(ByChange):
 
     scope = "anywhere"
     gate = "decoder"
-    memory = Steps
+    memory = Nudges
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self.scored, self.batch = task.scored, task.batch
-        assert isinstance(task.memory, Steps)
-        self.steps = task.memory
+        assert isinstance(task.memory, Nudges)
+        self.nudges = task.memory
         self.forward = DecoderForward(task.model, task.batch, task.scored.parameters, training=task.training)
 
     @property
@@ -75,7 +75,7 @@ class Difference(ByChange):
         found = {}
         for part, direction in self.directions.items():
             norm = tensors.length_of(direction)
-            if part not in self.steps.length:
+            if part not in self.nudges.length:
                 if norm == 0:
                     continue  # zero, as the drift before the first step
                 hidden = self.forward.again(call, {}) if hidden is None else hidden
@@ -83,7 +83,7 @@ class Difference(ByChange):
                 if tried is not None:
                     found[part] = tried
             else:
-                eps = self.steps.length[part] / torch.where(norm == 0, 1.0, norm)
+                eps = self.nudges.length[part] / torch.where(norm == 0, 1.0, norm)
                 found[part] = self._nudge(call, part, eps), eps
         self.seconds += time.perf_counter() - started
         return found
@@ -100,7 +100,7 @@ class Difference(ByChange):
         """Find the first step's length by trying; find none if the nudge reaches no response token."""
         if not norm.isfinite():
             raise FloatingPointError(not_finite(part))
-        wanted = self.steps.effect_wanted(self.forward.decoder, self.scored.device)
+        wanted = self.nudges.effect_wanted(self.forward.decoder, self.scored.device)
         size = tensors.length_of({name: p.detach().to(norm.dtype) for name, p in self.scored.parameters.items()})
         size = torch.where(size > 0, size, 1.0)
         length, longest = wanted * size, LONGEST * size
@@ -113,7 +113,7 @@ class Difference(ByChange):
             if not effect > 0 or (length == longest and effect < wanted / 8):
                 return None
             length = (length * (wanted / effect).clamp(1e-4, 1e4)).minimum(longest)
-        self.steps.length[part], self.steps.longest[part] = eps * norm, longest
+        self.nudges.length[part], self.nudges.longest[part] = eps * norm, longest
         return nudged, eps
 
     def _effect(self, hidden: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -124,8 +124,8 @@ class Difference(ByChange):
         return (changed / whole).sqrt()
 
     def _measure(self, hidden: torch.Tensor, nudged: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        wanted = self.steps.effect_wanted(self.forward.decoder, self.scored.device)
+        wanted = self.nudges.effect_wanted(self.forward.decoder, self.scored.device)
         for part, (moved, eps) in nudged.items():
             change = hidden - moved
-            self.steps.learn(part, self._effect(hidden, change), wanted)
+            self.nudges.learn(part, self._effect(hidden, change), wanted)
             self.changes[part] = change, eps

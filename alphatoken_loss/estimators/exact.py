@@ -21,7 +21,7 @@ from ..models.changes import Changes
 from ..models.modes import walked_once, without_noise
 from ..models.replay import Capture, capturing
 from .base import Task
-from .changes import ByChange
+from .by_change import ByChange
 from .forward_mode import forward_mode
 
 

@@ -25,6 +25,9 @@ class Ghost(Estimator):
     layers = 3
     scope = "lora"
     values_others = True
+    terms = (
+        "adaptation", "stability", "direct_target", "causal_target", "direct_drift", "causal_drift", "grad_norm",
+    )  # fmt: skip
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)

@@ -42,6 +42,7 @@ from .base import Estimator, Memory, Task, check_weights_finite
 
 _PART = "path"
 _APPLIED = "applied"  # in the state: whether training has begun at theta*
+_MADE = ("steps", "base", "rate")  # there too: the path's other fields
 COLUMN = "path_logps"  # of a batch: the labels' log-probabilities at theta*, (B, T)
 
 
@@ -52,6 +53,9 @@ class PathMemory(Memory):
         super().__init__(config)
         self._known: tuple[Path, tuple[str, ...]] | None = None  # the one that was checked last, and what it moved
         self._applied = False
+        self.kl = config.path_kl
+        # theta* is then where training begins, or what a KL holds it to: values would cost a forward.
+        self.keeps_all = config.rho >= 1.0 and (not config.path_kl or config.path_from == "reference")
 
     def check(self, source: Source) -> None:
         if source.optimizer is not None:
@@ -101,28 +105,37 @@ class PathMemory(Memory):
             self._known = source.path, names
         return {_PART: source.path.parameters}
 
-    def begin(self, source: Source, scored: Scored, batch: Batch) -> None:
-        if self.config.path_start and not self._applied:
+    def begin(self, source: Source, scored: Scored, batch: Batch, *, valued: bool) -> Parts:
+        parts = super().begin(source, scored, batch, valued=valued)
+        if self.config.path_start and not self._applied:  # whatever is masked
             self._path(source, scored, batch)
-            self.enter(source, scored)
-
-    def enter(self, source: Source, scored: Scored) -> None:
-        if self.config.path_start and not self._applied and source.path is not None:
+            assert source.path is not None
             source.path.apply(source.model)
             source.moves.since(scored)  # not a step of the optimizer
             self._applied = True
+        return parts
+
+    def early(self, source: Source) -> bool:
+        # At theta* itself values are 0 to the bit only if one head makes both log-probabilities.
+        return self.kl > 0 or (self.config.path_start and source.age == 0)
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         """theta*. A resumed run cannot make it again: the path began where the adapter was then."""
         if source.path is None:
             return {}
         there = {f"{_PART}.{name}": tensor for name, tensor in source.path.parameters.items()}
-        return {**there, _APPLIED: torch.tensor(self._applied)}
+        made = {name: torch.tensor(getattr(source.path, name), dtype=torch.float64) for name in _MADE}
+        return {**there, **made, _APPLIED: torch.tensor(self._applied)}
 
     def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
         self._applied = bool(state.get(_APPLIED, bool(state)))
-        there = {name.removeprefix(f"{_PART}."): tensor for name, tensor in state.items() if name != _APPLIED}
-        source.path = Path(there) if there else source.path
+        start = f"{_PART}."
+        there = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+        if there:
+            made: dict[str, Any] = {
+                name: state[name].tolist() for name in _MADE if name in state
+            }  # not in earlier ones
+            source.path = Path(there, int(made.get("steps", 0)), tuple(made.get("base", ())), made.get("rate", 0.0))
 
     def _follow(self, source: Source, scored: Scored, batch: Batch, **changes: Any) -> Path:
         if source.batches is None:
@@ -158,6 +171,7 @@ class AlongPath(Estimator):
     scope = "anywhere"
     gate = "decoder"
     memory = PathMemory
+    terms = ()
     in_forward = True
 
     def __init__(self, task: Task) -> None:
@@ -167,9 +181,9 @@ class AlongPath(Estimator):
             check_head(task.model, task.batch)
         self.forward = DecoderForward(task.model, task.batch, task.scored.parameters, training=task.training)
         self.found: Compared | None = None
-        # (N,) response rows, and the log-probabilities of their labels: of theta*, and of where values begin.
-        self.index = self.wanted = self.start = torch.empty(0)
-        self._own: Forward | None = None  # what `start` is still to be made from
+        # (N,) response rows, and the log-probabilities of their labels: at theta*, and where values begin.
+        self.index = self.wanted = self.origin = torch.empty(0)
+        self._own: Forward | None = None  # what `origin` is still to be made from
 
     @property
     def seen(self) -> bool:
@@ -232,11 +246,11 @@ class AlongPath(Estimator):
         if not task.valued:
             return
         if task.config.path_from == "reference":
-            self.start = self._reference_logps(index, labels)
+            self.origin = self._reference_logps(index, labels)
         elif self.found is not None:
-            self.start = self.found.logps
+            self.origin = self.found.logps
         elif task.early or not task.training:
-            self.start = self._logps(rows_at(hidden, index, length), labels)
+            self.origin = self._logps(rows_at(hidden, index, length), labels)
         else:
             self._own = Forward(unwrap(task.model), batch, hidden)
 
@@ -249,7 +263,7 @@ class AlongPath(Estimator):
         """Values begin where this forward is: with its own logits where there are some, so that no head runs again."""
         assert self._own is not None
         forward, self._own = self._own, None
-        self.start = forward.logps.roll(-1, 1).flatten()[self.index]
+        self.origin = forward.logps.roll(-1, 1).flatten()[self.index]
         forward.release()
 
     def _reference_logps(self, index: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -271,7 +285,7 @@ class AlongPath(Estimator):
     def forward_values(self) -> TokenValues:
         if self._own is not None:  # the loss ran the head itself
             self._begin_at_own()
-        gained = self.wanted - self.start.to(self.wanted.device)
+        gained = self.wanted - self.origin.to(self.wanted.device)
         if not gained.isfinite().all():
             self._blame()
         rows = torch.zeros(self.batch.labels.numel(), dtype=gained.dtype, device=self.index.device)
@@ -287,7 +301,7 @@ class AlongPath(Estimator):
     def _blame(self) -> None:
         """Raise an error that names what makes values not finite."""
         check_weights_finite(self.task.scored)
-        if not self.start.isfinite().all():  # then those at theta* tell nothing
+        if not self.origin.isfinite().all():  # then those at theta* tell nothing
             raise FloatingPointError(
                 "Log-probabilities of the batch are not finite: the hidden state overflows. Use bf16 instead of "
                 "float16, or float32."

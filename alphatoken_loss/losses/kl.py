@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..batches.batch import Batch
+from ..checks import check_choice, is_number
 from ..models.changes import IN_CONTEXT, Changes
 from ..models.decoder import last_hidden
 from ..models.forwards import SECOND_FORWARD, check_batch, hidden_of, refuse_packed_with_cache
@@ -42,8 +43,7 @@ KL_ON = ("all", "dropped")
 
 def check_kl_coef(kl_coef: float) -> None:
     """Raise ValueError where this cannot be the weight of a penalty."""
-    number = isinstance(kl_coef, (int, float)) and not isinstance(kl_coef, bool)
-    if not number or not 0 <= kl_coef < math.inf:
+    if not is_number(kl_coef) or not 0 <= kl_coef < math.inf:
         raise ValueError(
             f"kl_coef is {kl_coef!r}; it is the weight of a KL beside the loss and must be a finite number of at least "
             "0. Use 0 for no penalty."
@@ -52,9 +52,8 @@ def check_kl_coef(kl_coef: float) -> None:
 
 def check_kl_options(on: str, over: str) -> None:
     """Raise ValueError for an option that is not known."""
-    for name, value, allowed in (("kl_on", on, KL_ON), ("kl_over", over, KL_OVER)):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+    check_choice("kl_on", on, KL_ON)
+    check_choice("kl_over", over, KL_OVER)
 
 
 class _Attached(torch.autograd.Function):

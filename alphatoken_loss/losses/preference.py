@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..batches.batch import Batch
+from ..checks import is_number
 from ..models.modes import without_noise
 from ..models.reference import reference_mode, refuse_itself
 from .logps import fused_pays, token_logps
@@ -79,8 +80,11 @@ def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
             f"loss_type is {loss_type!r}; dpo_loss knows {', '.join(LOSSES)}. For another loss, run your own inside "
             "`with alphatoken(batch):`."
         )
-    if not beta > 0:
-        raise ValueError(f"beta is {beta!r}; it must be positive.")
+    for name, value in (("beta", beta), ("label_smoothing", smoothing)):
+        if not is_number(value):
+            raise ValueError(f"{name} is {value!r}; it must be a number.")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta!r}; it must be positive and finite.")
     if smoothing and loss_type not in ("robust", "exo_pair"):
         raise ValueError(
             f'label_smoothing is {smoothing!r}, which the loss "{loss_type}" has none of. Use "robust" or "exo_pair", '

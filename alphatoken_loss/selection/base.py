@@ -121,3 +121,31 @@ def by_weights(
         f"token_weights is a {type(token_weights).__name__}; it must be a function of a forward or the name of a "
         "column. A tensor of one batch's weights goes into its context: `with alphatoken(batch, weights=...)`."
     )
+
+
+def check_unvalued(config: AlphaTokenConfig, **given: object) -> None:
+    """Raise ValueError if settings, or what was given, are for values or theta*, but tokens are chosen otherwise."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} was given, but tokens are not chosen by their values, and nothing else needs it. Leave it "
+                "out, or the selection or token weights that choose them."
+            )
+    if config.path_kl > 0 or config.path_start:
+        raise ValueError(
+            f"path_kl is {config.path_kl} and path_start {config.path_start}, but tokens are not chosen by their "
+            "values, so there is no theta*. Leave both out, or selection and token_weights."
+        )
+    for name, other in (("threshold", "quantile"), ("smoothing", 0)):
+        value = getattr(config, name)
+        if value != other:
+            came = f'"{value}"' if isinstance(value, str) else value
+            raise ValueError(
+                f"{name} is {came}, but tokens are not chosen by their values. Leave it out, or selection and "
+                "token_weights."
+            )
+    if config.threshold_scope == "pair":
+        raise ValueError(
+            'threshold_scope is "pair", but tokens are not chosen by their values. Use "batch" or "sequence", or leave '
+            "selection and token_weights out."
+        )

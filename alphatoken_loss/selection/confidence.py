@@ -18,6 +18,7 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
+from ..checks import check_int, is_number
 from ..config import AlphaTokenConfig
 from ..losses.forward import Forward, forward_of
 from .base import Selection
@@ -104,9 +105,8 @@ class Eaft(Selection):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 2:
-            raise ValueError(f"top_k is {self.top_k!r}; it must be an integer of at least 2 (20 in the paper).")
-        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
+        check_int("top_k", self.top_k, least=2, hint="It is 20 in the paper.")
+        if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha!r}; it must be a finite number above 0 (1 in the paper).")
 
     def after(self, forward: Forward) -> torch.Tensor:

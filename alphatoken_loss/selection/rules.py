@@ -15,6 +15,7 @@ from torch import nn
 
 from ..batches.batch import Batch
 from ..batches.read import read_batch
+from ..checks import is_number
 from ..config import AlphaTokenConfig
 from ..losses.forward import Forward
 from ..losses.logps import token_logps
@@ -164,7 +165,7 @@ def _likely(logps: torch.Tensor, batch: Batch, perplexity: float) -> torch.Tenso
 
 
 def _check_perplexity(perplexity: float) -> None:
-    if not isinstance(perplexity, (int, float)) or not 1 <= perplexity < math.inf:
+    if not is_number(perplexity) or not 1 <= perplexity < math.inf:
         raise ValueError(
             f"perplexity is {perplexity!r}; it is the largest perplexity of a token that is kept and must be a finite "
             "number of at least 1 (2.5 in the paper)."

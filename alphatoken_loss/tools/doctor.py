@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..config import AlphaTokenConfig
 from ..estimators import ESTIMATORS
-from ..gate import AlphaToken
+from ..gate.alphatoken import AlphaToken
 from ..models.sites import find_scored
 from ..models.structure import causal_lm, trained_behind
 from .cli import or_exit

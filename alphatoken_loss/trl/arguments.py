@@ -154,7 +154,7 @@ class AlphaTokenArguments(_Settings):
             if isinstance(value, str) and value.isdecimal():
                 setattr(self, setting.name, int(value))
         if isinstance(self.selection_options, str):
-            self.selection_options = json.loads(self.selection_options)
+            self.selection_options = _read_options(self.selection_options)
         check_kl_coef(self.kl_coef)
         check_kl_options(self.kl_on, self.kl_over)
         if self.precondition and self.estimator == "path":
@@ -219,6 +219,19 @@ class AlphaTokenArguments(_Settings):
         options = self.selection_options
         assert not isinstance(options, str)
         return make_selection(self.selection, self.alphatoken_config, options)
+
+
+def _read_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"selection_options is {text!r}; it must be a JSON object of option names and values, such as "
+            '{"perplexity": 2.5}.'
+        )
+    return options
 
 
 def check_gain(args: AlphaTokenArguments) -> None:

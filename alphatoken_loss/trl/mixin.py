@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 from ..config import AlphaTokenConfig
 from ..directions.fisher import Fisher
-from ..gate import AlphaToken
+from ..gate.alphatoken import AlphaToken
 from ..losses.forward import Forward
 from ..models.start import add_reference_adapter, has_adapters
 from ..models.structure import unwrap

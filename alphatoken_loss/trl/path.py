@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..directions.follow import make_path
 from ..directions.path import Path
 from ..estimators.path import COLUMN, check_column
-from ..gate import AlphaToken
+from ..gate.alphatoken import AlphaToken
 from .columns import BRANCHES, columns_in, numbered, places_of
 from .running import Running
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..gate import AlphaToken
+from ..gate.alphatoken import AlphaToken
 from ..models.modes import autocast_without_cache
 from .arguments import AlphaTokenArguments
 

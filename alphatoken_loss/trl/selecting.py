@@ -48,8 +48,13 @@ class Selecting(Running):
         return COLUMNS[0]
 
     def _values(self, token_weights: Any, *unused: Any) -> bool:
-        """Whether tokens are chosen by their values; where not, a warning of what only these need."""
+        """Whether tokens are chosen by their values; where not, a warning of what only these need, or an error."""
         valued = token_weights is None and self._checked_selection().valued
+        if self.alphatoken_args.precondition and not valued:
+            raise ValueError(
+                "precondition is True, but tokens are not chosen by their values. Set precondition=False, or leave "
+                "selection and token_weights out."
+            )
         columns = getattr(self._raw_rows, "column_names", None) or ()  # of a stream they may not be known
         if "messages" in columns and getattr(self.args, "assistant_only_loss", None) is False:
             logger.warning(

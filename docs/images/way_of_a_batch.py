@@ -32,7 +32,7 @@ def arrow(*points: tuple[int, int], colour: str = INK, label: str = "", at: tupl
 box(20, 60, 120, 60, "batches/", "every form", "&#8594; one view")
 box(180, 60, 130, 60, "model", "first blocks", room=False)
 box(330, 60, 130, 60, "model", "last K blocks", room=False)
-box(500, 60, 120, 60, "gate", "step.py", "an identity")
+box(500, 60, 120, 60, "gate", "gate/step.py", "an identity")
 box(660, 60, 110, 60, "model", "norm, head", room=False)
 box(800, 60, 120, 60, "loss", "any, or losses/", room=False)
 for left, right in ((140, 180), (310, 330), (460, 500), (620, 660), (770, 800)):
@@ -43,7 +43,7 @@ box(610, 230, 160, 60, "estimators/", "rows &#8594; values", "one class a module
 arrow((610, 260), (570, 260), colour=ROWS, label="values", at=(592, 220))
 box(440, 230, 130, 60, "selection/", "values &#8594; kept", "0 or 1 a token")
 arrow((440, 260), (390, 260), colour=ROWS, label="mask", at=(415, 220))
-box(250, 230, 140, 60, "gate", "step.py", "rows times mask")
+box(250, 230, 140, 60, "gate", "gate/step.py", "rows times mask")
 arrow((250, 260), (100, 260), (100, 200), colour=ROWS)
 box(20, 150, 160, 50, "adapters", "gradient of the masked loss", room=False)
 # What values are taken along.
@@ -59,7 +59,7 @@ def marker(name: str, colour: str) -> str:
 
 
 text(20, 35, "Forward: the ordinary one. Blue: this package. Brown: what goes back.", anchor="start")
-ways = "gate.py (AlphaToken), weights.py (alphatoken_weights), trl/ (trainers), tools/ (score, report)"
+ways = "gate/ (AlphaToken), weights.py (alphatoken_weights), trl/ (trainers), tools/ (score, report)"
 text(20, 450, f"Ways in: {ways}", anchor="start")
 SVG = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 940 470" role="img" aria-label="The way of a batch">
 <defs>

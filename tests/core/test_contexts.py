@@ -104,8 +104,11 @@ def test_without_a_target_the_same_is_checked(estimator):
     with pytest.raises(ValueError, match="is not the one that this model's adapter sits on"):
         sft_loss(model, sft_batch("right"), gate)
     gate = AlphaToken(model, config=config)
-    for beta in (0.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"beta is .*; it must be positive"), gate(pair_batch(), beta=beta):
+    for beta in (0.0, -0.1, float("nan"), float("inf"), "0.1"):
+        with (
+            pytest.raises(ValueError, match=r"beta is .*; it must be (positive|a number)"),
+            gate(pair_batch(), beta=beta),
+        ):
             pass
 
 

@@ -24,6 +24,7 @@ from alphatoken_loss import (
     Fisher,
     estimate_fisher,
     make_path,
+    sft_loss,
     shared_gain,
     target_gradient,
 )
@@ -89,6 +90,13 @@ def work(rank, folder):
             loss = wrapped(**batch).loss
         loss.backward()
         results["along"] = gate.values.total
+        # Without a target, and a process whose first batch has no response: the Fisher is still that of both.
+        gate, batch = AlphaToken(wrapped, config=CONFIG), sft_batch("right", seed=60)
+        if rank:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        wrapped.zero_grad()
+        sft_loss(wrapped, batch, gate).backward()
+        results["empty"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         # Steps after the first: a forward of the library's own must not look like a training step to DDP.
         for estimator in ("ghost", "difference", "exact"):
             every = AlphaTokenConfig(num_layers=2, target_every=1, estimator=estimator)
@@ -194,6 +202,16 @@ def test_every_rank_goes_the_same_path(results):
             assert torch.equal(result["path"][name], results[0]["path"][name]), name
             assert_close(result["path"][name], tensor, TOL64, name)
         assert_close(result["along"], explicit_values(model, expected, sft_batch("right", seed=60 + rank)), TOL64)
+
+
+def test_a_process_without_a_response_takes_part(results):
+    model = lora_model("llama")
+    sft_loss(model, sft_batch("right", seed=60), AlphaToken(model, config=CONFIG)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert float(parameter.grad.abs().max()) > 0
+            for result in results:
+                assert_close(result["empty"][name], parameter.grad / 2, TOL64, name)
 
 
 def test_several_steps_leave_the_same_parameters_on_every_rank(results):

@@ -24,6 +24,7 @@ from alphatoken_loss import (
     shared_gain,
     target_gradient,
 )
+from alphatoken_loss.estimators import ESTIMATORS
 
 CONFIG = AlphaTokenConfig(num_layers=2)
 
@@ -350,6 +351,20 @@ def test_no_response_in_the_context():
     with gate(model, fisher=fisher_for(model))(batch):
         (model(**without(batch, "labels")).logits * 0.0).sum().backward()
     assert all(float(grad.abs().max()) == 0 for grad in grads_of(model).values())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_no_response_to_value_reports_what_any_batch_does(estimator):
+    model, config = lora_model("llama"), AlphaTokenConfig(estimator=estimator, num_layers=2, path_steps=1)
+    given = {"target": [sft_batch("left")], "config": config, "return_values": True}
+    reports = []
+    for batch in (sft_batch(), empty_batch()):
+        weights, values = alphatoken_weights(model, None, batch, **given)
+        reports.append({name for name, value in vars(values).items() if value is not None})
+    assert reports[0] == reports[1]
+    there = [value for value in vars(values).values() if value is not None]
+    assert not weights.any() and not any(value.any() for value in there)
+    assert len({value.data_ptr() for value in there}) == len(there), "one tensor stands for several terms"
 
 
 @pytest.mark.parametrize("empty", ["sft", "dpo"])

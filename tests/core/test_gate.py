@@ -19,7 +19,7 @@ from gates import CHECKPOINTING, checkpointed, gate_for, steady
 from models import FAMILIES, add_lora, base_model, lora_model, nf4_base, nf4_lora_model
 from peft import prepare_model_for_kbit_training
 
-from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, dpo_loss, sft_loss
+from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, dpo_loss, random_weights, sft_loss
 
 ALL = tuple(FAMILIES)
 
@@ -761,6 +761,22 @@ def test_metrics_count_the_seconds_of_valuing_and_start_again():
     assert entered > 0 and valued > 0
     assert entered + valued < time.perf_counter() - started - 0.05
     assert gate.metrics()["seconds"] == 0.0
+
+
+def test_metrics_count_the_forward_at_theta_star_of_a_batch_whose_weights_are_known():
+    """It is run for the KL alone then, and takes as long."""
+    model, batch = lora_model("llama"), sft_batch("right")
+    config = AlphaTokenConfig(estimator="path", path_kl=0.5, stability_weight=0.0, path_steps=1, path_rate=1e-3)
+    gate = AlphaToken(model, target=[sft_batch("left")], config=config)
+    sft_loss(model, batch, gate).backward()
+    gate.metrics()
+    decoder = model.get_base_model().get_decoder()
+    handle = decoder.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    weights = random_weights(batch, rho=0.5)
+    with gate(batch, weights=weights) as step:
+        (model(**batch).loss + step.kl).backward()
+    handle.remove()
+    assert gate.metrics()["seconds"] > 0.05
 
 
 def test_state_of_the_random_generator_is_that_of_a_plain_step():

@@ -97,7 +97,7 @@ def test_a_packed_batch_as_rows(size):
 @pytest.mark.parametrize("kind", list(TARGETS))
 def test_against_adam_on_a_copy(kind, seed, least, monkeypatch):
     """A step takes the next batches, until they are so many rows; batches of one row or more give the same."""
-    monkeypatch.setattr("alphatoken_loss.directions.walk.ROWS", least)
+    monkeypatch.setattr("alphatoken_loss.directions.walk.STEP_ROWS", least)
     with norms_in_own_dtype():
         model, batches = lora_model("llama", seed=seed), TARGETS[kind](seed)
         found = made(model, batches).parameters
@@ -117,7 +117,7 @@ def row_by_row(batch):
 @pytest.mark.parametrize("changes", [{}, {"path_steps": None}, {"path_rate": None}, {"path_holdout": 0.25}])
 def test_how_many_rows_run_together_is_nothing_to_theta_star(changes, monkeypatch):
     """12 rows as 3 batches of 4, or one by one: of either, every fourth is held out, and the others are stepped on."""
-    monkeypatch.setattr("alphatoken_loss.directions.walk.ROWS", 12)
+    monkeypatch.setattr("alphatoken_loss.directions.walk.STEP_ROWS", 12)
 
     def one_by_one(rows):
         order = [row for i in range(0, 12, 4) for row in (i, i + 3, i + 1, i + 2)]  # of four, the second is held out

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, Fisher, sft_loss, target_gradient
+from alphatoken_loss.gate.step import Step
 from alphatoken_loss.models.attention import CHUNK_ELEMENTS, CHUNK_ROWS
 from alphatoken_loss.models.sites import find_scored
-from alphatoken_loss.step import Step
 
 K, WINDOW, FLOAT = 2, 8, 4
 

@@ -531,6 +531,28 @@ def test_resumed():
         assert torch.equal(weights, wanted_weights) and torch.equal(values, wanted_values)
 
 
+def test_a_resumed_path_still_tells_how_it_was_made_and_for_which_base():
+    config, batch = config_of(path_steps=2, path_rate=1e-3), sft_batch("right")
+    model = lora_model("llama")
+    first = AlphaToken(model, target=cases.validation(), fisher=given_fisher(model), config=config)
+    sft_loss(model, batch, first).backward()
+    again = AlphaToken(model, target=cases.validation(), fisher=given_fisher(model), config=config)
+    again.load_state_dict(first.state_dict())
+    there, made = again.path, first.path
+    assert (there.steps, there.rate, there.base) == (made.steps, made.rate, made.base) == (2, 1e-3, made.base)
+    assert made.base and all(torch.equal(tensor, there.parameters[n]) for n, tensor in made.parameters.items())
+    other = lora_model("llama", seed=3)
+    moved = AlphaToken(other, target=cases.validation(), fisher=given_fisher(other), config=config)
+    moved.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="made for another base"):
+        sft_loss(other, batch, moved)
+    earlier = first.state_dict()
+    for name in ("steps", "rate", "base"):
+        del earlier["steps"][name]
+    again.load_state_dict(earlier)
+    assert (again.path.steps, again.path.rate, again.path.base) == (0, 0.0, ())
+
+
 def test_the_age_of_a_given_path_is_resumed():
     model, batch, config = lora_model("llama"), sft_batch("right"), config_of()
     path = some_path(model)

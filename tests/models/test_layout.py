@@ -13,10 +13,10 @@ from peft import LoraConfig
 from torch import nn
 
 from alphatoken_loss import AlphaToken, AlphaTokenConfig, sft_loss
+from alphatoken_loss.gate.step import ScoredOf
 from alphatoken_loss.models import layout
 from alphatoken_loss.models.layout import kept, modules_of
 from alphatoken_loss.models.structure import find_blocks, trained_behind
-from alphatoken_loss.step import Sites
 
 
 @pytest.mark.parametrize("make", [base_model, lora_model, lambda: base_model("gpt2"), nn.Module])
@@ -77,14 +77,14 @@ def test_what_was_found_is_found_anew_after_a_change(change):
 
 def test_another_active_adapter_and_a_repacked_weight_are_changes():
     model = lora_model("llama", layers=1, others=("second",))
-    sites = Sites(model, "block", AlphaTokenConfig(num_layers=1))
+    sites = ScoredOf(model, "block", AlphaTokenConfig(num_layers=1))
     first = sites()
     assert sites() is first
     for name in ("second", "default"):
         model.set_adapter(name)
         assert {site.adapter for site in sites().sites} == {name}
     quantised = nf4_lora_model("llama")
-    sites = Sites(quantised, "block", AlphaTokenConfig(num_layers=1))
+    sites = ScoredOf(quantised, "block", AlphaTokenConfig(num_layers=1))
     sites()
     state = quantised.base_model.model.model.layers[-1].mlp.up_proj.base_layer.weight.quant_state
     state.packing_format_for_cpu = True

@@ -201,6 +201,33 @@ def test_mistakes_in_training_arguments(files, capsys):
     assert titles == sorted(titles) and titles[0] < out.index("\n  --rho") < titles[1] < out.index("\n  --dataset_name")
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "told"),
+    [
+        ("dpo", [{"prompt": "a", "completion": "b"}], "the columns are completion, prompt. They must hold chosen and"),
+        ("sft", [{"question": "a"}], "the columns are question. They must hold prompt and completion; messages; "),
+        (
+            "sft",
+            [{"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "a"}]}],
+            "row 2 has nothing in its column completion. Leave the row out",
+        ),
+    ],
+)
+def test_rows_that_a_trainer_does_not_take(files, tmp_path, capsys, kind, rows, told):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model_name_or_path", str(files / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    assert main([kind, *argv, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out")]) == 2
+    assert f"error: --dataset_name: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["{bad", "[1]"])
+def test_options_of_a_selection_are_a_json_object(files, tmp_path, capsys, given):
+    argv = ["--model_name_or_path", str(files / "model"), "--dataset_name", str(files / "rows.jsonl"), "--bf16",
+            "false", "--use_cpu", "--output_dir", str(tmp_path), "--selection_options", given]  # fmt: skip
+    assert main(["sft", *argv]) == 2
+    assert f"selection_options is '{given}'; it must be a JSON object" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("data", ["rows.jsonl", "pairs.jsonl"])
 def test_show_of_a_scored_folder(files, tmp_path, capsys, data):
     argv = ["score", "--model", files / "model", "--dataset", files / data, "--target", files / "target.jsonl",

@@ -553,7 +553,7 @@ def test_rows_are_held_out_of_the_path_whatever_their_length(files):
 @pytest.mark.filterwarnings("ignore:The target is one row")  # of groups of one row each
 def test_an_interrupted_run_along_the_path_keeps_its_theta_star(files, tmp_path, monkeypatch, capsys):
     """In smaller batches too, which a run that was out of memory goes on with: there theta* would be another one."""
-    monkeypatch.setattr("alphatoken_loss.directions.walk.ROWS", 1)  # of so few rows
+    monkeypatch.setattr("alphatoken_loss.directions.walk.STEP_ROWS", 1)  # of so few rows
     options = {"num_layers": None, "estimator": "path", "fisher": None, "stability_weight": 0.0}
     assert main(arguments(files, tmp_path / "whole", **options)) == 0
     values = scoring.Scorer._values

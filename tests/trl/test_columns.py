@@ -269,6 +269,14 @@ def test_evaluation_is_the_stock_trainers(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("other", ["column", "selection"])
+def test_adams_step_of_tokens_that_are_not_valued_is_refused(other, tmp_path):
+    data, options = (with_weights("plain"), {}) if other == "column" else (tuning.sft_data(), {"selection": "low_loss"})
+    with pytest.raises(ValueError, match=r"precondition is True, but tokens are not chosen by their values\. Set"):
+        make("sft", data, tmp_path, tuning.TRAINERS["sft"][0], precondition=True, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_with_rho_1_the_column_is_left_alone(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         trainer = make("sft", with_weights("plain"), tmp_path, keeping(tuning.TRAINERS["sft"][0]), rho=1.0)

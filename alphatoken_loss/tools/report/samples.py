@@ -13,7 +13,7 @@ import torch
 from ...batches.batch import IGNORE, Batch
 from ...batches.read import read_batch
 from ...files import read_tensors, save_text, write_tensors
-from ...gate import AlphaToken
+from ...gate.alphatoken import AlphaToken
 from ...values import TokenValues
 
 FOLDER = "_alphatoken_samples"  # Trainer.push_to_hub leaves out what begins with "_"; samples hold training data

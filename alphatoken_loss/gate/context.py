@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from .gate import AlphaToken
+    from .alphatoken import AlphaToken
 
 _UNENTERED = (
     "alphatoken(batch) was called and its context never entered, so nothing was masked. Write `with "

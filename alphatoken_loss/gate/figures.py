@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
 
-from .batches.batch import Batch
-from .losses.kl import Penalty
-from .values import TokenValues
+from ..batches.batch import Batch
+from ..losses.kl import Penalty
+from ..values import TokenValues
 
 _TERMS = ("total", "direct_target", "causal_target", "direct_drift", "causal_drift")
 
@@ -36,6 +37,15 @@ class Figures:
             if before[0] == self._reads:
                 _, self.seconds, self._sums = before
             raise
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """What runs inside is spent valuing."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def add(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
         """Count a batch by its weights `(B, T)` and, if it was valued, its values."""

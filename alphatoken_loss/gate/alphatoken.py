@@ -10,7 +10,6 @@ Weights that come from elsewhere, of any size, multiply the rows in the same way
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -18,32 +17,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches.batch import Batch
-from .batches.read import read_batch
-from .config import AlphaTokenConfig, read_config
+from ..batches.batch import Batch
+from ..batches.read import read_batch
+from ..config import AlphaTokenConfig, read_config
+from ..directions.fisher import Fisher
+from ..directions.path import Path
+from ..directions.source import Source
+from ..directions.target import Target
+from ..estimators import estimator_class
+from ..estimators.base import Task
+from ..losses.forward import Forward
+from ..losses.kl import refuse_inside_checkpoint
+from ..losses.weighting import checked_weights
+from ..models.changes import IN_CONTEXT, Changes
+from ..models.forwards import refuse_other_rows
+from ..models.reference import refuse_trained_reference
+from ..models.sites import Scored
+from ..models.structure import find_decoder, unwrap
+from ..selection import make_selection
+from ..selection.base import by_weights, check_unvalued
+from ..values import TokenValues
+from ..weights import weights_by_others
 from .context import to_be_entered
-from .directions.fisher import Fisher
-from .directions.path import Path
-from .directions.source import Source
-from .directions.target import Target
-from .estimators import estimator_class
-from .estimators.base import Task
 from .figures import Figures
-from .losses.forward import Forward
-from .losses.kl import refuse_inside_checkpoint
-from .losses.weighting import checked_weights
-from .models.changes import IN_CONTEXT, Changes
-from .models.forwards import refuse_other_rows
-from .models.reference import refuse_trained_reference
-from .models.sites import Scored
-from .models.structure import find_decoder, unwrap
-from .penalties import Asked, Penalties, check_unvalued
-from .selection import make_selection
-from .selection.base import by_weights
-from .step import NESTED, UNMASKED, Sites, Step, check_nothing_behind, tell, unmasked
-from .values import TokenValues
-from .weighing import Valued, Weighed, Weigher
-from .weights import weights_by_others
+from .penalties import Asked, Penalties
+from .step import NESTED, UNMASKED, ScoredOf, Step, check_nothing_behind, tell, unmasked
+from .weighers import Valued, Weighed, Weigher
 
 
 class AlphaToken:
@@ -131,15 +130,15 @@ class AlphaToken:
         self.values: TokenValues | None = None
         self._estimator = estimator_class(self.config.estimator)
         self._memory = self._estimator.memory(self.config)
-        self._sites = Sites(model, self._estimator.gate, self.config)
-        self._penalties = Penalties(model, self.config.path_kl)
+        self._find = ScoredOf(model, self._estimator.gate, self.config)
+        self._penalties = Penalties(model, self._memory.kl)
         if not self.config.off:  # else nothing is read, and nothing refused
             drifts = self.config.stability_weight > 0 if self.selection.valued else self.selection.reference
             if ref_model is None and drifts:
                 refuse_trained_reference(model.modules())
             if self.selection.valued:
                 self._memory.check(self.source)
-                self.source.check(self._sites())
+                self.source.check(self._find())
             else:
                 check_unvalued(self.config, target=target, fisher=fisher, optimizer=optimizer, path=path)
                 check_nothing_behind(model, "decoder")
@@ -170,7 +169,7 @@ class AlphaToken:
 
     def _scored(self) -> Scored | None:
         """What is scored, if anything is valued."""
-        return None if self.config.off or not self.selection.valued else self._sites()
+        return None if self.config.off or not self.selection.valued else self._find()
 
     @to_be_entered
     def __call__(
@@ -224,7 +223,8 @@ class AlphaToken:
         try:
             with Changes() as changes, self.figures.attempt():
                 self._penalties.forget()
-                step = self._step(batch, mean_over_kept, beta, weights, seed, asked)
+                with self.figures.timed():
+                    step = self._step(batch, mean_over_kept, beta, weights, seed, asked)
                 if step is not None or kl_coef > 0:
                     read = read_batch(batch, columns=self.columns) if step is None else step.batch
                     self._penalties.begin(asked, read, step)
@@ -250,6 +250,7 @@ class AlphaToken:
             changes.hook(find_decoder(self.model), check, before=True, with_kwargs=True)
             with step.weigher.watching(self._penalties.around(step.gate)):
                 yield
+        self.figures.seconds += step.weigher.seconds
         if not step.weigher.seen:
             tell(UNMASKED, self.strict)
 
@@ -265,7 +266,6 @@ class AlphaToken:
         """One batch, ready for its forward; `None` where nothing is to be masked."""
         if self.config.off or not torch.is_grad_enabled():
             return None
-        started = time.perf_counter()
         if IN_CONTEXT in vars(unwrap(self.model)):
             raise RuntimeError(NESTED)
         scored = self._scored()
@@ -277,38 +277,34 @@ class AlphaToken:
             weights = checked_weights(weights, read, negative=self.negative_weights, zeros=False)
         elif scored is None:
             weights = self.selection.before(self.model, self.ref_model, read, seed)
-        elif self.config.rho >= 1.0 and (not self.config.path_kl or self.config.path_from == "reference"):
-            # theta* is where training begins, or what a KL holds it to: values would cost a forward, and choose nothing
+        elif self._memory.keeps_all:
             weights = read.at_labels(read.rows.float())
         elif not (self.source.validates or self._estimator.in_forward):
             weights, values = weights_by_others(scored, read, self.source, beta)
         if weights is not None:
             factors = weights.to(read.labels.device).roll(-1, 1)
-            self.record(values, read.at_labels(factors), read)
+            self._record(values, read.at_labels(factors), read)
         weigher = self._weigher(read, asked, scored, known=weights is not None)
         if factors is None and not weigher.in_forward:
             self._penalties.check_known(asked, "the gradient arrives" if scored else "the forward has ended")
-        step = Step(self, read, weigher, factors, mean_over_kept)
-        self.figures.seconds += time.perf_counter() - started
-        return step
+        return Step(read, weigher, factors, mean_over_kept=mean_over_kept, figures=self.figures, record=self._record)
 
     def _weigher(self, batch: Batch, asked: Asked, scored: Scored | None, *, known: bool) -> Weigher:
         if scored is None:
             return Weighed(self.model, batch, None if known else self.selection.after)
-        compares = self.config.path_kl > 0
-        if known and not compares:
-            self.source.count(scored)
-            self._memory.begin(self.source, scored, batch)  # training begins there, whatever is masked
+        memory, source = self._memory, self.source
+        if known and not memory.kl:
+            memory.begin(source, scored, batch, valued=False)
             return Weighed(self.model, batch, None)
         if asked.coef > 0 and self._estimator.gate == "block":
             refuse_inside_checkpoint(scored.blocks)
-        task = Task(self.model, scored, batch, self.config, {}, self._memory, apart=False, training=True)
-        # At theta* itself values are 0 to the bit only if one head makes both log-probabilities.
-        task.early = compares or asked.on == "dropped" or (self.config.path_start and self.source.age == 0)
-        task.valued, task.kl_over, task.ref_model = not known, asked.over if compares else None, self.ref_model
-        task.parts = self._memory.prepare(self.source, task.scored, batch)
-        self._memory.enter(self.source, task.scored)
-        valued = Valued(self._estimator, task, self.source)
+        parts = memory.begin(source, scored, batch, valued=True)
+        task = Task(
+            self.model, scored, batch, self.config, parts, memory, apart=False, training=True, valued=not known,
+            early=memory.early(source) or asked.on == "dropped", ref_model=self.ref_model,
+            kl_over=asked.over if memory.kl else None,
+        )  # fmt: skip
+        valued = Valued(self._estimator, task, source)
         task.parts = {}  # the estimator lets go of them as soon as it can
         return valued
 
@@ -343,6 +339,7 @@ class AlphaToken:
             steps = {name: tensor.to(scored.device) for name, tensor in state["steps"].items()}
             self._memory.load_state_dict(self.source, steps)
 
-    def record(self, values: TokenValues | None, weights: torch.Tensor, batch: Batch) -> None:
-        self.values, self.weights = values, weights.float()
-        self.figures.add(values, weights, batch)
+    def _record(self, values: TokenValues | None, weights: torch.Tensor | None, batch: Batch) -> None:
+        self.values, self.weights = values, None if weights is None else weights.float()
+        if weights is not None:
+            self.figures.add(values, weights, batch)

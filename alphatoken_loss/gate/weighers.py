@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches.batch import Batch
-from .directions.source import Source
-from .estimators.base import Estimator, NonFiniteRows, Task
-from .losses.compare import Compared
-from .losses.forward import Forward, outputs_of
-from .models.decoder import Call, DecoderForward
-from .models.sites import Scored
-from .models.structure import unwrap
-from .selection.thresholds import select
-from .values import TokenValues
+from ..batches.batch import Batch
+from ..directions.source import Source
+from ..estimators.base import Estimator, NonFiniteRows, Task
+from ..losses.compare import Compared
+from ..losses.forward import Forward, outputs_of
+from ..models.decoder import Call, DecoderForward
+from ..models.sites import Scored
+from ..models.structure import unwrap
+from ..selection.thresholds import select
+from ..values import TokenValues
 
 
 @contextlib.contextmanager

@@ -10,33 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches.batch import Batch
-from .config import AlphaTokenConfig
+from ..batches.batch import Batch
+from ..losses.kl import Penalty, check_kl_coef, check_kl_options
 from .figures import Figures
-from .losses.kl import Penalty, check_kl_coef, check_kl_options
 from .step import Step
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
-
-
-def check_unvalued(config: AlphaTokenConfig, **given: object) -> None:
-    """Raise ValueError if settings, or what was given, are for values or theta*, but tokens are chosen otherwise."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} was given, but tokens are not chosen by their values, and nothing else needs it. Leave it "
-                "out, or the selection or token weights that choose them."
-            )
-    if config.path_kl > 0 or config.path_start:
-        raise ValueError(
-            f"path_kl is {config.path_kl} and path_start {config.path_start}, but tokens are not chosen by their "
-            "values, so there is no theta*. Leave both out, or selection and token_weights."
-        )
-    if config.threshold != "quantile":
-        raise ValueError(
-            f'threshold is "{config.threshold}", but tokens are not chosen by their values. Leave it out, or selection '
-            "and token_weights."
-        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The step length of the difference estimator's nudge."""
+"""How far the difference estimator nudges."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _KEPT = ("length", "longest", "effect")
 LONGEST = 100.0  # times the norm of the parameters
 
 
-class Steps(Memory):
-    """Step lengths, kept from batch to batch: the effect of each step sets the length of the next.
+class Nudges(Memory):
+    """Lengths of the nudges, kept from batch to batch: the effect of each step sets the length of the next.
 
     Attributes:
         length (`dict`): part of the value -> |eps D| of its next nudge, a 0-dim tensor.

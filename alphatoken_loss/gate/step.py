@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .batches.batch import Batch
-from .config import AlphaTokenConfig
-from .estimators.base import NonFiniteRows
-from .models.changes import Changes, undoing
-from .models.layout import Kept
-from .models.sites import Scored, find_scored
-from .models.start import start_of
-from .models.structure import find_blocks, find_decoder, trained_behind, unwrap
-from .values import TokenValues
-from .weighing import Weigher
+from ..batches.batch import Batch
+from ..config import AlphaTokenConfig
+from ..estimators.base import NonFiniteRows
+from ..models.changes import Changes, undoing
+from ..models.layout import Kept
+from ..models.sites import Scored, find_scored
+from ..models.start import start_of
+from ..models.structure import find_blocks, find_decoder, trained_behind, unwrap
+from ..values import TokenValues
+from .figures import Figures
+from .weighers import Weigher
 
-if TYPE_CHECKING:
-    from .gate import AlphaToken
+Record = Callable[[TokenValues | None, torch.Tensor | None, Batch], None]
 
 UNMASKED = (
     "No forward of the model with grad ran in this AlphaToken context, so nothing was masked. Run the forward inside "
@@ -80,6 +79,13 @@ class _Gate(torch.autograd.Function):
 class Step:
     """One batch, from the forward that is watched to the backward that is masked.
 
+    Args:
+        factors (`torch.Tensor` or `None`): of a batch whose weights are known.
+        mean_over_kept (`bool`): see `AlphaToken.__call__`.
+        figures (`Figures`): where the time is counted that valuing takes.
+        record (`Callable`): takes the batch's values and weights `(B, T)` at the labels as soon as they are known; None
+            for both where there are none, since the loss has overflowed.
+
     Attributes:
         factors (`torch.Tensor` or `None`): `(B, T)` bool or float, one factor for the gradient of each response row;
             `None` until weights are known.
@@ -88,14 +94,16 @@ class Step:
 
     def __init__(
         self,
-        owner: AlphaToken,
         batch: Batch,
         weigher: Weigher,
         factors: torch.Tensor | None,
+        *,
         mean_over_kept: bool,
+        figures: Figures,
+        record: Record,
     ) -> None:
-        self.owner, self.batch, self.weigher = owner, batch, weigher
-        self.factors, self.mean_over_kept = factors, mean_over_kept
+        self.batch, self.weigher, self.factors = batch, weigher, factors
+        self.mean_over_kept, self.figures, self.record = mean_over_kept, figures, record
         self.failed = False
         self.masked = False
 
@@ -106,9 +114,8 @@ class Step:
                 "checkpointing call model.enable_input_require_grads(); otherwise see that adapters are trainable."
             )
         if self.factors is None and self.weigher.in_forward:
-            started = time.perf_counter()
-            self._weighed(*self.weigher.weigh(None))
-            self.owner.figures.seconds += self.weigher.seconds + time.perf_counter() - started
+            with self.figures.timed():
+                self._weighed(*self.weigher.weigh(None))
         return _Gate.apply(hidden, self)
 
     def dropped(self) -> torch.Tensor:
@@ -122,18 +129,17 @@ class Step:
         if self.failed:
             raise RuntimeError("Valuing this batch failed in an earlier backward. Run its forward again.")
         if self.factors is None:
-            started = time.perf_counter()
             try:
                 self.failed = True
-                self._weighed(*self.weigher.weigh(rows))
+                with self.figures.timed():
+                    self._weighed(*self.weigher.weigh(rows))
                 self.failed = False
             except NonFiniteRows:
                 # The loss has overflowed: an fp16 loss scaler must see that.
                 self.failed, self.factors = False, batch.rows
-                self.owner.weights = self.owner.values = None
+                self.record(None, None, batch)
             finally:
                 self.weigher.release()
-                self.owner.figures.seconds += self.weigher.seconds + time.perf_counter() - started
         assert self.factors is not None
         self.masked = True
         self.weigher.release()
@@ -150,10 +156,10 @@ class Step:
 
     def _weighed(self, values: TokenValues | None, weights: torch.Tensor) -> None:
         self.factors = weights.roll(-1, 1)
-        self.owner.record(values, weights, self.batch)
+        self.record(values, weights, self.batch)
 
 
-class Sites:
+class ScoredOf:
     """What of a model is scored, if nothing is trained behind the gate; looked for anew where the model has changed."""
 
     def __init__(self, model: nn.Module, gate: str, config: AlphaTokenConfig) -> None:
