@@ -73,6 +73,7 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
 SMOOTHED = values("path, smoothed, best() else", **{**_PATH, "smoothing": 3})  # chosen by values of neighbours too
+OF_ORACLE = replace(UNMASKED, name="oracle, from theta*, KL to it", selection="oracle", config=BEST)  # the best mask
 UNMASKED_RENEWED = values("all tokens, theta* renewed, KL to it", **{**_PATH, "rho": 1.0, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
 OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
@@ -311,6 +312,7 @@ def real_supervised() -> Iterator[Setting]:
     yield Setting("validation mixed in", "mixed")
     yield Setting("validation only", "only")
     yield Setting("oracle", "oracle")
+    yield OF_ORACLE
 
 
 def real_preferences() -> Iterator[Setting]:

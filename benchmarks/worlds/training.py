@@ -231,11 +231,21 @@ class _Supervised(_Run):
             if setting.selection in SELECTIONS:
                 weights = SELECTIONS[setting.selection](Moment(self.model, batch, kinds, self.generator))
             options = {"kl_coef": setting.kl, "ref_model": self.base} if setting.kl else {}
-            loss = sft_loss(self.model, batch, weights, **options)
+            if self.values is not None and weights is not self.values:
+                loss = self._from_theta_star(batch, weights)
+            else:
+                loss = sft_loss(self.model, batch, weights, **options)
         if setting.l2:
             loss = loss + setting.l2 * squared_deltas(self.model)
         self.seen.append((kinds, weights))
         return loss
+
+    def _from_theta_star(self, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
+        """What else a preset does, with a mask that is not by its values."""
+        assert self.values is not None
+        with self.values(batch, weights=weights, mean_over_kept=True) as step:
+            loss = self.model(**batch, use_cache=False).loss
+        return loss + step.kl
 
     def steps(self) -> Iterable[Callable[[], torch.Tensor]]:
         for number in range(self.plan.steps):
