@@ -49,7 +49,7 @@ def make_selection(name: str, config: AlphaTokenConfig, options: Mapping[str, An
         ValueError: there is no such selection, or it has no such option.
     """
     cls = selection_class(name)
-    known = [field.name for field in fields(cls) if field.init and field.name != "config"]
+    known = [field.name for field in fields(cls) if field.name != "config"]
     for option in options or {}:
         if option not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"

@@ -7,7 +7,7 @@ from what the training forward has (`after`). The selection by value gives none:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -29,17 +29,20 @@ class Selection:
     Attributes:
         valued: it chooses tokens by their values, which need a target, a Fisher and an estimator.
         pairs: it is for preference pairs alone.
-        reference (`bool`): it compares with a reference model.
     """
 
     config: AlphaTokenConfig
-    reference: bool = field(default=False, init=False)
 
     valued: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
 
     def _share(self) -> dict[str, Any]:
         return {"rho": self.config.rho, "threshold_scope": self.config.threshold_scope}
+
+    @property
+    def reference(self) -> bool:
+        """Whether it compares with a reference model."""
+        return False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -92,7 +95,7 @@ class Given(Selection):
 class ByFunction(Selection):
     """A user's function makes the weights from the forward."""
 
-    function: Callable[[Forward], torch.Tensor] = lambda forward: forward.labels
+    function: Callable[[Forward], torch.Tensor]
     negative: bool = False
 
     def after(self, forward: Forward) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,7 +66,11 @@ def dft_weights(model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Ten
 
 
 def low_loss_weights(
-    model: nn.Module, batch: Mapping[str, Any] | Batch, *, rho: float = 0.5, threshold_scope: str = "batch"
+    model: nn.Module,
+    batch: Mapping[str, Any] | Batch,
+    *,
+    rho: float = 0.5,
+    threshold_scope: Literal["batch", "sequence"] = "batch",
 ) -> torch.Tensor:
     """Keep the share of tokens with the lowest loss, l_t = -log p(y_t | y_<t): what the model nearly knows.
 
@@ -79,14 +83,18 @@ def low_loss_weights(
     Returns:
         `torch.Tensor`: `(B, T)` float32, 1 for tokens that are kept and 0 elsewhere; chosen rows first for pairs.
     """
-    return _weights(LowLoss(AlphaTokenConfig(rho=rho, threshold_scope=threshold_scope)), model, batch)  # type: ignore[arg-type]
+    return _weights(LowLoss(AlphaTokenConfig(rho=rho, threshold_scope=threshold_scope)), model, batch)
 
 
 def high_loss_weights(
-    model: nn.Module, batch: Mapping[str, Any] | Batch, *, rho: float = 0.5, threshold_scope: str = "batch"
+    model: nn.Module,
+    batch: Mapping[str, Any] | Batch,
+    *,
+    rho: float = 0.5,
+    threshold_scope: Literal["batch", "sequence"] = "batch",
 ) -> torch.Tensor:
     """Keep the share of tokens with the highest loss: what the model knows least. See `low_loss_weights`."""
-    return _weights(HighLoss(AlphaTokenConfig(rho=rho, threshold_scope=threshold_scope)), model, batch)  # type: ignore[arg-type]
+    return _weights(HighLoss(AlphaTokenConfig(rho=rho, threshold_scope=threshold_scope)), model, batch)
 
 
 def _weights(selection: Selection, model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Tensor:

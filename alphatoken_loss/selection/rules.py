@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,7 +29,7 @@ def random_weights(
     batch: Mapping[str, Any] | Batch,
     *,
     rho: float = 0.5,
-    threshold_scope: str = "batch",
+    threshold_scope: Literal["batch", "sequence"] = "batch",
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Keep a random share of the response tokens, each as likely as any other.
@@ -61,7 +61,7 @@ def excess_loss_weights(
     batch: Mapping[str, Any] | Batch,
     *,
     rho: float = 0.5,
-    threshold_scope: str = "batch",
+    threshold_scope: Literal["batch", "sequence"] = "batch",
 ) -> torch.Tensor:
     """Keep the tokens with the largest excess loss, l_t(model) - l_t(reference), l_t = -log p(y_t | y_<t).
 
@@ -96,7 +96,7 @@ def log_ratio_weights(
     batch: Mapping[str, Any] | Batch,
     *,
     rho: float = 0.5,
-    threshold_scope: str = "batch",
+    threshold_scope: Literal["batch", "sequence"] = "batch",
 ) -> torch.Tensor:
     """Keep the tokens of preference pairs by r_t = log pi(y_t | y_<t) - log pi_ref(y_t | y_<t), the implicit reward.
 
@@ -183,8 +183,8 @@ def _log_ratio(model: nn.Module, ref_model: nn.Module | None, batch: Batch, rho:
             return logps - token_logps(reference, batch).to(logps)
 
 
-def _select(values: torch.Tensor, batch: Batch, rho: float, scope: str) -> torch.Tensor:
-    AlphaTokenConfig(rho=rho, threshold_scope=scope)  # type: ignore[arg-type]  # its checks of both
+def _select(values: torch.Tensor, batch: Batch, rho: float, scope: Literal["batch", "sequence"]) -> torch.Tensor:
+    AlphaTokenConfig(rho=rho, threshold_scope=scope)  # its checks of both
     return keep_share(values, batch, rho, scope)
 
 
@@ -201,7 +201,9 @@ class Random(Selection):
 class ExcessLoss(Selection):
     """See `excess_loss_weights`."""
 
-    reference: bool = field(default=True, init=False)
+    @property
+    def reference(self) -> bool:
+        return True
 
     def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> torch.Tensor:
         return excess_loss_weights(model, ref_model, batch, **self._share())
@@ -211,8 +213,11 @@ class ExcessLoss(Selection):
 class LogRatio(Selection):
     """See `log_ratio_weights`."""
 
-    reference: bool = field(default=True, init=False)
     pairs: ClassVar[bool] = True
+
+    @property
+    def reference(self) -> bool:
+        return True
 
     def before(self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None) -> torch.Tensor:
         return log_ratio_weights(model, ref_model, batch, **self._share())
@@ -235,7 +240,10 @@ class Stm(Selection):
         _check_perplexity(self.perplexity)
         if self.of not in ("reference", "model"):
             raise ValueError(f"of is {self.of!r}; it must be 'reference' or 'model', whose perplexity counts.")
-        self.reference = self.of == "reference"
+
+    @property
+    def reference(self) -> bool:
+        return self.of == "reference"
 
     def before(
         self, model: nn.Module, ref_model: nn.Module | None, batch: Batch, seed: int | None
