@@ -74,7 +74,5 @@ def test_both_hold_every_module(built):
 
 
 def test_versions_agree():
-    text = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{alphatoken_loss.__version__}"' in text
     assert f"version: {alphatoken_loss.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {alphatoken_loss.__version__}" in (ROOT / "CHANGELOG.md").read_text()
