@@ -39,6 +39,7 @@ PATHS = {
     "path, by sequence, best() else": "`best()` with the upper half of each sequence",
     "path, theta* renewed, best() else": "`best(path_every=20)`, theta* renewed every 20 steps",
     "path, smoothed, best() else": "`best(smoothing=3)`, by values of neighbours too",
+    "path, smoothed, rho 0.7, best() else": "`best(smoothing=3, rho=0.7)`",
     "path, from the base, best() else": '`best()` with `path_from="reference"`',
     "path, KL 1.2, best() else": "`best()` with KL 1.2 to theta*",
     "path, KL 0.3, best() else": "`best()` with KL 0.3 to theta*",

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 
 from results import load
 from worlds.real_report import chosen_rates
-from worlds.settings import OF_DATA, RENEWED, SMOOTHED, UNMASKED
+from worlds.settings import OF_DATA, OF_ORACLE, SMOOTHED, UNMASKED
 from worlds.tables import Run, Runs, final, paired, run_of, spread
 
 from .base import markdown, table
 from .path import MORE, PAIR_FIGURES, PAIRED, PATHS, PLAIN, TOY_RATES, against, by_setting, ends, pairs
 
 RATE, HOT, PAIR_RATES = (5e-4,), (2e-3,), (1.25e-4,)
-BEST, NOISY = "path, best()", "nl2bash, boilerplate"
+BEST, NOISY, EXCHANGED = "path, best()", "nl2bash, boilerplate", "nl2bash, exchanged"
 BEFORE = "path, best(), theta* of the lowest loss"  # up to commit 6d269b7; of seed 2 the rule takes the same theta*
+ORACLES = {
+    "oracle": "the mask that knows the noise",
+    OF_ORACLE.name: "`best()` with the mask that knows the noise",
+}
 TITLES = {
     **PATHS,
     "random half": "a random half of the tokens",
-    "path, from theta*": "path, begun at theta*, no KL",
-    BEFORE: "`best()` before: theta* at the rate of the lowest held-out loss",
+    **ORACLES,
 }
+OF_EXCHANGED = ("all tokens", "RHO-1 + KL 0.3 to the base", UNMASKED.name, BEST)
 FIGURES = {"target": "target", "retention": "WikiText-2", "gsm8k loss": "GSM8K", "tasks": "tasks, mean accuracy"}
 
 IN_PROBLEMS = {
@@ -32,10 +37,10 @@ IN_PROBLEMS = {
 }
 
 
-def kept(world: str) -> str:
+def kept(world: str, names: Iterable[str]) -> str:
     """Share of each kind of token, mean over seeds."""
     runs, rows = [run for run in load("real")["results"] if run["world"] == world], []
-    for name, title in TITLES.items():
+    for name, title in ((name, TITLES[name]) for name in names):
         shares = [run["kept"] for run in runs if run["name"] == name and run["lr"] in RATE]
         if shares and min(shares[0].values()) < 1:
             rows.append([title, *(f"{statistics.mean(share[kind] for share in shares):.2f}" for kind in shares[0])])
@@ -59,11 +64,6 @@ def real_boilerplate() -> str:
 
 
 @table
-def real_boilerplate_hot() -> str:
-    return ends(HOT, TITLES, FIGURES, "real", NOISY)
-
-
-@table
 def real_boilerplate_seeds() -> str:
     """At the hot rate, each seed's own."""
     groups = by_setting(TITLES, HOT[0], "real", NOISY)
@@ -78,15 +78,36 @@ def real_boilerplate_seeds() -> str:
 
 
 @table
-def real_boilerplate_renewed() -> str:
-    """The preset with theta* renewed on the way, minus each other."""
-    return against(RENEWED.name, HOT, TITLES, FIGURES, "real", NOISY)
+def real_which_theta() -> str:
+    """The preset by its rule for theta*'s rate, and by the one before, seed by seed."""
+    titles = {BEFORE: "the rate of the lowest held-out loss", BEST: "the mildest within a standard error of it"}
+    rows = []
+    for name, title in titles.items():
+        runs = [by_setting([name], rate, "real", NOISY)[name] for rate in (*RATE, *HOT)]
+        rows.append([title, *(f"{some[seed]['target']:.3f}" for some in runs for seed in sorted(some))])
+    header = [f"target, lr {rate:g}, seed {seed}" for rate in (*RATE, *HOT) for seed in range(3)]
+    return markdown(["theta* is made at", *header], rows, "real")
+
+
+@table
+def real_oracle() -> str:
+    """What the mask that knows the noise does, alone and with the rest of the preset, beside masks that are made."""
+    names = ("all tokens", "RHO-1, clean reference", UNMASKED.name, BEST, SMOOTHED.name, *ORACLES)
+    return ends(HOT, {name: TITLES[name] for name in names}, FIGURES, "real", NOISY)
+
+
+@table
+def real_oracle_gaps() -> str:
+    names = ("RHO-1, clean reference", "RHO-1 + KL 0.3 to its reference", UNMASKED.name, BEST, SMOOTHED.name, "oracle")
+    titles = {name: TITLES[name] for name in (*names, OF_ORACLE.name)}
+    return against(OF_ORACLE.name, HOT, titles, FIGURES, "real", NOISY)
 
 
 @table
 def real_boilerplate_smoothed() -> str:
     """The preset with smoothed values, minus each other."""
-    return against(SMOOTHED.name, HOT, TITLES, FIGURES, "real", NOISY)
+    others = {name: title for name, title in TITLES.items() if name not in ORACLES}
+    return against(SMOOTHED.name, HOT, others, FIGURES, "real", NOISY)
 
 
 @table
@@ -117,7 +138,7 @@ def runs_of(world: str) -> list[Run]:
 @table
 def real_boilerplate_chosen() -> str:
     """Each setting at the rate that dev rows choose, of those that it was run at; and the preset's lead."""
-    runs = [run for run in runs_of(NOISY) if run["name"] in TITLES]
+    runs = [run for run in runs_of(NOISY) if run["name"] in TITLES and run["name"] not in ORACLES]
     chosen, rows = chosen_rates(runs), []
     for name in filter(chosen.get, TITLES):
         rate, some = chosen[name]
@@ -168,17 +189,23 @@ def evidence_short() -> str:
 
 @table
 def real_boilerplate_kept() -> str:
-    return kept(NOISY)
+    return kept(NOISY, TITLES)
 
 
 @table
 def real_exchanged() -> str:
-    return ends(RATE, TITLES, FIGURES, "real", "nl2bash, exchanged")
+    return ends(RATE, {name: TITLES[name] for name in OF_EXCHANGED}, FIGURES, "real", EXCHANGED)
+
+
+@table
+def real_exchanged_gaps() -> str:
+    titles = {name: TITLES[name] for name in ("all tokens", UNMASKED.name)}
+    return against(UNMASKED.name, RATE, titles, FIGURES, "real", EXCHANGED)
 
 
 @table
 def real_exchanged_kept() -> str:
-    return kept("nl2bash, exchanged")
+    return kept(EXCHANGED, OF_EXCHANGED)
 
 
 def flipped(source: str) -> str:

@@ -73,6 +73,7 @@ _PATH: dict[str, object] = {"estimator": "path", "path_start": True, "path_kl": 
 UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0})  # what is left of the preset
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
 SMOOTHED = values("path, smoothed, best() else", **{**_PATH, "smoothing": 3})  # chosen by values of neighbours too
+SMOOTHED_MORE = values("path, smoothed, rho 0.7, best() else", **{**_PATH, "smoothing": 3, "rho": 0.7})
 OF_ORACLE = replace(UNMASKED, name="oracle, from theta*, KL to it", selection="oracle", config=BEST)  # the best mask
 UNMASKED_RENEWED = values("all tokens, theta* renewed, KL to it", **{**_PATH, "rho": 1.0, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
@@ -293,6 +294,7 @@ def real_supervised() -> Iterator[Setting]:
     yield values("path, KL 0.3, best() else", **{**_PATH, "path_kl": 0.3})
     yield RENEWED
     yield SMOOTHED
+    yield SMOOTHED_MORE
     yield UNMASKED
     yield UNMASKED_RENEWED
     yield OF_DATA
