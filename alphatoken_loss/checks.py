@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 
 def is_number(value: Any) -> bool:
     """Whether it is a number and not NaN; infinity is one."""
-    return not isinstance(value, bool) and isinstance(value, numbers.Real) and bool(value == value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def check_int(name: str, value: object, *, least: int, hint: str) -> None:

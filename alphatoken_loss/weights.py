@@ -29,6 +29,7 @@ from .models.changes import undoing
 from .models.decoder import last_hidden
 from .models.forwards import rows_without_graph
 from .models.modes import without_noise
+from .models.processes import in_any
 from .models.reference import refuse_itself
 from .models.sites import Scored, find_scored
 from .models.start import adopt_start
@@ -135,11 +136,6 @@ def alphatoken_weights(
     if fisher is not None:
         adopt_start(model, fisher.start)
     scored = find_scored(model, config.scored_layers, config.scope)
-    if not bool(read.rows.any()):
-        nothing = torch.zeros(read.shape, device=read.labels.device)
-        terms = estimator_class(config.estimator).terms
-        values = TokenValues(nothing.clone(), **{name: nothing.clone() for name in terms})
-        return (nothing, values) if return_values else nothing
     given: dict[str, Any] = {"target": target, "fisher": fisher, "optimizer": optimizer}
     source = Source(model, ref_model, config=config, path=path, **given)
     if ref_model is not None:
@@ -150,16 +146,30 @@ def alphatoken_weights(
         refuse_other_base(model, scored, ref_model)
     memory = estimator.memory(config)
     memory.check(source)
-    if not (source.validates or estimator.in_forward):
-        Others.of(read)  # an error before the work
     if fisher is not None:
         fisher.check_base(model)
         source.drifts = True  # with a Fisher the drift is reported, whatever its weight
-    elif source.drifts and not estimator.in_forward:  # of this batch, not of the target
-        source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
-    values = _valued(source, memory, scored, read, beta, apart=return_values)
+    by_batch = fisher is None and source.drifts and not estimator.in_forward  # its Fisher, not the target's
+    empty = not bool(read.rows.any())
+    if not (empty or source.validates or estimator.in_forward):
+        Others.of(read)  # an error before the work
+    # What is estimated here is of all processes' batches: one without a response takes part.
+    together = by_batch or source.batches is not None
+    if in_any(not empty, scored.device) if together else not empty:
+        if by_batch:
+            source.fisher = fisher_of_batches(model, scored, ref_model, [read.chosen()], dense=config.fisher == "dense")
+        if empty:
+            memory.prepare(source, scored, read)
+    values = _nothing(estimator, scored, read) if empty else _valued(source, memory, scored, read, beta, return_values)
     weights = select(values, read, config).float()
     return (weights, values) if return_values else weights
+
+
+def _nothing(estimator: type[Estimator], scored: Scored, batch: Batch) -> TokenValues:
+    """The values of a batch without a response token."""
+    dtype = accumulation_dtype(next(iter(scored.parameters.values())))
+    total, *terms = (batch.labels.new_zeros(batch.shape, dtype=dtype) for _ in range(1 + len(estimator.terms)))
+    return TokenValues(total, **dict(zip(estimator.terms, terms, strict=True)))
 
 
 def weights_by_others(
@@ -178,12 +188,12 @@ def weights_by_others(
     memory = estimator_class(source.config.estimator).memory(source.config)
     own = copy.copy(source)
     own.moves = Moves()  # the gate counts steps
-    values = _valued(own, memory, scored, batch, beta, apart=False)
+    values = _valued(own, memory, scored, batch, beta, False)
     return select(values, batch, source.config).float(), values
 
 
 @undoing
-def _valued(source: Source, memory: Memory, scored: Scored, batch: Batch, beta: float, *, apart: bool) -> TokenValues:
+def _valued(source: Source, memory: Memory, scored: Scored, batch: Batch, beta: float, apart: bool) -> TokenValues:
     model, ref_model, estimator = source.model, source.ref_model, estimator_class(source.config.estimator)
     parts = memory.prepare(source, scored, batch)
     task = Task(model, scored, batch, source.config, parts, memory, apart=apart, ref_model=ref_model)

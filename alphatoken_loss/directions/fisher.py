@@ -191,7 +191,12 @@ class Fisher:
 
 
 def check_same_base(made_for: Sequence[float], model: nn.Module, what: str) -> None:
-    """Raise ValueError if the Fisher or the path was made with another base model (see `base_of`)."""
+    """Raise ValueError if the Fisher or the path was made with another base model (see `base_of`).
+
+    An input embedding that is trained moves away from what it was, and tells nothing.
+    """
+    if causal_lm(model).get_input_embeddings().weight.requires_grad:  # type: ignore[operator]
+        return
     here, made = torch.tensor(base_of(model)), torch.tensor(made_for)
     if len(made) and (made - here).norm() > 0.1 * made.norm():
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import nn
 from ..batches.batch import Batch
 from ..batches.read import read_batch
 from ..config import AlphaTokenConfig
-from ..models.processes import all_counts
+from ..models.processes import in_any
 from ..models.reference import refuse_itself
 from ..models.sites import Scored
 from ..models.start import Start, adopt_start, resume_start, see_start, start_of
@@ -154,7 +154,7 @@ class Source:
             batches = [batch.chosen()]
             if self.batches is not None:
                 batches = [part.chosen() for part in self.target_batches(scored)]
-            elif not any(all_counts([int(batch.rows.any())], batch.labels.device)):
+            elif not in_any(bool(batch.rows.any()), scored.device):
                 return  # nothing to value in any process, and nothing to estimate from
             dense = self.config.fisher == "dense"
             self.fisher = fisher_of_batches(self.model, scored, self.ref_model, batches, dense=dense)

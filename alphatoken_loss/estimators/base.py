@@ -77,9 +77,9 @@ class Memory:
         """
         return source.directions(scored, batch)
 
-    def begin(self, source: Source, scored: Scored, batch: Batch, *, valued: bool) -> Parts:
-        """A training forward is about to run: what `prepare` gives, if it is to be valued or compared."""
-        if valued:
+    def begin(self, source: Source, scored: Scored, batch: Batch, *, needed: bool) -> Parts:
+        """A training forward is about to run: what `prepare` gives, if that is `needed` to value or to compare it."""
+        if needed:
             return self.prepare(source, scored, batch)
         source.count(scored)
         return {}
@@ -91,8 +91,8 @@ class Memory:
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         return {}
 
-    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
-        pass
+    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Go on from what `state_dict` gave, which may lie on another device."""
 
     def figures(self) -> dict[str, float]:
         """Figures for a logger, by name."""
@@ -158,7 +158,7 @@ class Estimator(ABC):
     values_others: ClassVar[bool] = False
     in_forward: ClassVar[bool] = False
     memory: ClassVar[type[Memory]] = Memory
-    terms: ClassVar[tuple[str, ...]] = ("adaptation", "stability")
+    terms: ClassVar[tuple[str, ...]] = ()
     seconds: float = 0.0
 
     def __init__(self, task: Task) -> None:

@@ -23,6 +23,8 @@ class ByChange(Estimator):
         changes (`dict`): part -> the change `(B, T, hidden)`, and the step that made it; a missing part is zero.
     """
 
+    terms = ("adaptation", "stability")
+
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         parts = task.parts if task.apart else merged(task.parts, task.config.stability_weight)

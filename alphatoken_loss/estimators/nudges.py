@@ -54,9 +54,9 @@ class Nudges(Memory):
         state = {f"{kind}.{part}": tensor for kind in _KEPT for part, tensor in getattr(self, kind).items()}
         return state if self._scaled is None else {**state, "scaled": torch.tensor(self._scaled)}
 
-    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         for kind in _KEPT:
-            named = ((name.partition("."), tensor) for name, tensor in state.items())
+            named = ((name.partition("."), tensor.to(device)) for name, tensor in state.items())
             setattr(self, kind, {part: tensor for (of, _, part), tensor in named if of == kind})
         self._scaled = bool(state["scaled"]) if "scaled" in state else None
 

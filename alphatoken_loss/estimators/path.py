@@ -53,6 +53,7 @@ class PathMemory(Memory):
         super().__init__(config)
         self._known: tuple[Path, tuple[str, ...]] | None = None  # the one that was checked last, and what it moved
         self._applied = False
+        self._begun: Path | None = None  # where training began
         self.kl = config.path_kl
         # theta* is then where training begins, or what a KL holds it to: values would cost a forward.
         self.keeps_all = config.rho >= 1.0 and (not config.path_kl or config.path_from == "reference")
@@ -105,19 +106,19 @@ class PathMemory(Memory):
             self._known = source.path, names
         return {_PART: source.path.parameters}
 
-    def begin(self, source: Source, scored: Scored, batch: Batch, *, valued: bool) -> Parts:
-        parts = super().begin(source, scored, batch, valued=valued)
+    def begin(self, source: Source, scored: Scored, batch: Batch, *, needed: bool) -> Parts:
+        parts = super().begin(source, scored, batch, needed=needed)
         if self.config.path_start and not self._applied:  # whatever is masked
             self._path(source, scored, batch)
             assert source.path is not None
             source.path.apply(source.model)
             source.moves.since(scored)  # not a step of the optimizer
-            self._applied = True
+            self._applied, self._begun = True, source.path
         return parts
 
     def early(self, source: Source) -> bool:
         # At theta* itself values are 0 to the bit only if one head makes both log-probabilities.
-        return self.kl > 0 or (self.config.path_start and source.age == 0)
+        return self.kl > 0 or (self._begun is not None and self._begun is source.path and source.age == 0)
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         """theta*. A resumed run cannot make it again: the path began where the adapter was then."""
@@ -127,7 +128,7 @@ class PathMemory(Memory):
         made = {name: torch.tensor(getattr(source.path, name), dtype=torch.float64) for name in _MADE}
         return {**there, **made, _APPLIED: torch.tensor(self._applied)}
 
-    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, source: Source, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._applied = bool(state.get(_APPLIED, bool(state)))
         start = f"{_PART}."
         there = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
@@ -171,7 +172,6 @@ class AlongPath(Estimator):
     scope = "anywhere"
     gate = "decoder"
     memory = PathMemory
-    terms = ()
     in_forward = True
 
     def __init__(self, task: Task) -> None:

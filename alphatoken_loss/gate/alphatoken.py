@@ -294,11 +294,11 @@ class AlphaToken:
             return Weighed(self.model, batch, None if known else self.selection.after)
         memory, source = self._memory, self.source
         if known and not memory.kl:
-            memory.begin(source, scored, batch, valued=False)
+            memory.begin(source, scored, batch, needed=False)
             return Weighed(self.model, batch, None)
         if asked.coef > 0 and self._estimator.gate == "block":
             refuse_inside_checkpoint(scored.blocks)
-        parts = memory.begin(source, scored, batch, valued=True)
+        parts = memory.begin(source, scored, batch, needed=True)
         task = Task(
             self.model, scored, batch, self.config, parts, memory, apart=False, training=True, valued=not known,
             early=memory.early(source) or asked.on == "dropped", ref_model=self.ref_model,
@@ -336,8 +336,7 @@ class AlphaToken:
         scored = self._scored()
         self.source.load_state_dict(state, scored)
         if scored is not None:
-            steps = {name: tensor.to(scored.device) for name, tensor in state["steps"].items()}
-            self._memory.load_state_dict(self.source, steps)
+            self._memory.load_state_dict(self.source, state["steps"], scored.device)
 
     def _record(self, values: TokenValues | None, weights: torch.Tensor | None, batch: Batch) -> None:
         self.values, self.weights = values, None if weights is None else weights.float()

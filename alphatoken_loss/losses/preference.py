@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,8 @@ def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
             f"loss_type is {loss_type!r}; dpo_loss knows {', '.join(LOSSES)}. For another loss, run your own inside "
             "`with alphatoken(batch):`."
         )
-    for name, value in (("beta", beta), ("label_smoothing", smoothing)):
-        if not is_number(value):
+    for name, value in (("beta", beta), ("label_smoothing", smoothing or 0)):
+        if not _is_scalar(value):
             raise ValueError(f"{name} is {value!r}; it must be a number.")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta is {beta!r}; it must be positive and finite.")
@@ -94,6 +95,10 @@ def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
     if not allowed:
         least = "in (0, 0.5) for exo_pair" if loss_type == "exo_pair" else "in [0, 0.5)"
         raise ValueError(f"label_smoothing is {smoothing!r}; it must be {least}.")
+
+
+def _is_scalar(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, torch.Tensor) and value.dim() == 0)
 
 
 def reference_logps(model: nn.Module, ref_model: nn.Module | None, batch: Batch) -> torch.Tensor:

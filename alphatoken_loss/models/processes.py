@@ -25,6 +25,11 @@ def all_counts(counts: Sequence[int], device: torch.device | None) -> list[int]:
     return total.tolist()
 
 
+def in_any(here: bool, device: torch.device | None) -> bool:
+    """Whether it is so in any process; alone, in this one."""
+    return all_counts([int(here)], device) != [0]
+
+
 def all_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in the order of their ranks, on the CPU; alone, its own."""
     if not _several():

@@ -145,10 +145,5 @@ def check_unvalued(config: AlphaTokenConfig, **given: object) -> None:
             came = f'"{value}"' if isinstance(value, str) else value
             raise ValueError(
                 f"{name} is {came}, but tokens are not chosen by their values. Leave it out, or selection and "
-                "token_weights."
+                "token_weights (a data set's column of that name too)."
             )
-    if config.threshold_scope == "pair":
-        raise ValueError(
-            'threshold_scope is "pair", but tokens are not chosen by their values. Use "batch" or "sequence", or leave '
-            "selection and token_weights out."
-        )

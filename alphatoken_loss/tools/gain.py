@@ -20,7 +20,7 @@ from ..directions.source import as_batches
 from ..losses.logps import token_logps
 from ..models.changes import undoing
 from ..models.modes import without_noise
-from ..models.processes import all_counts, all_rows
+from ..models.processes import all_rows, in_any
 from ..models.sites import find_scored
 from ..models.structure import unwrap
 
@@ -159,7 +159,7 @@ def _apart(batches: Iterable[Batch], fold: int) -> tuple[list[Batch], list[Batch
 
 def _any_rows(batches: Iterable[Batch], device: torch.device) -> bool:
     """Whether any process has a response token in these."""
-    return all_counts([sum(bool(batch.rows.any()) for batch in batches)], device) != [0]
+    return in_any(any(bool(batch.rows.any()) for batch in batches), device)
 
 
 def _gains(model: nn.Module, path: Path, batches: Iterable[Batch], bar: tqdm[Any]) -> torch.Tensor:

@@ -221,12 +221,12 @@ class AlphaTokenArguments(_Settings):
         return make_selection(self.selection, self.alphatoken_config, options)
 
 
-def _read_options(text: str) -> dict[str, Any]:
+def _read_options(text: str) -> dict[str, Any] | None:
     try:
         options = json.loads(text)
     except ValueError:
-        options = None
-    if not isinstance(options, dict):
+        options = text
+    if not isinstance(options, dict | None):
         raise ValueError(
             f"selection_options is {text!r}; it must be a JSON object of option names and values, such as "
             '{"perplexity": 2.5}.'

@@ -80,33 +80,49 @@ def build(kind: str, argv: Sequence[str]) -> Any:
     mixed = get_dataset(mixture) if mixture.datasets else None
     splits = [script.dataset_train_split, *([script.dataset_test_split] if args.eval_strategy != "no" else [])]
     rows = [_rows(script, split) if mixed is None else _split(mixed, split) for split in splits]
-    for some in rows:
-        _check_columns(kind, some, getattr(args, "dataset_text_field", "text"))
+    for some, split in zip(rows, splits, strict=True):
+        where = f"{'--dataset_name' if mixed is None else 'datasets'}, split {split!r}"
+        _check_columns(kind, some, where, getattr(args, "dataset_text_field", "text"))
     clean = None if target.target is None else load_rows(target.target, target.target_split, "--target")
     return _trainer(kind, args, model, rows[0], clean, *rows[1:])
 
 
-def _check_columns(kind: str, rows: Any, text: str) -> None:
+def _check_columns(kind: str, rows: Any, where: str, text: str) -> None:
     """See that rows are in a form that the trainer takes, whole.
+
+    Args:
+        where (`str`): what an error calls them.
+        text (`str`): the column of plain texts.
 
     Raises:
         UserError: they are not.
     """
-    columns = rows.column_names or ()
-    forms = [{"chosen", "rejected"}] if kind == "dpo" else [
-        {"prompt", "completion"}, {"messages"}, {"conversations"}, {text}, {"input_ids"}
-    ]  # fmt: skip
-    form = next((form for form in forms if form <= {*columns}), None)
-    if columns and form is None:
-        allowed = "; ".join(" and ".join(sorted(form, reverse=kind == "sft")) for form in forms)
-        raise UserError(f"--dataset_name: the columns are {', '.join(sorted(columns))}. They must hold {allowed}.")
-    for name in sorted(form or ()):
-        if getattr(rows, "data", None) is not None and rows.data.column(name).null_count:
-            number = next(i for i, value in enumerate(rows[name]) if value is None)
-            raise UserError(
-                f"--dataset_name: row {number + 1} has nothing in its column {name}. Leave the row out, or put rows of "
-                "other forms in files of their own."
-            )
+    columns = rows.column_names or ()  # of a stream they may not be known
+    forms = (("chosen", "rejected"),) if kind == "dpo" else (
+        ("prompt", "completion"), ("messages",), ("conversations",), (text,), ("input_ids",)
+    )  # fmt: skip
+    there = [form for form in forms if {*form} <= {*columns}]
+    if columns and not there:
+        allowed = "; ".join(" and ".join(form) for form in forms)
+        raise UserError(f"{where}: the columns are {', '.join(sorted(columns))}. They must hold {allowed}.")
+    gaps = [gap for form in there if (gap := _first_gap(rows, form))]
+    if there and len(gaps) == len(there):
+        number, name = gaps[0]
+        raise UserError(
+            f"{where}: row {number + 1} has nothing in its column {name}. Leave the row out, or put rows of other "
+            "forms in files of their own."
+        )
+
+
+def _first_gap(rows: Any, names: Sequence[str]) -> tuple[int, str] | None:
+    """The first row that has nothing in one of these columns, and the column; of a stream none is looked for."""
+    from datasets import Dataset
+
+    for name in names if isinstance(rows, Dataset) else ():
+        column = rows.select_columns([name]).with_format("arrow")[:].column(name)
+        if column.null_count:
+            return column.is_null().to_pylist().index(True), name
+    return None
 
 
 def _split(mixed: Any, split: str) -> Any:

@@ -53,7 +53,7 @@ class Selecting(Running):
         if self.alphatoken_args.precondition and not valued:
             raise ValueError(
                 "precondition is True, but tokens are not chosen by their values. Set precondition=False, or leave "
-                "selection and token_weights out."
+                "selection and token_weights (a data set's column of that name too) out."
             )
         columns = getattr(self._raw_rows, "column_names", None) or ()  # of a stream they may not be known
         if "messages" in columns and getattr(self.args, "assistant_only_loss", None) is False:

@@ -22,6 +22,7 @@ from alphatoken_loss import (
     AlphaToken,
     AlphaTokenConfig,
     Fisher,
+    alphatoken_weights,
     estimate_fisher,
     make_path,
     sft_loss,
@@ -96,6 +97,8 @@ def work(rank, folder):
             batch["labels"] = torch.full_like(batch["labels"], -100)
         wrapped.zero_grad()
         sft_loss(wrapped, batch, gate).backward()
+        for name, some in (("others", None), ("target", validation_of(rank))):
+            results[f"weights by {name}"] = alphatoken_weights(wrapped, None, batch, target=some, config=CONFIG)
         results["empty"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         # Steps after the first: a forward of the library's own must not look like a training step to DDP.
         for estimator in ("ghost", "difference", "exact"):
@@ -207,6 +210,8 @@ def test_every_rank_goes_the_same_path(results):
 def test_a_process_without_a_response_takes_part(results):
     model = lora_model("llama")
     sft_loss(model, sft_batch("right", seed=60), AlphaToken(model, config=CONFIG)).backward()
+    for name in ("weights by others", "weights by target"):
+        assert results[0][name].any() and not results[1][name].any()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert float(parameter.grad.abs().max()) > 0

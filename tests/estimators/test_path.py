@@ -30,6 +30,7 @@ from alphatoken_loss import (
     target_gradient,
 )
 from alphatoken_loss.batches.read import read_batch
+from alphatoken_loss.directions.fisher import check_same_base
 from alphatoken_loss.losses.head import check_head
 
 KINDS = ("none", "right", "left", "ragged", "full", "packed")
@@ -546,6 +547,9 @@ def test_a_resumed_path_still_tells_how_it_was_made_and_for_which_base():
     moved.load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="made for another base"):
         sft_loss(other, batch, moved)
+    for name, parameter in other.named_parameters():  # an embedding that is trained tells no base
+        parameter.requires_grad_(parameter.requires_grad or "embed_tokens" in name)
+    check_same_base(made.base, other, "path")
     earlier = first.state_dict()
     for name in ("steps", "rate", "base"):
         del earlier["steps"][name]

@@ -180,7 +180,8 @@ def test_dpo_by_hand():
             if "lora_B" in name:
                 parameter.zero_()
     batch = pair_batch()
-    loss = dpo_loss(model, None, batch, beta=0.4)
+    loss = dpo_loss(model, None, batch, beta=torch.tensor(0.4), label_smoothing=False)
+    assert torch.equal(loss, dpo_loss(model, None, batch, beta=0.4))
     loss.backward()
     assert_close(loss.detach(), torch.tensor(2.0, dtype=torch.float64).log(), TOL64)
     work = reference.frozen_copy(model)

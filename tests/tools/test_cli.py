@@ -10,13 +10,15 @@ import sys
 import pytest
 import torch
 import tuning
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 import alphatoken_loss
 from alphatoken_loss.__main__ import main
 from alphatoken_loss.estimators import ESTIMATORS
 from alphatoken_loss.tools import cli, doctor
+from alphatoken_loss.tools.cli import UserError
 from alphatoken_loss.tools.show.command import show_scored
+from alphatoken_loss.trl import command
 from alphatoken_loss.trl.command import build
 
 COMMANDS = ("score", "reselect", "show", "sft", "dpo", "report", "doctor", "env")
@@ -209,7 +211,7 @@ def test_mistakes_in_training_arguments(files, capsys):
         (
             "sft",
             [{"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "a"}]}],
-            "row 2 has nothing in its column completion. Leave the row out",
+            "row 2 has nothing in its column prompt. Leave the row out",
         ),
     ],
 )
@@ -217,7 +219,21 @@ def test_rows_that_a_trainer_does_not_take(files, tmp_path, capsys, kind, rows, 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--model_name_or_path", str(files / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
     assert main([kind, *argv, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out")]) == 2
-    assert f"error: --dataset_name: {told}" in capsys.readouterr().err
+    assert f"error: --dataset_name, split 'train': {told}" in capsys.readouterr().err
+
+
+def test_a_form_that_is_whole_is_enough():
+    """A row without a text is none where other columns hold what is trained on, or where it was filtered out."""
+    rows = Dataset.from_dict({"input_ids": [[1], [2], [3]], "labels": [[1], [2], [3]], "text": ["a", None, "c"]})
+    command._check_columns("sft", rows, "rows", "text")
+    texts = rows.select_columns(["text"])
+    command._check_columns("sft", texts.select([0, 2]), "rows", "text")
+    command._check_columns("sft", texts.to_iterable_dataset(), "rows", "text")
+    with pytest.raises(UserError, match="rows: row 2 has nothing in its column text"):
+        command._check_columns("sft", texts.select([2, 1]), "rows", "text")
+    command._check_columns("sft", texts.rename_column("text", "words").select([0]), "rows", "words")
+    with pytest.raises(UserError, match=r"the columns are text\. They must hold chosen and rejected"):
+        command._check_columns("dpo", texts, "rows", "text")
 
 
 @pytest.mark.parametrize("given", ["{bad", "[1]"])

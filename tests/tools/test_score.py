@@ -310,8 +310,11 @@ def test_labels_of_before_smoothing_are_those_without_it(output, tmp_path):
     assert meta["selection"].pop("smoothing") == 0
     (folder / "meta.json").write_text(json.dumps(meta))
     assert reselect(folder, rho=0.4, output=folder) == folder
+    assert reselect(output, rho=0.4, output=folder) == folder, "asked for again"
     with pytest.raises(UserError, match=r"rho 0.4 by sequence and smoothing 0 already"):
         reselect(folder, rho=0.4, smoothing=1, output=folder)
+    with pytest.raises(UserError, match=r"--rho 0\.4 --threshold-scope dataset --smoothing 1\.$"):
+        reselect(folder, rho=0.4, threshold_scope="dataset", smoothing=1, output=folder)
     with pytest.raises(ValueError, match="smoothing is -1"):
         reselect(folder, rho=0.4, smoothing=-1)
 

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from ...config import AlphaTokenConfig
 from ..cli import UserError, or_exit
 from .inputs import SETTINGS, inputs_of, open_output
-from .parts import SCORED, Selection, finish, read_meta, write_part
-from .reselect import report, reselect, selection_of
+from .parts import SCORED, Labelling, finish, read_meta, write_part
+from .reselect import labelling_of, report, reselect
 from .rows import form_of, load_rows
 from .scorer import Scorer
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0; 1 for values that are not finite or too little memory; 2 for a user's
     mistake; 130 when interrupted."""
     if args.reselect:
-        folder = reselect(args.reselect, **selection_of(args), output=args.output)
+        folder = reselect(args.reselect, **labelling_of(args), output=args.output)
     else:
         folder = score(args)
     print(report(folder, read_meta(folder)))
@@ -49,7 +49,7 @@ def score(args: argparse.Namespace) -> Path:
     if missing:
         raise UserError(f"{', '.join('--' + name for name in missing)}: needed (or --reselect). See --help.")
     beta = {"path_beta": args.beta} if args.estimator == "path" else {}
-    chosen = Selection(**selection_of(args))
+    chosen = Labelling(**labelling_of(args))
     values = {name: getattr(args, name) for name in SETTINGS}
     config = AlphaTokenConfig(rho=chosen.rho, smoothing=chosen.smoothing, **beta, **values)
     rows = load_rows(args.dataset, args.split, "--dataset")

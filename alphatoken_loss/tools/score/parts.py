@@ -30,13 +30,13 @@ _OTHER_LABELS = (
     "{folder}: has labels for rho {rho} by {threshold_scope} and smoothing {smoothing} already. They are not changed "
     "in place: Axolotl and other tools keep what they have prepared under a hash of the configuration, in which the "
     "folder's name stands and not its content, and would train on the old labels. Write another folder: alphatoken "
-    "reselect {folder} --rho {new}."
+    "reselect {folder}{options}."
 )
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which tokens are kept, by their values.
+class Labelling:
+    """Which tokens keep their labels, by their values.
 
     Args:
         rho (`float`): share of response tokens to keep, in (0, 1].
@@ -60,7 +60,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def write_part(
-    path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, chosen: Selection, form: str
+    path: Path, rows: list[tuple[Row, list[torch.Tensor]]], start: int, chosen: Labelling, form: str
 ) -> None:
     columns: dict[str, list[Any]] = {"row": list(range(start, start + len(rows)))}
     for branch, prefix in enumerate(_prefixes(form)):
@@ -105,17 +105,18 @@ def _labels(ids: torch.Tensor, response: torch.Tensor, kept: torch.Tensor) -> to
     return ids.masked_fill(~(response & kept), IGNORE)
 
 
-def finish(source: Path, folder: Path, meta: dict[str, Any], chosen: Selection) -> Path:
+def finish(source: Path, folder: Path, meta: dict[str, Any], chosen: Labelling) -> Path:
     """Labels of the tokens chosen so in every part, the folder that trainers load, and `meta.json`.
 
     Raises:
         UserError: `folder` has other labels already, or parts are missing, or no label is left.
     """
     if folder == source and meta["state"] == "done":
-        there = Selection(**meta["selection"])
+        there = Labelling(**meta["selection"])
         if there == chosen:
             return folder
-        raise UserError(_OTHER_LABELS.format(folder=folder, **asdict(there), new=chosen.rho))
+        options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in asdict(chosen).items())
+        raise UserError(_OTHER_LABELS.format(folder=folder, **asdict(there), options=options))
     (folder / SCORED).mkdir(parents=True, exist_ok=True)
     write_json(folder / META, {**meta, "state": "selecting", "of": str(source)})
     close_folder(folder)  # while labels change, the folder does not load
@@ -143,7 +144,7 @@ def finish(source: Path, folder: Path, meta: dict[str, Any], chosen: Selection) 
     return folder
 
 
-def _threshold(parts: list[Path], prefix: str, chosen: Selection) -> tuple[float, torch.Tensor]:
+def _threshold(parts: list[Path], prefix: str, chosen: Labelling) -> tuple[float, torch.Tensor]:
     """Of all response tokens of a branch: the smallest value that is kept, and the mean of |value|."""
     sequences = []
     for part in parts:
@@ -160,7 +161,7 @@ def _threshold(parts: list[Path], prefix: str, chosen: Selection) -> tuple[float
 def _relabel(
     columns: dict[str, list[Any]],
     form: str,
-    chosen: Selection,
+    chosen: Labelling,
     thresholds: dict[str, tuple[float, torch.Tensor]],
     counts: Counter[str],
 ) -> None:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...config import AlphaTokenConfig
 from ..cli import UserError, or_exit
-from .parts import META, Selection, finish, read_meta
+from .parts import META, Labelling, finish, read_meta
 
 
 @or_exit()
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0, or 2 for a user's mistake."""
-    folder = reselect(args.folder, **selection_of(args), output=args.output)
+    folder = reselect(args.folder, **labelling_of(args), output=args.output)
     print(report(folder, read_meta(folder)))
     return 0
 
 
-def selection_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a command line says of a `Selection`."""
-    return {name: getattr(args, name) for name in Selection.__dataclass_fields__}
+def labelling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says of a `Labelling`."""
+    return {name: getattr(args, name) for name in Labelling.__dataclass_fields__}
 
 
 def reselect(
@@ -38,7 +37,7 @@ def reselect(
 
     Args:
         path: a finished output of `alphatoken score`.
-        rho, threshold_scope, smoothing: see `Selection`.
+        rho, threshold_scope, smoothing: see `Labelling`.
         output: folder to write; by default `path` with `-rho`, the share and what else is asked
             for at its end.
 
@@ -56,7 +55,7 @@ def reselect(
     AlphaTokenConfig(rho=rho, smoothing=smoothing)
     if threshold_scope not in ("sequence", "dataset"):
         raise ValueError(f"threshold_scope is {threshold_scope!r}; it must be 'sequence' or 'dataset'.")
-    chosen = Selection(rho, threshold_scope, smoothing)
+    chosen = Labelling(rho, threshold_scope, smoothing)
     source = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
     meta = read_meta(source)
     if meta["state"] == "scoring":
@@ -73,11 +72,11 @@ def reselect(
     return finish(source, folder, meta, chosen)
 
 
-def _made_from(folder: Path, meta: dict[str, Any], chosen: Selection) -> bool:
+def _made_from(folder: Path, meta: dict[str, Any], chosen: Labelling) -> bool:
     """Whether this folder has that selection of the same values already."""
     there = read_meta(folder) if (folder / META).is_file() else {}
-    expected = {"state": "done", "selection": asdict(chosen), "inputs": meta["inputs"]}
-    return all(there.get(name) == value for name, value in expected.items())
+    done = there.get("state") == "done" and there.get("inputs") == meta["inputs"]
+    return done and Labelling(**there["selection"]) == chosen
 
 
 def _begun_from(folder: Path, source: Path) -> bool:
