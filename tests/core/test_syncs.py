@@ -75,13 +75,13 @@ def test_a_gated_step_waits_once_more_than_a_plain_one(estimator, checkpointing,
     # A fused step leaves no trace in versions, so bits are compared.
     assert waits(lambda: sft_loss(model, batch, preconditioned).backward()) == expected + Counter(equal=1)
 
-    record = AlphaToken.record
+    record = AlphaToken._record
 
     def reading(gate, values, *rest):
         record(gate, values, *rest)
         values.total[0, 0].item()
 
-    monkeypatch.setattr(AlphaToken, "record", reading)
+    monkeypatch.setattr(AlphaToken, "_record", reading)
     assert waits(lambda: sft_loss(model, batch, gate).backward()) != expected + Counter(equal=1)
 
 
