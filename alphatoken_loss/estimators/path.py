@@ -133,9 +133,7 @@ class PathMemory(Memory):
         start = f"{_PART}."
         there = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
         if there:
-            made: dict[str, Any] = {
-                name: state[name].tolist() for name in _MADE if name in state
-            }  # not in earlier ones
+            made: dict[str, Any] = {name: state[name].tolist() for name in _MADE if name in state}  # or of before
             source.path = Path(there, int(made.get("steps", 0)), tuple(made.get("base", ())), made.get("rate", 0.0))
 
     def _follow(self, source: Source, scored: Scored, batch: Batch, **changes: Any) -> Path:
