@@ -15,7 +15,7 @@ from alphatoken_loss import Fisher
 from alphatoken_loss.files import read_tensors, write_tensors, write_whole
 from alphatoken_loss.tools.cli import UserError
 from alphatoken_loss.tools.report.samples import FOLDER, read_samples
-from alphatoken_loss.tools.score.parts import finish, read_meta, write_part
+from alphatoken_loss.tools.score.parts import Labelling, finish, read_meta, write_part
 from alphatoken_loss.tools.score.rows import Tokens
 
 
@@ -109,13 +109,13 @@ def test_a_file_that_is_no_sample_by_its_name(run):
 def output(tmp_path):
     rows = [((Tokens([5, 6, 7, 8], [False, True, True, True]),), [torch.tensor([0.0, 1.0, 2.0, 3.0])])]
     (tmp_path / "scored").mkdir()
-    write_part(tmp_path / "scored" / "part-00000.parquet", rows, 0, 0.5, "sft")
+    write_part(tmp_path / "scored" / "part-00000.parquet", rows, 0, Labelling(0.5), "sft")
     (tmp_path / "meta.json").write_text('{"state": "scoring", "inputs": {}, "form": "sft", "rows": 1}')
     return tmp_path
 
 
 def test_a_whole_part(output):
-    finish(output, output, read_meta(output), 0.5, "sequence")
+    finish(output, output, read_meta(output), Labelling(0.5))
     assert read_meta(output)["kept_tokens"] == 2
 
 
@@ -128,7 +128,7 @@ def test_parts_that_are_cut_or_of_others(output, how, scope):
     else:
         part.write_bytes(spoilt(how, part.read_bytes()))
     with pytest.raises(UserError, match=r"part-00000.parquet: cannot be read \(.*\)\. Delete it and run the command"):
-        finish(output, output, read_meta(output), 0.5, scope)
+        finish(output, output, read_meta(output), Labelling(0.5, scope))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "done"}', "null"])
