@@ -89,10 +89,9 @@ def alphatoken_weights(
 ) -> torch.Tensor | tuple[torch.Tensor, TokenValues]:
     """Value every response token of a batch and keep the top `rho` share (arXiv 2606.01635, Eq. 12).
 
-    The forward runs without dropout, and has no graph but that of norm, head and loss. What the gradient at the gate is
-    then turned into values by is the estimator's: the ghost runs the last K blocks again, one at a time; the others
-    compare with a second forward. Gradients, hooks, modes and the random state are left as they were, also when an
-    error is raised.
+    The forward runs without dropout, and has no graph but that of norm, head and loss. Values are then made as the
+    estimator does: ghost and exact run the scored blocks again, one at a time; difference and path compare with a
+    second forward. Gradients, hooks, modes and the random state are left as they were, also when an error is raised.
 
     Args:
         model (`nn.Module`): causal LM with LoRA adapters, or with linears that are trained themselves.

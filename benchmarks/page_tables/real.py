@@ -40,10 +40,11 @@ IN_PROBLEMS = {
 def kept(world: str, names: Iterable[str]) -> str:
     """Share of each kind of token, mean over seeds."""
     runs, rows = [run for run in load("real")["results"] if run["world"] == world], []
-    for name, title in ((name, TITLES[name]) for name in names):
+    for name in names:
         shares = [run["kept"] for run in runs if run["name"] == name and run["lr"] in RATE]
         if shares and min(shares[0].values()) < 1:
-            rows.append([title, *(f"{statistics.mean(share[kind] for share in shares):.2f}" for kind in shares[0])])
+            means = (statistics.mean(share[kind] for share in shares) for kind in shares[0])
+            rows.append([TITLES[name], *(f"{mean:.2f}" for mean in means)])
     kinds = next(run["kept"] for run in runs)
     return markdown(["share kept of", *kinds], rows, "real")
 

@@ -74,7 +74,7 @@ UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0}) 
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
 SMOOTHED = values("path, smoothed, best() else", **{**_PATH, "smoothing": 3})  # chosen by values of neighbours too
 SMOOTHED_MORE = values("path, smoothed, rho 0.7, best() else", **{**_PATH, "smoothing": 3, "rho": 0.7})
-OF_ORACLE = replace(UNMASKED, name="oracle, from theta*, KL to it", selection="oracle", config=BEST)  # the best mask
+OF_ORACLE = Setting("oracle, from theta*, KL to it", "oracle", BEST)  # the preset, but with the oracle's mask
 UNMASKED_RENEWED = values("all tokens, theta* renewed, KL to it", **{**_PATH, "rho": 1.0, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
 OF_SHARE = Setting("path, best(), rho of the share", "values", BEST, rho_of="share")
