@@ -74,6 +74,7 @@ UNMASKED = values("all tokens, from theta*, KL to it", **{**_PATH, "rho": 1.0}) 
 RENEWED = values("path, theta* renewed, best() else", **{**_PATH, "path_every": 20})
 SMOOTHED = values("path, smoothed, best() else", **{**_PATH, "smoothing": 3})  # chosen by values of neighbours too
 SMOOTHED_MORE = values("path, smoothed, rho 0.7, best() else", **{**_PATH, "smoothing": 3, "rho": 0.7})
+MORE = values("path, rho 0.7, best() else", **{**_PATH, "rho": 0.7})
 OF_ORACLE = Setting("oracle, from theta*, KL to it", "oracle", BEST)  # the preset, but with the oracle's mask
 UNMASKED_RENEWED = values("all tokens, theta* renewed, KL to it", **{**_PATH, "rho": 1.0, "path_every": 20})
 OF_DATA = Setting("path, best(), rho of the data", "values", BEST, rho_of="data")
@@ -104,6 +105,8 @@ def supervised() -> Iterator[Setting]:
     yield values("path, theta* renewed", **{**_PATH, "path_kl": 0.3, "path_every": 20})
     yield RENEWED
     yield SMOOTHED
+    yield SMOOTHED_MORE
+    yield MORE
     yield values("path, from the start, KL 0.3", estimator="path", path_kl=0.3)
     yield values("path", estimator="path")
     for name in ("EAFT", "STM", "DFT"):
@@ -221,6 +224,8 @@ MAIN = (
     "path, theta* renewed",
     "path, theta* renewed, best() else",
     "path, smoothed, best() else",
+    "path, smoothed, rho 0.7, best() else",
+    "path, rho 0.7, best() else",
     "all tokens, from theta*, KL to it",
     "path, best(), rho of the data",
     "path",
