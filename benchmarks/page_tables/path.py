@@ -40,6 +40,7 @@ PATHS = {
     "path, theta* renewed, best() else": "`best(path_every=20)`, theta* renewed every 20 steps",
     "path, smoothed, best() else": "`best(smoothing=3)`, by values of neighbours too",
     "path, smoothed, rho 0.7, best() else": "`best(smoothing=3, rho=0.7)`",
+    "path, rho 0.7, best() else": "`best(rho=0.7)`",
     "path, from the base, best() else": '`best()` with `path_from="reference"`',
     "path, KL 1.2, best() else": "`best()` with KL 1.2 to theta*",
     "path, KL 0.3, best() else": "`best()` with KL 0.3 to theta*",
@@ -129,6 +130,19 @@ def path_more() -> str:
 @table
 def path_more_gaps() -> str:
     return against("path, best()", TOY_RATES, PATHS, TOY_FIGURES, MORE)
+
+
+@table
+def path_more_kept() -> str:
+    """What masks keep at the hot rate, by values of single tokens and of neighbours; mean over seeds."""
+    names = ("path, smoothed, best() else", "path, smoothed, rho 0.7, best() else", "path, rho 0.7, best() else",
+             "path, best()")  # fmt: skip
+    groups, rows = by_setting(names, TOY_RATES[0], MORE), []
+    kinds = list(next(iter(groups["path, best()"].values()))["kept"])
+    for name, runs in groups.items():
+        shares = (statistics.mean(run["kept"][kind] for run in runs.values()) for kind in kinds)
+        rows.append([PATHS[name], *(f"{share:.2f}" for share in shares), str(len(runs))])
+    return markdown([f"share kept, lr {TOY_RATES[0]:g}", *kinds, "seeds"], rows, MORE)
 
 
 EQUAL_TIME = ("KL 0.3", "RHO-1, clean reference", "RHO-1 + KL 0.3 to the base", "all tokens, from theta*, KL to it",
