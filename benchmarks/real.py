@@ -59,9 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.model or load_smollm2(cached)
     plan = QUICK if args.quick else FULL if args.full else PLAN
     wanted: runner.Wanted = []
+    seeds = args.seeds or (FULL_SEEDS if args.full else None)
     for name in args.worlds:
         world = world_of(name, folder, plan, args.device, args.data)
-        wanted += [(world, *r) for r in real_runs(world.task, args.quick, FULL_SEEDS if args.full else None)]
+        wanted += [(world, *r) for r in real_runs(world.task, args.quick, seeds)]
     file = args.output / ("real-quick.jsonl" if args.quick else "real-full.jsonl" if args.full else "real.jsonl")
     results, paces = runner.take_and_read(wanted, file, args)
     told = runner.about(args.device)

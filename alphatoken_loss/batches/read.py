@@ -73,9 +73,7 @@ def _read_stacked(batch: Mapping[str, Any], pairs: bool | None, columns: set[str
                 f"A stacked preference batch holds the chosen answers and then as many rejected ones, but this one "
                 f"has {ids.shape[0]} rows. Give an even number."
             )
-        chosen, rejected = batch.get("ref_chosen_logps"), batch.get("ref_rejected_logps")
-        ref_logps = None if chosen is None or rejected is None else (chosen, rejected)
-        return Batch(inputs, ids.masked_fill(mask == 0, IGNORE), True, ref_logps, found)
+        return Batch(inputs, ids.masked_fill(mask == 0, IGNORE), True, _reference_logps(batch), found)
     if batch.get("labels") is None:
         raise ValueError(
             "The batch has neither `labels` (-100 where a token is not trained on) nor `completion_mask` (stacked "
@@ -115,14 +113,26 @@ def _stack_branches(batch: Mapping[str, Any], columns: set[str]) -> Batch:
         torch.cat([F.pad(branch[part], (0, length - branch[part].shape[1]), value=fill) for branch in branches])
         for part, fill in ((0, 0), (1, 0), (2, IGNORE))
     )
-    chosen, rejected = batch.get("ref_chosen_logps"), batch.get("ref_rejected_logps")
-    ref_logps = None if chosen is None or rejected is None else (chosen, rejected)
     found = {}
     for name in columns:
         halves = [batch.get(f"{branch}_{name}") for branch in ("chosen", "rejected")]
         if all(isinstance(half, torch.Tensor) and half.dim() == 2 for half in halves):
             found[name] = torch.cat([F.pad(half, (0, length - half.shape[1])) for half in halves])  # type: ignore[union-attr, arg-type]
-    return Batch({"input_ids": ids, "attention_mask": attention}, labels, True, ref_logps, found)
+    return Batch({"input_ids": ids, "attention_mask": attention}, labels, True, _reference_logps(batch), found)
+
+
+def _reference_logps(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    chosen, rejected = (batch.get(name) for name in REFERENCE_LOGPS)
+    if chosen is None and rejected is None:
+        return None
+    for name, logps in zip(REFERENCE_LOGPS, (chosen, rejected), strict=True):
+        if not isinstance(logps, torch.Tensor):
+            came = "missing" if logps is None else f"a {type(logps).__name__}"
+            raise TypeError(
+                f"{name} is {came}; give {' and '.join(REFERENCE_LOGPS)}, tensors of one number for each pair, or "
+                "neither."
+            )
+    return chosen, rejected  # type: ignore[return-value]
 
 
 def _packed_beside_a_mask(inputs: Mapping[str, Any]) -> bool:

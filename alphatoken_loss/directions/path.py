@@ -103,6 +103,8 @@ class Path:
     def logps(self, model: nn.Module, batch: Mapping[str, Any] | Batch) -> torch.Tensor:
         """Log-probabilities of a batch's labels at theta*, without dropout: what `path_logps` of a batch holds.
 
+        What is trained and no part of theta* (with `num_layers`) stays as it is.
+
         Returns:
             `torch.Tensor`: `(B, T)` float32 (float64 for a float64 model) in nats, aligned with the labels, 0 where
             there is none; chosen rows first for pairs.

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..batches.batch import Batch
 from ..config import AlphaTokenConfig
@@ -52,6 +53,7 @@ class PathMemory(Memory):
     def __init__(self, config: AlphaTokenConfig) -> None:
         super().__init__(config)
         self._known: tuple[Path, tuple[str, ...]] | None = None  # the one that was checked last, and what it moved
+        self._whole: Scored | None = None  # what was last seen to be all that is trained
         self._applied = False
         self._begun: Path | None = None  # where training began
         self.kl = config.path_kl
@@ -85,6 +87,9 @@ class PathMemory(Memory):
         source.count(scored)
         if COLUMN in batch.columns:
             check_column(self.config, source.path)
+            if self._whole is not scored:
+                check_whole(source.model, scored)
+                self._whole = scored
             # Where theta is theta* all values are 0; the column, of another batch's rounding, would make noise of them.
             if not (self.config.path_start and source.age == 0):
                 return {}
@@ -161,6 +166,21 @@ def check_column(config: AlphaTokenConfig, path: Path | None) -> None:
         raise ValueError(
             f"The data bring path_logps, but {needs[0]} needs theta* itself, of which these are only the labels' "
             "log-probabilities. Leave the column out, or set that to its default."
+        )
+
+
+def check_whole(model: nn.Module, scored: Scored) -> None:
+    """See that log-probabilities at theta* can be computed before training: it holds all that is trained.
+
+    Raises:
+        ValueError: it does not.
+    """
+    beyond = [n for n, p in unwrap(model).named_parameters() if p.requires_grad and n not in scored.parameters]
+    if beyond:
+        raise ValueError(
+            f"path_logps are computed once, but {beyond[0]} is trained and no part of theta* (num_layers leaves it "
+            "out), so that they change as it does. Set num_layers=None, or leave the column out "
+            "(precompute_path_log_probs=False)."
         )
 
 

@@ -76,12 +76,12 @@ LOSSES: dict[str, Callable[[Pairs, float, float], torch.Tensor]] = {
 
 def check_loss(loss_type: str, beta: float, smoothing: float) -> None:
     """Raise ValueError for a loss or an option that is not known."""
-    if loss_type not in LOSSES:
+    if not isinstance(loss_type, str) or loss_type not in LOSSES:
         raise ValueError(
             f"loss_type is {loss_type!r}; dpo_loss knows {', '.join(LOSSES)}. For another loss, run your own inside "
             "`with alphatoken(batch):`."
         )
-    for name, value in (("beta", beta), ("label_smoothing", smoothing or 0)):
+    for name, value in (("beta", beta), ("label_smoothing", 0 if smoothing is False else smoothing)):
         if not _is_scalar(value):
             raise ValueError(f"{name} is {value!r}; it must be a number.")
     if not 0 < beta < math.inf:

@@ -120,14 +120,17 @@ def shared_gain(
     config = replace(config or AlphaTokenConfig(), estimator="path", stability_weight=0.0, path_holdout=0.0)
     device = find_scored(model, config.scored_layers, config.scope).device
     read = {
-        name: [read_batch(batch).to(device) for batch in as_batches(given, name, _ALLOWED)]
+        name: [batch.to(device) for batch in map(read_batch, as_batches(given, name, _ALLOWED)) if batch.rows.any()]
         for name, given in (("target", target), ("batches", batches))
     }
     for name, some in read.items():
         if any(batch.pairs for batch in some):
             raise ValueError(f"{name} holds preference pairs. Give their chosen answers, in SFT form.")
         if not _any_rows(some, device):
-            raise ValueError(f"{name} holds no response token (no label other than -100). Give some rows with one.")
+            raise ValueError(
+                f"{name} holds no response token (no label other than -100), or no batch at all, as a generator does "
+                "that was used up. Give some rows with one."
+            )
     read["target"] = [part for batch in read["target"] for part in batch.unpacked()]
     folds = [_apart(read["target"], fold) for fold in range(_FOLDS)]
     folds = [(made, held) for made, held in folds if _any_rows(made, device) and _any_rows(held, device)]

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from ..directions.follow import make_path
 from ..directions.path import Path
-from ..estimators.path import COLUMN, check_column
+from ..estimators.path import COLUMN, check_column, check_whole
 from ..gate.alphatoken import AlphaToken
+from ..models.sites import find_scored
 from .columns import BRANCHES, columns_in, numbered, places_of
 from .running import Running
 
@@ -83,6 +84,7 @@ class PathColumn(Running):
         with self._as_in_a_step():
             self._make_ready(gate)
             source = gate.source
+            check_whole(self.model, find_scored(self.model, gate.config.scored_layers, gate.config.scope))
             if source.path is None:
                 assert source.batches is not None
                 options: dict[str, Any] = {"fisher": source.drift_fisher, "config": gate.config}

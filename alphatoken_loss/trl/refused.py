@@ -31,6 +31,12 @@ def refuse_what_is_not_modelled(trainer: Any) -> None:
             "path_start is True, but under DeepSpeed the optimizer has copies of the parameters of its own, which "
             "would overwrite theta*. Set path_start=False, or train without DeepSpeed."
         )
+    losses, smoothing = getattr(trainer.args, "loss_type", ()), getattr(trainer.args, "label_smoothing", 0)
+    if "robust" in losses and smoothing >= 0.5:
+        raise ValueError(
+            f'label_smoothing is {smoothing!r}; for loss_type="robust" it must be in [0, 0.5): the loss is divided by '
+            "1 - 2 * label_smoothing."
+        )
     for what in (what for what, used in refused.items() if used):
         raise ValueError(
             f"Training uses {what}, under which neither token values nor a KL can be taken: they need whole blocks "

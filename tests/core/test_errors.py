@@ -302,6 +302,24 @@ def test_loss_type_and_label_smoothing():
         dpo_loss(model, None, batch, loss_type="best")
     with pytest.raises(ValueError, match="label_smoothing"):
         dpo_loss(model, None, batch, loss_type="robust", label_smoothing=0.5)
+    with pytest.raises(ValueError, match="label_smoothing is None; it must be a number"):
+        dpo_loss(model, None, batch, label_smoothing=None)
+    with pytest.raises(ValueError, match=r"loss_type is \['sigmoid'\]; dpo_loss knows sigmoid"):
+        dpo_loss(model, None, batch, loss_type=["sigmoid"])
+
+
+@pytest.mark.parametrize("kind", ["stacked", "separate"])
+def test_sums_of_the_reference_are_two_tensors(kind):
+    model, batch = lora_model("llama"), pair_batch(kind)
+    sums = torch.zeros(len(pair_batch("separate")["chosen_input_ids"]))
+    with pytest.raises(TypeError, match="ref_rejected_logps is missing; give ref_chosen_logps and ref_rejected_logps"):
+        dpo_loss(model, None, {**batch, "ref_chosen_logps": sums})
+    with pytest.raises(TypeError, match="ref_chosen_logps is missing"):
+        dpo_loss(model, None, {**batch, "ref_rejected_logps": sums, "ref_chosen_logps": None})
+    with pytest.raises(TypeError, match="ref_chosen_logps is a list"):
+        dpo_loss(model, None, {**batch, "ref_chosen_logps": sums.tolist(), "ref_rejected_logps": sums})
+    both = dpo_loss(model, None, {**batch, "ref_chosen_logps": sums, "ref_rejected_logps": sums})
+    assert both.isfinite() and both != dpo_loss(model, None, batch)
 
 
 def test_one_sequence_and_no_target():

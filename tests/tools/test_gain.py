@@ -210,13 +210,21 @@ def test_what_is_refused():
         (good, [pair_batch()], "batches holds preference pairs. Give their chosen answers"),
         ([pair_batch()], good, "target holds preference pairs"),
         (good, empty, "batches holds no response token"),
-        (good, [], "batches holds no response token"),
+        (good, [], "batches holds no response token .* or no batch at all"),
         (empty, good, "target holds no response token"),
         ([part(good[0], slice(1))], good, "Fewer than two rows of the target have a response token"),
     ]
     for target, training, message in cases:
         with pytest.raises(ValueError, match=message):
             shared_gain(model, target, training, config=CONFIG, progress=False)
+
+
+def test_batches_without_a_response_say_nothing():
+    model, clean, rows = lora_model("llama"), [sft_batch("right")], [sft_batch("left", seed=1)]
+    expected = shared_gain(model, clean, rows, config=CONFIG, progress=False)
+    silent = {**rows[0], "labels": torch.full_like(rows[0]["labels"], -100)}
+    more = [part(rows[0], slice(0)), silent]
+    assert shared_gain(model, [*clean, *more], [*more, *rows], config=CONFIG, progress=False) == expected
 
 
 def test_it_says_how_to_read_it():

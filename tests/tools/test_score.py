@@ -760,6 +760,11 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
     images = tmp_path / "images.jsonl"
     images.write_text('{"prompt": "a", "completion": "b", "images": ["c.png"]}\n')
     broken.write_text('{"prompt": "a", "compl')
+    odd_kinds, blank, wide, mixed = (tmp_path / f"{name}.jsonl" for name in ("kinds", "blank", "wide", "mixed"))
+    odd_kinds.write_text('{"prompt": 1, "completion": 2}\n')
+    blank.write_text("\n\n")
+    wide.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-16")
+    mixed.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     silent = tmp_path / "silent.jsonl"
     silent.write_text('{"messages": []}\n')
     tuning.sft_data().save_to_disk(tmp_path / "folder")
@@ -777,6 +782,10 @@ def test_mistakes_are_told_without_a_traceback(files, tmp_path, capsys):
         ({"dataset": odd}, "the columns are answer, question"),
         ({"dataset": latin}, "could not be read or tokenised ('utf-8'|could not be read ("),
         ({"dataset": nothing}, "row 2 has nothing in its column completion"),
+        ({"dataset": odd_kinds}, "row 1 has a int in its column completion. It must be a text or a list of messages"),
+        ({"dataset": blank}, "blank.jsonl: there are no rows."),
+        ({"dataset": wide}, "It is not in UTF-8: save it so."),
+        ({"dataset": mixed}, "row 1 has nothing in its column chosen. Put rows of other forms in files of their own"),
         ({"dataset": uneven}, "row 1 has 2 input_ids and 1 labels"),
         ({"dataset": silent}, "rows 1 to 1 could not be read or tokenised"),
         ({"dataset": broken}, "could not be read (JSON parse error|could not be read (Failed to load JSON"),

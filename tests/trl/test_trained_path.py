@@ -329,6 +329,32 @@ def test_settings_that_need_theta_star_itself(changes, message, tmp_path):
         arguments("sft", tmp_path, **{"precompute_path_log_probs": True, "estimator": "path", **changes})
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_theta_star_of_some_blocks_is_not_computed_once(kind, tmp_path):
+    """Log-probabilities at theta* change with what is trained beside it."""
+    case = path_feature(precompute_path_log_probs=True, num_layers=2)
+    trainer = make(kind, tuning.TRAINERS[kind][0], case, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"computed once, but .*layers\.0.* is trained and no part of theta\*.*num_layers=N"
+    ):
+        trainer.train()
+    assert "path_logps" not in trainer.train_dataset.column_names
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("changes", [{}, {"precompute_path_log_probs": True}, {"smoothing": 1}, {"threshold": "soft"}])
+def test_at_theta_star_a_step_at_a_rate_of_0_drops_nothing(kind, changes, tmp_path):
+    """The first step of a warm-up moves nothing: at the second the model is still at theta*, and values are 0."""
+    case = path_feature(path_start=True, path_kl=0.0, warmup_steps=2, optim="adamw_torch", **changes)
+    trainer = started(kind, {**case, "args": {**case["args"], "lr_scheduler_type": "linear"}}, tmp_path)
+    largest = [float(values.abs().max()) for values in trainer.totals]
+    assert largest[:2] == [0.0, 0.0] and largest[2] > 1e-4
+    for mask, batch in zip(trainer.masks[:2], trainer.batches[:2], strict=True):
+        assert torch.equal(mask[:, 1:] > 0, read_batch(batch).labels[:, 1:] != IGNORE)
+
+
 def columned(**changes):
     case = path_feature(**changes)
     return case, sft_data().map(lambda row: {"path_logps": [-1.0] * (len(row["completion"]) + 1)})

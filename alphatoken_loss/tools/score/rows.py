@@ -17,6 +17,7 @@ from ..cli import UserError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_TEXTS = {"prompt", "completion", "chosen", "rejected", "messages", "text"}
 _NOT_TEXT = {"image", "images", "audio", "audios", "video", "videos"}
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -49,10 +50,12 @@ def load_rows(source: str, split: str, option: str) -> Dataset:
     Raises:
         UserError: there is no such data set, or it has no rows.
     """
+    import datasets
     from datasets import DatasetDict, load_dataset, load_from_disk
 
-    path = Path(source)
+    path, said = Path(source), datasets.utils.logging.get_verbosity()
     try:
+        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # it logs what it raises
         if path.is_file():
             if path.suffix not in FILES:
                 raise UserError(f"{option} {source}: the file's name must end in {', '.join(FILES)}.")
@@ -75,10 +78,28 @@ def load_rows(source: str, split: str, option: str) -> Dataset:
         cause: BaseException = error
         while cause.__cause__ is not None:  # `datasets` says only that something went wrong
             cause = cause.__cause__
-        raise UserError(f"{option} {source}: could not be read ({first_line(cause)}).") from error
+        if "corresponds to no data" in str(cause):
+            raise UserError(f"{option} {source}: there are no rows.") from error
+        hint = " It is not in UTF-8: save it so." if _is_other_text(path) else ""
+        raise UserError(f"{option} {source}: could not be read ({first_line(cause)}).{hint}") from error
+    finally:
+        datasets.utils.logging.set_verbosity(said)
     if not len(rows):
         raise UserError(f"{option} {source}: there are no rows.")
     return rows
+
+
+def _is_other_text(path: Path) -> bool:
+    """Whether a file that should be text is not in UTF-8."""
+    if FILES.get(path.suffix) != "json" or not path.is_file():
+        return False
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for _ in lines:
+                pass
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def form_of(rows: Dataset, option: str) -> str:
@@ -142,7 +163,15 @@ def _check_whole(rows: Dataset, places: Sequence[int], option: str) -> None:
     for number, row in zip(places, rows, strict=True):
         missing = sorted(name for name in read & row.keys() if row[name] is None)
         if missing:
-            raise UserError(f"{option}: row {number + 1} has nothing in its column {missing[0]}. Leave the row out.")
+            other = any(all(row.get(name) is not None for name in form) for form in forms if form != read)
+            then = "Put rows of other forms in files of their own." if other else "Leave the row out."
+            raise UserError(f"{option}: row {number + 1} has nothing in its column {missing[0]}. {then}")
+        odd = next((name for name in sorted(read & _TEXTS) if not isinstance(row[name], (str, list))), None)
+        if odd:
+            raise UserError(
+                f"{option}: row {number + 1} has a {type(row[odd]).__name__} in its column {odd}. It must be a text or "
+                "a list of messages."
+            )
         if beside in read and len(row[beside]) != len(row["input_ids"]):
             raise UserError(
                 f"{option}: row {number + 1} has {len(row['input_ids'])} input_ids and {len(row[beside])} {beside}. "
