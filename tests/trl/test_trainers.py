@@ -763,6 +763,7 @@ def test_wrong_settings_are_refused_with_the_arguments(wrong, message, tmp_path)
     ("sft", feature(peft=None, options=lambda: {"ref_model": base()}), ValueError, "behind the last block|lies behind"),
     ("sft", feature(peft=lambda: lora(use_dora=True)), ValueError, "DoraLinearVariant.*Use plain LoRA"),
     ("sft", feature(torch_compile=True), ValueError, "torch_compile=True.*rho=1.0"),
+    ("dpo", feature(loss_type=["robust"], label_smoothing=0.5), ValueError, r"label_smoothing is 0.5;.*in \[0, 0.5\)"),
     ("sft", feature(options=lambda: {"fisher": "nowhere"}), FileNotFoundError, "No Fisher at nowhere"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
