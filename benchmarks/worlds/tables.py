@@ -36,6 +36,7 @@ STYLES = {
     "all tokens, theta* renewed, KL to it": ("#bb99ee", ":"),
     "path, theta* renewed, best() else": ("#7755dd", "--"),
     "path, smoothed, best() else": ("#3322aa", ":"),
+    "path, smoothed, rho 0.7, best() else": ("#009988", "-"),
     "path, best()": ("#3311bb", "-"),
     "best(pairs=True)": ("#3311bb", "-"),
 }
@@ -44,6 +45,7 @@ LABELS = {
     "all tokens, theta* renewed, KL to it": "best(path_every=20) without the mask",
     "path, theta* renewed, best() else": "best(path_every=20)",
     "path, smoothed, best() else": "best(smoothing=3)",
+    "path, smoothed, rho 0.7, best() else": "best(smoothing=3, rho=0.7)",
     "path, best()": "best()",
 }
 
