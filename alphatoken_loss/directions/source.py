@@ -166,7 +166,7 @@ class Source:
         return [read_batch(batch).to(scored.device) for batch in self.batches or []]
 
     def count(self, scored: Scored) -> None:
-        """Count the optimizer step that was taken since the last call, if any moved a parameter."""
+        """Count the optimizer step that was taken since the last call, if any."""
         if self.moves.since(scored):
             self.age += 1
 
@@ -229,18 +229,18 @@ class Source:
 
 
 class Moves:
-    """Whether the scored parameters have changed since they were last looked at, by their bits.
+    """Whether the scored parameters have changed since they were last looked at.
 
-    Version counters do not tell: optimizers that write through raw pointers (bitsandbytes) leave them alone, and a step
-    at a learning rate of 0 (the first of a warm-up) counts one and changes nothing.
+    Optimizers that write through raw pointers (bitsandbytes) leave version counters alone; then the bits tell.
     """
 
     def __init__(self) -> None:
-        self._seen: torch.Tensor | None = None
+        self._seen: tuple[list[int], torch.Tensor] | None = None
 
     def since(self, scored: Scored) -> bool:
-        before, self._seen = self._seen, fingerprint([p.detach() for p in scored.parameters.values()])
-        return before is not None and not torch.equal(before, self._seen)
+        parameters = [p.detach() for p in scored.parameters.values()]
+        before, self._seen = self._seen, ([p._version for p in parameters], fingerprint(parameters))
+        return before is not None and (before[0] != self._seen[0] or not torch.equal(before[1], self._seen[1]))
 
 
 def _fits(made: Target | Fisher, scored: Scored) -> bool:

@@ -37,7 +37,7 @@ from ..models.modes import autocast_without_cache, without_noise
 from ..models.reference import reference_mode
 from ..models.sites import Scored
 from ..models.structure import unwrap
-from ..models.tensors import accumulation_dtype
+from ..models.tensors import accumulation_dtype, fingerprint
 from ..values import TokenValues
 from .base import Estimator, Memory, Task, check_weights_finite
 
@@ -55,7 +55,7 @@ class PathMemory(Memory):
         self._known: tuple[Path, tuple[str, ...]] | None = None  # the one that was checked last, and what it moved
         self._whole: Scored | None = None  # what was last seen to be all that is trained
         self._applied = False
-        self._begun: Path | None = None  # where training began
+        self._stays = self._left = False  # training that begins at theta* is still there, or is so no more
         self.kl = config.path_kl
         # theta* is then where training begins, or what a KL holds it to: values would cost a forward.
         self.keeps_all = config.rho >= 1.0 and (not config.path_kl or config.path_from == "reference")
@@ -85,13 +85,14 @@ class PathMemory(Memory):
 
     def prepare(self, source: Source, scored: Scored, batch: Batch) -> Parts:
         source.count(scored)
+        self._stays = self._is_there(source, scored)
         if COLUMN in batch.columns:
             check_column(self.config, source.path)
             if self._whole is not scored:
                 check_whole(source.model, scored)
                 self._whole = scored
             # Where theta is theta* all values are 0; the column, of another batch's rounding, would make noise of them.
-            if not (self.config.path_start and source.age == 0):
+            if not self._stays:
                 return {}
         check_head(source.model, batch)
         return self._path(source, scored, batch)
@@ -118,12 +119,22 @@ class PathMemory(Memory):
             assert source.path is not None
             source.path.apply(source.model)
             source.moves.since(scored)  # not a step of the optimizer
-            self._applied, self._begun = True, source.path
+            self._applied = True
         return parts
+
+    def _is_there(self, source: Source, scored: Scored) -> bool:
+        """Whether training that begins at theta* is still there: after a step too, at a learning rate of 0."""
+        if not self.config.path_start or self._left:
+            return False
+        if source.age > 0 and source.path is not None:
+            here = fingerprint([p.detach() for p in scored.parameters.values()])
+            there = fingerprint([source.path.parameters[name].to(p) for name, p in scored.parameters.items()])
+            self._left = not torch.equal(here, there)
+        return not self._left
 
     def early(self, source: Source) -> bool:
         # At theta* itself values are 0 to the bit only if one head makes both log-probabilities.
-        return self.kl > 0 or (self._begun is not None and self._begun is source.path and source.age == 0)
+        return self.kl > 0 or self._stays
 
     def state_dict(self, source: Source) -> dict[str, torch.Tensor]:
         """theta*. A resumed run cannot make it again: the path began where the adapter was then."""
