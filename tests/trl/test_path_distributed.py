@@ -22,7 +22,7 @@ def run(kind: str, folder: Path, *, size: int, together: int, fisher: Fisher) ->
     """Train on the same global batches, and to theta* by the same steps, whatever the number of processes."""
     args = arguments(
         kind, folder, per_device_train_batch_size=size, target_batch_size=together, target_size=8,
-        threshold_scope="sequence", gradient_checkpointing=False, estimator="path", path_steps=4,
+        threshold_scope="sequence", gradient_checkpointing=False, estimator="path", num_layers=None, path_steps=4,
         path_rate=2e-2, path_start=True, precompute_path_log_probs=True, learning_rate=0.1,
     )  # fmt: skip
     data: Dataset = (sft_data if kind == "sft" else dpo_data)(count=23)
@@ -49,7 +49,7 @@ def work(rank: int, folder: str, fisher: Fisher) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    fisher = some_fisher(folder)
+    fisher = some_fisher(folder, estimator="path", num_layers=None)
     side_by_side(work, str(folder), fisher)
     ranks = {kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(RANKS)] for kind in ("sft", "dpo")}
     alone = {kind: run(kind, folder / "alone", size=4, together=8, fisher=fisher) for kind in ("sft", "dpo")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,9 @@ def work(rank: int, folder: str, fisher: Fisher) -> None:
         torch.save(result, f"{folder}/{kind}-{rank}.pt")
 
 
-def some_fisher(folder: Path) -> Fisher:
+def some_fisher(folder: Path, **settings: Any) -> Fisher:
     trainer = tuning.TRAINERS["sft"][0](
-        base(), args=arguments("sft", folder), train_dataset=sft_data(), target_dataset=sft_data(count=4),
+        base(), args=arguments("sft", folder, **settings), train_dataset=sft_data(), target_dataset=sft_data(count=4),
         processing_class=tokenizer(), peft_config=lora(),
     )  # fmt: skip
     return trainer._estimate_fisher()
