@@ -127,9 +127,10 @@ class PathMemory(Memory):
         if not self.config.path_start or self._left:
             return False
         if source.age > 0 and source.path is not None:
-            here = fingerprint([p.detach() for p in scored.parameters.values()])
-            there = fingerprint([source.path.parameters[name].to(p) for name, p in scored.parameters.items()])
-            self._left = not torch.equal(here, there)
+            there, own = source.path.parameters, scored.parameters
+            self._left = there.keys() != own.keys() or not torch.equal(
+                fingerprint([p.detach() for p in own.values()]), fingerprint([there[n].to(p) for n, p in own.items()])
+            )
         return not self._left
 
     def early(self, source: Source) -> bool:

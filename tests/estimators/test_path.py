@@ -824,6 +824,20 @@ def test_a_state_tells_whether_training_has_begun(trained):
     assert torch.equal(_own(empty.model, path), _flat(path))
 
 
+def test_what_is_trained_after_a_step_and_is_no_part_of_theta_star_is_told():
+    model, batch = lora_model("llama"), sft_batch("right")
+    late = [p for name, p in model.named_parameters() if p.requires_grad and "layers.0." in name]
+    for parameter in late:
+        parameter.requires_grad_(False)
+    alphatoken = gate_of(model, some_path(model), path_start=True)
+    sft_loss(model, batch, alphatoken).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    for parameter in late:
+        parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"The path has nothing for the scored parameter .*layers\.0\."):
+        sft_loss(model, batch, alphatoken)
+
+
 # ------------------------------------------------------------------------------------------ whole pairs, from the start
 
 
